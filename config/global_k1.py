@@ -1,0 +1,4 @@
+# Table 1 of the paper, global ablation, k = 1: 400,000 updates x 24 sequences x 256 tokens = 2.46 billion tokens
+ablation = "global"
+k_attn = 1
+k_mlp = 1

@@ -1,0 +1,451 @@
+"""GPT-Neo trained with self-ablation: a k-winner-takes-all gate over attention units and MLP neurons.
+
+Two residual streams share one set of weights. The *clean* stream is a plain GPT-Neo and the only one
+used at inference. The *ablated* stream keeps, at every token and in every layer, only the k_attn
+attention units and the k_mlp neurons that a gate picks by looking at the clean stream. Training
+minimises the sum of the cross-entropies of both ("Self-Ablating Transformers: More Interpretability,
+Less Sparsity"). Because gates read nothing but the clean stream, one training step is
+
+    clean_pass    a plain GPT-Neo that remembers each block's input, keys and values
+    gate          scores -> k winners; hard in the forward pass, soft in the backward pass
+    ablated_pass  the same blocks again, masked, attending to the remembered keys and values
+
+Shape letters: B batch, T tokens, S tokens attended to (cached ones included), C = n_embd, H heads,
+D = C / H, M = 4C neurons, L layers, V vocabulary, N units competing in one gate. Parameter names are
+those of Hugging Face's GPTNeoForCausalLM, plus the gates.
+"""
+
+import os
+import pickle
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+MIN_GAP = 1e-6  # floor under the gate's T: a tie would divide by zero, and below this fp32 scores are noise
+CHUNK = 6_000_000  # logits alive at a time in the loss: 24 MB, below the 32 MB that malloc returns after each use
+CHOICES = {"ablation": ("none", "local", "global"), "gate": ("softmax", "sigmoid"), "attn_unit": ("dim", "head")}
+
+
+@dataclass
+class GPTNeoConfig:
+    """Geometry and gate of a model; the defaults are the paper's. Raises ValueError on what cannot work."""
+
+    vocab_size: int = 50257
+    block_size: int = 256  # longest sequence, in tokens
+    n_layer: int = 8
+    n_head: int = 16
+    n_embd: int = 128
+    attention_layers: str = "global"  # "global", "local" or a pattern to repeat, such as "global,local"
+    window_size: int = 256  # tokens that a local layer sees, the current one included
+    ablation: str = "local"  # none | local (gates in every block) | global (gates after the clean pass)
+    gate: str = "softmax"  # softmax (the paper's Eq. 3) | sigmoid (the published code)
+    attn_unit: str = "dim"  # dim: each of the C head-output channels is a unit | head: each whole head
+    k_attn: int = 2  # attention units kept per token and layer
+    k_mlp: int = 2  # neurons kept per token and layer
+    clean_coeff: float = 1.0  # loss = clean_coeff * clean + ablated_coeff * ablated cross-entropy
+    ablated_coeff: float = 1.0
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of: {', '.join(choices)}")
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "window_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one of them")
+        pattern = self.attention_layers.split(",")
+        if set(pattern) - {"global", "local"} or self.n_layer % len(pattern):
+            raise ValueError(f"attention_layers={self.attention_layers!r} must be 'global' and 'local', separated by "
+                             f"commas, in a pattern whose length divides n_layer={self.n_layer}")
+        for name, units in (("k_attn", self.attn_units), ("k_mlp", 4 * self.n_embd)):
+            if self.ablation != "none" and not 1 <= getattr(self, name) < units:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 1 to {units - 1}: "
+                                 f"a layer has {units} units and at least one must lose")
+
+    @property
+    def attn_units(self):
+        """Attention units of one layer that compete in its gate."""
+        return self.n_embd if self.attn_unit == "dim" else self.n_head
+
+
+class Losses(NamedTuple):
+    loss: torch.Tensor  # what training minimises, nats per token
+    loss_clean: torch.Tensor  # cross-entropy of the clean stream, nats per token
+    loss_ablated: torch.Tensor | None  # the same of the ablated stream; None without ablation
+
+
+class Streams(NamedTuple):
+    logits_clean: torch.Tensor  # (B, T, V)
+    logits_ablated: torch.Tensor  # (B, T, V)
+    attn_mask: torch.Tensor  # (B, T, L, C), or (B, T, L, H) with attn_unit="head"; exactly k_attn ones a row
+    mlp_mask: torch.Tensor  # (B, T, L, M); exactly k_mlp ones a row
+
+
+# ------------------------------------------------------------------------------------------- the gate
+
+
+def gate(scores, k, form="softmax"):
+    """k-winner-takes-all mask with a straight-through gradient (paper, Eq. 1-3).
+
+    scores (..., N), 1 <= k < N -> mask (..., N): exact 0/1 with exactly k ones in every row, on the k
+    largest scores (of tied ones, those that topk lists first). With s_(i) the i-th largest score:
+        gamma = (s_(k) + s_(k+1)) / 2           Eq. 1, between the last winner and the first loser
+        T     =  s_(k) - s_(k+1)                Eq. 2, at least MIN_GAP
+        w     = softmax((s - gamma) / T)        Eq. 3, form="softmax"; gamma cancels here
+        w     = k * sigmoid((s - gamma) / T), normalised        form="sigmoid", the published code
+    The gradient is that of w, through gamma and T too; on rows held at MIN_GAP none flows through T.
+    Computed and returned in at least fp32: in bf16 a few per cent of rows tie at the k-th place.
+    """
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    top, winners = scores.topk(k + 1, dim=-1)  # (..., k + 1), largest first
+    mask = torch.zeros_like(scores).scatter(-1, winners[..., :k], 1.0)
+    if not scores.requires_grad:
+        return mask
+    s_k, s_next = top[..., k - 1 : k], top[..., k:]  # (..., 1)
+    gamma = (s_k + s_next) / 2
+    T = (s_k - s_next).clamp_min(MIN_GAP)
+    if form == "softmax":
+        w = ((scores - gamma) / T).softmax(-1)
+    else:
+        w = ((scores - gamma) / T).sigmoid()
+        w = w * (k / w.sum(-1, keepdim=True))
+    return StraightThrough.apply(mask, w)
+
+
+class StraightThrough(torch.autograd.Function):
+    """The value of `hard`, the gradient of `soft`. Not hard + soft - soft.detach(): that is NaN where soft is,
+    and the forward value must not depend on the soft form at all."""
+
+    @staticmethod
+    def forward(ctx, hard, soft):
+        return hard.view_as(hard)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad
+
+
+class GateScores(nn.Linear):
+    """A linear layer in at least fp32, whatever autocast says: near-ties decide which units win."""
+
+    def forward(self, x):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+# ------------------------------------------------------------------------------------------- GPT-Neo
+
+
+def attention(q, k, v, window, own=None):
+    """Causal attention without GPT-2's 1/sqrt(D): q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+
+    own: on the ablated stream, that stream's own (k, v), each (B, H, T, D). A query then takes its own key
+    and value at its own position and the clean stream's, k and v, before it, all in one softmax.
+    """
+    T, S = q.size(2), k.size(2)
+    if own is None and T == S <= window:  # no mask to build: the fused causal kernels apply
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+    distance = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)  # (T, S)
+    mask = (distance >= 0) & (distance < window)
+    if own is not None:
+        # twice the keys in one fused kernel: 2.8 times faster on a CPU than editing a matrix of scores
+        mask = torch.cat((mask & (distance > 0), torch.eye(T, dtype=torch.bool, device=q.device)), 1)  # (T, S + T)
+        k, v = torch.cat((k, own[0]), 2), torch.cat((v, own[1]), 2)  # (B, H, S + T, D)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, window):
+        super().__init__()
+        C = config.n_embd
+        self.n_head, self.window = config.n_head, window
+        self.k_proj = nn.Linear(C, C, bias=False)
+        self.v_proj = nn.Linear(C, C, bias=False)
+        self.q_proj = nn.Linear(C, C, bias=False)
+        self.out_proj = nn.Linear(C, C)
+
+    def forward(self, h, past=None, clean=None, mask=None):
+        """h (B, T, C) -> (B, T, C) and this stream's keys and values, each (B, H, S, D).
+
+        past: keys and values of the S - T tokens before h, to generate with. On the ablated stream,
+        clean: the clean stream's keys and values; mask (B, T, C) or (B, T, H): the winning units.
+        """
+        q, k, v = (proj(h).unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, H, T, D)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if past is not None:
+            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # (B, H, S, D)
+        y = attention(q, k, v, self.window) if clean is None else attention(q, *clean, self.window, own=(k, v))
+        y = y.transpose(1, 2)  # (B, T, H, D)
+        if mask is not None:
+            y = y * mask.unflatten(-1, (self.n_head, -1))  # (B, T, H, D) or, for whole heads, (B, T, H, 1)
+        return self.out_proj(y.flatten(2)), (k, v)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, h, mask=None):
+        """h (B, T, C) -> (B, T, C); mask (B, T, M), on the ablated stream, keeps the winning neurons."""
+        neurons = F.gelu(self.c_fc(h), approximate="tanh")  # (B, T, M); Hugging Face calls it gelu_new
+        return self.c_proj(neurons if mask is None else neurons * mask)
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        C, pattern = config.n_embd, config.attention_layers.split(",")
+        window = config.window_size if pattern[layer % len(pattern)] == "local" else config.block_size
+        self.config = config
+        self.ln_1 = nn.LayerNorm(C)
+        # the extra level is Hugging Face's: transformer.h.0.attn.attention.q_proj.weight
+        self.attn = nn.ModuleDict({"attention": Attention(config, window)})
+        self.ln_2 = nn.LayerNorm(C)
+        self.mlp = MLP(config)
+        if config.ablation == "local":
+            self.attn_gate = GateScores(C, config.attn_units)
+            self.mlp_gate = GateScores(C, 4 * C)
+
+    def forward(self, x, past=None):
+        """The clean stream: x (B, T, C) -> (B, T, C) and the keys and values, each (B, H, S, D)."""
+        attended, kv = self.attn["attention"](self.ln_1(x), past=past)
+        x = x + attended
+        return x + self.mlp(self.ln_2(x)), kv
+
+    def ablated(self, x, x_clean, kv_clean, scores=None):
+        """The ablated stream: x (B, T, C) -> (B, T, C) and its masks (B, T, C or H), (B, T, M).
+
+        x_clean (B, T, C), kv_clean: this block's input and keys and values on the clean stream.
+        scores: what a global gate gave this layer, (B, T, C or H) and (B, T, M); local gates read x_clean.
+        """
+        config = self.config
+        attn_scores, mlp_scores = scores or (self.attn_gate(x_clean), self.mlp_gate(x_clean))
+        attn_mask = gate(attn_scores, config.k_attn, config.gate)
+        mlp_mask = gate(mlp_scores, config.k_mlp, config.gate)
+        x = x + self.attn["attention"](self.ln_1(x), clean=kv_clean, mask=attn_mask)[0]
+        return x + self.mlp(self.ln_2(x), mlp_mask), (attn_mask, mlp_mask)
+
+
+class GPTNeo(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, L = config.n_embd, config.n_layer
+        self.config = config
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, C),
+            "wpe": nn.Embedding(config.block_size, C),
+            "h": nn.ModuleList(Block(config, layer) for layer in range(L)),
+            "ln_f": nn.LayerNorm(C),
+        })
+        self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
+        if config.ablation == "global":
+            self.attn_gate = GateScores(C, L * config.attn_units)
+            self.mlp_gate = GateScores(C, L * 4 * C)
+        for module in self.modules():  # GPT-Neo's: N(0, 0.02), biases 0; LayerNorm starts at 1 and 0
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+        self.lm_head.weight = self.transformer["wte"].weight  # tied
+
+    def clean_pass(self, idx, past=None):
+        """A plain GPT-Neo: idx (B, T) -> ln_f of the last block (B, T, C), and, one a layer, the block
+        inputs (B, T, C) and the (keys, values), each (B, H, S, D). past: (keys, values) of earlier tokens."""
+        start = past[0][0].size(2) if past else 0
+        check_tokens(idx, self.config, start)
+        positions = torch.arange(start, start + idx.size(1), device=idx.device)
+        x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)  # (B, T, C)
+        inputs, caches = [], []
+        for layer, block in enumerate(self.transformer["h"]):
+            inputs.append(x)
+            x, kv = block(x, past[layer] if past else None)
+            caches.append(kv)
+        return self.transformer["ln_f"](x), inputs, caches
+
+    def ablated_pass(self, hidden, inputs, caches):
+        """The masked stream over what clean_pass returned: -> ln_f of its last block (B, T, C), and the
+        masks, one pair a layer: (B, T, C or H), (B, T, M)."""
+        L = self.config.n_layer
+        scores = [None] * L  # local gates score inside their block
+        if self.config.ablation == "global":
+            scores = list(zip(self.attn_gate(hidden).chunk(L, -1), self.mlp_gate(hidden).chunk(L, -1)))
+        x, masks = inputs[0], []  # both streams start at the embeddings
+        for layer, block in enumerate(self.transformer["h"]):
+            x, block_masks = block.ablated(x, inputs[layer], caches[layer], scores[layer])
+            masks.append(block_masks)
+        return self.transformer["ln_f"](x), masks
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) -> clean logits (B, T, V), which is inference; with targets (B, T) -> Losses.
+
+        Raises ValueError when T exceeds block_size or, on CPU, when a token is outside the vocabulary.
+        """
+        config = self.config
+        hidden, inputs, caches = self.clean_pass(idx)
+        if targets is None:
+            return self.lm_head(hidden)
+        check_tokens(targets, config)
+        loss_clean = head_loss(hidden, self.lm_head.weight, targets)
+        if config.ablation == "none":
+            return Losses(config.clean_coeff * loss_clean, loss_clean, None)
+        loss_ablated = head_loss(self.ablated_pass(hidden, inputs, caches)[0], self.lm_head.weight, targets)
+        return Losses(config.clean_coeff * loss_clean + config.ablated_coeff * loss_ablated, loss_clean, loss_ablated)
+
+    def ablated(self, idx):
+        """Both streams and every mask in one call: idx (B, T) -> Streams. ValueError without ablation."""
+        if self.config.ablation == "none":
+            raise ValueError("this model has ablation='none', so it has no ablated stream")
+        hidden, inputs, caches = self.clean_pass(idx)
+        hidden_ablated, masks = self.ablated_pass(hidden, inputs, caches)
+        return Streams(self.lm_head(hidden), self.lm_head(hidden_ablated), *(torch.stack(m, 2) for m in zip(*masks)))
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None,
+                 stream="clean", stop_token=None):
+        """Continue idx (B, T) by up to max_new_tokens -> (B, T + new).
+
+        temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the fewest that together hold
+        that probability. stream: "clean" or "ablated", whose logits to sample from. A row that has written
+        stop_token writes nothing else; when every row has, the call ends. Past block_size tokens the
+        context is the last block_size ones. Raises ValueError on what cannot be sampled from.
+        """
+        block_size, past = self.config.block_size, None
+        if stream not in ("clean", "ablated") or (stream == "ablated" and self.config.ablation == "none"):
+            raise ValueError(f"a model with ablation={self.config.ablation!r} cannot write from stream={stream!r}")
+        if idx.size(1) == 0:
+            raise ValueError("the prompt is empty: give at least one token, such as end-of-text")
+        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+            raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: sampling wants "
+                             f"temperature >= 0, top_k >= 1 and 0 < top_p <= 1")
+        stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            crop = past is None or idx.size(1) > block_size  # a window that moves has new positions: no cache fits
+            hidden, inputs, past = self.clean_pass(idx[:, -block_size:] if crop else idx[:, -1:], None if crop else past)
+            if stream == "ablated":
+                hidden, _ = self.ablated_pass(hidden, inputs, past)
+            token = sample(self.lm_head(hidden[:, -1]).float(), temperature, top_k, top_p, generator)  # (B, 1)
+            if stop_token is not None:
+                token = token.masked_fill(stopped, stop_token)
+                stopped |= token == stop_token
+            idx = torch.cat((idx, token), 1)
+            if stop_token is not None and stopped.all():
+                break
+        return idx
+
+    def clean_state_dict(self):
+        """The weights of the clean stream alone, which Hugging Face's GPTNeoForCausalLM loads as they are."""
+        return {name: value for name, value in self.state_dict().items() if "_gate." not in name}
+
+    def hf_config(self):
+        """Keyword arguments of the transformers.GPTNeoConfig that describes the clean stream."""
+        config, pattern = self.config, self.config.attention_layers.split(",")
+        return dict(vocab_size=config.vocab_size, max_position_embeddings=config.block_size, hidden_size=config.n_embd,
+                    num_layers=config.n_layer, num_heads=config.n_head, window_size=config.window_size,
+                    attention_types=[[pattern, config.n_layer // len(pattern)]], activation_function="gelu_new",
+                    embed_dropout=0.0, attention_dropout=0.0, resid_dropout=0.0)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint, device="cpu"):
+        """A model from a run folder, a checkpoint file or what load_checkpoint returned. Raises ValueError."""
+        if not isinstance(checkpoint, dict):
+            checkpoint = load_checkpoint(checkpoint)
+        try:
+            model = cls(GPTNeoConfig(**checkpoint["config"]))
+            model.load_state_dict(checkpoint["model"])
+        except (RuntimeError, TypeError) as error:  # of load_state_dict, of GPTNeoConfig
+            raise ValueError("the checkpoint's config and weights do not fit: " + " ".join(str(error).split())) from None
+        return model.to(device)
+
+
+def check_tokens(idx, config, start=0):
+    """Refuse what no embedding has. Values only where looking costs nothing: on a CPU, outside torch.compile."""
+    if start + idx.size(1) > config.block_size:
+        raise ValueError(f"a sequence of {start + idx.size(1)} tokens is longer than block_size={config.block_size}")
+    if idx.device.type == "cpu" and not torch.compiler.is_compiling() and idx.numel():
+        low, high = idx.aminmax()
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(f"token {int(low if low < 0 else high)} is outside the vocabulary of {config.vocab_size}")
+
+
+def sample(logits, temperature, top_k, top_p, generator):
+    """logits (B, V) -> next tokens (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -torch.inf)
+    if top_p is not None:
+        p, order = logits.softmax(-1).sort(descending=True)
+        logits = logits.masked_fill((p.cumsum(-1) - p >= top_p).gather(-1, order.argsort(-1)), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+# ------------------------------------------------------------------------------------------- the loss
+
+
+def head_loss(hidden, weight, targets):
+    """Mean cross-entropy of softmax(hidden weight^T): hidden (B, T, C), weight (V, C), targets (B, T) -> scalar."""
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    if hidden.is_cuda:  # torch.compile fuses the cast into the loss, so only bf16 logits are stored
+        return F.cross_entropy(F.linear(hidden, weight).float(), targets)
+    return ChunkedCrossEntropy.apply(hidden, weight, targets)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Takes the gradient while a chunk of logits is at hand, so that B T x V of them never exist: on a CPU,
+    memory traffic is what a big vocabulary costs. d loss / d logits = (softmax(logits) - onehot) / rows."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        hidden = hidden.to(weight.dtype)
+        loss, grad_hidden, grad_weight = hidden.new_zeros(()), torch.empty_like(hidden), torch.zeros_like(weight)
+        step = max(1, CHUNK // len(weight))
+        for start in range(0, len(hidden), step):
+            rows, target = slice(start, start + step), targets[start : start + step, None]
+            logp = (hidden[rows] @ weight.T).log_softmax(-1)  # (step, V)
+            loss -= logp.gather(-1, target).sum()
+            if any(ctx.needs_input_grad):
+                grad = logp.exp_().scatter_add_(-1, target, logp.new_full(target.shape, -1.0))
+                grad_hidden[rows] = grad @ weight
+                grad_weight.addmm_(grad.T, hidden[rows])
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss / len(hidden)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad / len(grad_hidden) * grad_hidden, grad / len(grad_hidden) * grad_weight, None
+
+
+# ----------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(path, model, **state):
+    """Write model and state (what weights_only=True can load) to path, atomically: it is whole or the old one."""
+    with open(f"{path}.tmp", "wb") as file:
+        torch.save({"config": asdict(model.config), "model": model.state_dict(), **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path):
+    """The dict of a checkpoint file, or of a run folder's best.pt, on the CPU. Raises ValueError if it is neither."""
+    if os.path.isdir(path):
+        path = os.path.join(path, "best.pt")
+    if not os.path.isfile(path):
+        raise ValueError(f"no checkpoint at {path}: give a run folder, such as out/local_k2, or a .pt file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError):
+        raise ValueError(f"{path} is not a checkpoint of this project, or it is truncated") from None
+    if not isinstance(checkpoint, dict) or not {"config", "model"} <= checkpoint.keys():
+        raise ValueError(f"{path} holds no 'config' and 'model': it is not a checkpoint of this project")
+    return checkpoint

@@ -1,0 +1,341 @@
+"""Train a self-ablating GPT-Neo.
+
+    python train.py config/local_k2.py                              one process: GPU if there is one, else CPU
+    python train.py config/local_k2.py --batch_size=12              any knob of config/__init__.py; --help lists them
+    torchrun --nproc_per_node=4 train.py config/local_k2.py         one process per GPU (gloo on CPU)
+    python train.py config/local_k2.py --resume=True                go on exactly where the run stopped
+
+Writes into the run folder out/<config>/: last.pt and best.pt (lowest validation loss), metrics.jsonl
+(a JSON object per evaluation) and loss.png. Ctrl-C and SIGTERM save last.pt and leave.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import config as knobs
+from model import GPTNeo, GPTNeoConfig, load_checkpoint, save_checkpoint
+from prepare import load_meta, load_tokens
+
+# what may differ when a run is resumed: where it runs and what it prints, never what it computes
+FREE_ON_RESUME = ("resume", "data", "out", "device", "dtype", "compile", "grad_accum", "log_interval", "wandb")
+
+
+def batch_at(tokens, step, config, rank=0, world=1):
+    """This rank's rows of an update's batch: (batch_size / world, block_size + 1) int64 token ids.
+
+    A pure function of (seed, step), drawn for all ranks together: a run resumed at any step, or spread
+    over any number of ranks, sees the same tokens in the same order.
+    """
+    starts = np.random.default_rng((config.seed, step)).integers(0, len(tokens) - config.block_size, config.batch_size)
+    rows = config.batch_size // world
+    mine = starts[rank * rows : (rank + 1) * rows]
+    return torch.from_numpy(tokens[mine[:, None] + np.arange(config.block_size + 1)].astype(np.int64))
+
+
+def learning_rate_at(step, config):
+    """Linear warm-up, then cosine annealing that would reach zero at step max_iters; step counts from 0."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / config.warmup_iters
+    progress = (step - config.warmup_iters) / (config.max_iters - config.warmup_iters)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def evaluate(model, tokens, config, device, autocast, rank=0, world=1):
+    """Mean clean and ablated loss, nats per token, over eval_windows windows spread evenly over the
+    validation split, always the same ones. Ranks share the windows; sums are reduced, then divided."""
+    T = config.block_size
+    windows = (len(tokens) - 1) // T
+    count = min(config.eval_windows, windows)
+    starts = T * (np.arange(count) * windows // count)
+    sums = np.zeros(2)
+    rows = max(1, config.batch_size // config.grad_accum // world)  # as many as training holds at a time
+    for at in range(rank * rows, count, world * rows):
+        window = torch.from_numpy(tokens[starts[at : at + rows, None] + np.arange(T + 1)].astype(np.int64)).to(device)
+        with autocast:
+            losses = model(window[:, :-1], window[:, 1:])
+        sums += len(window) * both(losses).cpu().double().numpy()
+    return (sum_over_ranks(sums, device, world) / count).tolist()
+
+
+def both(losses):
+    """Clean and ablated loss as one tensor (2,); without ablation the clean one stands in for the other."""
+    return torch.stack((losses.loss_clean, losses.loss_clean if losses.loss_ablated is None else losses.loss_ablated))
+
+
+def sum_over_ranks(array, device, world):
+    """A float64 array summed over all ranks, the same on each."""
+    if world > 1:
+        tensor = torch.from_numpy(array).to(device)
+        dist.all_reduce(tensor)
+        array = tensor.cpu().numpy()
+    return array
+
+
+def choose_machine(config, local_rank):
+    """(device, whether to autocast to bfloat16, whether to compile) from the knobs device, dtype, compile."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device={name} cannot be used: {str(error).splitlines()[0]}") from None
+    # emulated bfloat16 on GPUs before Ampere is slower than fp32
+    has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    bfloat16 = has_bfloat16 if config.dtype == "auto" else config.dtype == "bfloat16"
+    return device, bfloat16, device.type == "cuda" if config.compile == "auto" else config.compile == "True"
+
+
+def make_optimizer(model, config, device):
+    """AdamW over exactly the model's parameters; weight decay reaches matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.adam_eps,
+        fused=device.type in ("cuda", "cpu"))
+
+
+def read_resumable(config, data_checksum):
+    """The checkpoint to go on from. Raises ValueError when there is none, or when it is of another run."""
+    path = Path(config.out, "last.pt")
+    if not path.is_file():
+        raise ValueError(f"--resume=True, but there is no {path}: leave it out to start this run")
+    checkpoint = load_checkpoint(path)
+    if checkpoint["data"] != data_checksum:
+        raise ValueError(f"{config.data} is not the data that {path} was trained on (checksum {data_checksum}, "
+                         f"not {checkpoint['data']}): give the run's own data with --data=")
+    ours = dataclasses.asdict(config)
+    changed = [f"--{name}={value}" for name, value in checkpoint["train_config"].items()
+               if name not in FREE_ON_RESUME and ours[name] != value]
+    if changed:
+        raise ValueError(f"{path} was trained with other knobs; to continue it add {' '.join(changed)}")
+    return checkpoint
+
+
+def write_metrics(path, metrics):
+    """metrics.jsonl anew and atomically, from a list of dicts."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    temporary.replace(path)
+
+
+def draw_losses(path, metrics, title):
+    """loss.png: both streams, training (mean since the last evaluation) and validation."""
+    import matplotlib
+    matplotlib.use("Agg")  # no display needed
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for stream, color in (("clean", "tab:blue"), ("ablated", "tab:orange")):
+        for name, label, style in ((f"loss_{stream}", "training", ":"), (f"val_{stream}", "validation", "-")):
+            points = [(line["step"], line[name]) for line in metrics if line[name] is not None]
+            if points:
+                axes.plot(*zip(*points), style, color=color, label=f"{stream}, {label}")
+    axes.set(xlabel="updates", ylabel="cross-entropy, nats per token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(f"{path}.tmp", format="png", dpi=120)
+    plt.close(figure)
+    os.replace(f"{path}.tmp", path)
+
+
+def main():
+    config = knobs.load(sys.argv[1:])
+
+    # ---- machine and processes (torchrun sets these variables)
+    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
+                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device, bfloat16, compiled = choose_machine(config, local_rank)
+    if config.batch_size % (world * config.grad_accum):
+        raise ValueError(f"batch_size={config.batch_size} must be a multiple of processes x grad_accum "
+                         f"= {world} x {config.grad_accum}")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+    say = print if rank == 0 else lambda *words, **_: None
+
+    # ---- data
+    meta = load_meta(config.data)
+    train_tokens, val_tokens = load_tokens(config.data, "train"), load_tokens(config.data, "val")
+    for split, tokens in (("train", train_tokens), ("val", val_tokens)):
+        if len(tokens) <= config.block_size:
+            raise ValueError(f"the {split} split of {config.data} has {len(tokens)} tokens, too few for "
+                             f"block_size={config.block_size}: prepare more text or lower --block_size")
+
+    # ---- the run folder: a new run never overwrites an old one
+    out = Path(config.out)
+    if config.resume:
+        checkpoint = read_resumable(config, meta["checksum"])
+    elif (out / "last.pt").exists():
+        raise ValueError(f"{out} already holds a run: --resume=True continues it, --out=FOLDER starts another")
+    if config.wandb:
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("--wandb=True needs the package: pip install wandb") from None
+
+    # ---- model
+    torch.manual_seed(config.seed)  # weights are made on the CPU, so every device starts from the same ones
+    shared = {field.name for field in dataclasses.fields(GPTNeoConfig)} & knobs.FIELDS.keys()
+    model = GPTNeo(GPTNeoConfig(vocab_size=meta["vocab_size"], **{name: getattr(config, name) for name in shared}))
+    if config.resume:
+        model.load_state_dict(checkpoint["model"])
+    model.to(device)
+    if compiled:
+        model.compile()  # in place: no _orig_mod. in the checkpoint's names
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    replica = DistributedDataParallel(model) if world > 1 else model
+
+    # ---- optimizer
+    optimizer = make_optimizer(model, config, device)
+    if config.resume:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+
+    # ---- everything else a resumed run has to know
+    progress = {
+        "step": 0,  # updates done
+        "evaluated": -1,  # last step with a line in metrics.jsonl
+        "best": math.inf,  # lowest validation loss so far
+        "since": [0.0] * 5,  # sums since that line: loss, clean, ablated, gradient norm, updates
+        "seconds": 0.0,  # spent training, evaluation not counted
+    }
+    metrics = []
+    if config.resume:
+        progress = {name: checkpoint[name] for name in progress}
+        # lines written after last.pt, when the run was killed, will be written again
+        lines = (out / "metrics.jsonl").read_text().splitlines()[: checkpoint["lines"]]
+        metrics = [json.loads(line) for line in lines]
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_metrics(out / "metrics.jsonl", metrics)
+
+    n_params = sum(p.numel() for p in model.parameters())
+    say(json.dumps(dataclasses.asdict(config)))
+    say(f"{config.ablation} ablation, {n_params:,} parameters | {meta['train']['tokens']:,} training tokens, vocabulary "
+        f"{meta['vocab_size']:,} | {world} x {device}, {'bfloat16' if bfloat16 else 'float32'}, compile {compiled}")
+    if config.wandb and rank == 0:
+        wandb.init(project="self-ablating-transformers", name=out.name, config=dataclasses.asdict(config))
+
+    def save(name):
+        if rank == 0:
+            save_checkpoint(out / name, model, optimizer=optimizer.state_dict(), train_config=dataclasses.asdict(config),
+                            tokenizer=meta["tokenizer"], data=meta["checksum"], lines=len(metrics), **progress)
+
+    # ---- stop on request: the handler only raises a flag, so an update is never cut in half
+    stop_requested = False
+
+    def request_stop(number, _):
+        nonlocal stop_requested
+        stop_requested = True
+        signal.signal(number, signal.SIG_DFL)  # the second time means it
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, request_stop)
+
+    history = []  # per update since the last look: loss, clean, ablated, gradient norm; on the device, so no sync
+    clock = time.perf_counter()
+
+    def look():
+        """Fetch history, refuse what is not finite, add it up; the mean of each of its four columns."""
+        nonlocal history, clock
+        rows = sum_over_ranks(torch.stack(history).cpu().double().numpy(), device, world) / world
+        now, first = time.perf_counter(), progress["step"] - len(rows)
+        bad = ~np.isfinite(rows).all(1)
+        if bad.any():
+            raise ValueError(f"the loss or its gradient is no longer finite at update {first + int(bad.argmax()) + 1}; "
+                             f"{out}/last.pt is intact: resume with a lower --learning_rate or another --seed")
+        for row in rows.tolist():  # one by one: the sums must not depend on when a run was interrupted
+            progress["since"] = [total + value for total, value in zip(progress["since"], [*row, 1.0])]
+        progress["seconds"] += now - clock
+        speed = len(rows) * config.batch_size * config.block_size / (now - clock)
+        history, clock = [], now
+        return rows.mean(0).tolist(), speed
+
+    # ---- the loop: max_iters updates, and an evaluation before the first, after the last and in between
+    while True:
+        step = progress["step"]
+        if (step % config.eval_interval == 0 or step == config.max_iters) and step > progress["evaluated"]:
+            if history:
+                look()
+            val_clean, val_ablated = evaluate(model, val_tokens, config, device, autocast, rank, world)
+            *sums, updates = progress["since"]
+            loss, clean, ablated, norm = [total / updates if updates else None for total in sums]
+            val_loss = config.clean_coeff * val_clean
+            if config.ablation == "none":
+                ablated = val_ablated = None
+            else:
+                val_loss += config.ablated_coeff * val_ablated
+            metrics.append({"step": step, "loss": loss, "loss_clean": clean, "loss_ablated": ablated,
+                            "val_loss": val_loss, "val_clean": val_clean, "val_ablated": val_ablated, "grad_norm": norm,
+                            "lr": learning_rate_at(step, config), "tokens": step * config.batch_size * config.block_size,
+                            "seconds": round(progress["seconds"], 3)})
+            is_best = val_loss < progress["best"]
+            progress.update(evaluated=step, since=[0.0] * 5, best=min(val_loss, progress["best"]))
+            say(f"step {step:,}: validation clean {val_clean:.4f}" + (f", ablated {val_ablated:.4f}" if val_ablated else ""))
+            if rank == 0:
+                write_metrics(out / "metrics.jsonl", metrics)
+                draw_losses(out / "loss.png", metrics, out.name)
+                if config.wandb:
+                    wandb.log(metrics[-1], step=step)
+            if is_best:
+                save("best.pt")
+            save("last.pt")  # after best.pt: killed between the two, the run finds this best again
+            clock = time.perf_counter()
+        if step == config.max_iters:
+            break
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, config)
+        rows = batch_at(train_tokens, step, config, rank, world).to(device, non_blocking=True)
+        seen = torch.zeros(3, device=device)
+        for micro, part in enumerate(rows.chunk(config.grad_accum)):
+            last = micro == config.grad_accum - 1
+            with nullcontext() if last or world == 1 else replica.no_sync():  # one all-reduce per update
+                with autocast:
+                    losses = replica(part[:, :-1], part[:, 1:])
+                (losses.loss / config.grad_accum).backward()
+            seen += torch.cat((losses.loss[None], both(losses))).detach() / config.grad_accum
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        history.append(torch.cat((seen, norm[None])))
+        progress["step"] = step + 1
+
+        if (step + 1) % config.log_interval == 0:
+            (loss, clean, ablated, norm), speed = look()
+            left = (config.max_iters - step - 1) * config.batch_size * config.block_size / speed
+            say(f"step {step + 1:,}: clean {clean:.4f}" + (f", ablated {ablated:.4f}" if config.ablation != "none" else "")
+                + f" | grad norm {norm:.2f} | lr {learning_rate_at(step, config):.2e} | {speed:,.0f} tokens/s | "
+                  f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left")
+        # ranks must agree on when to stop, and asking costs a sync
+        if world > 1 and (step + 1) % config.log_interval == 0:
+            stop_requested = sum_over_ranks(np.array([float(stop_requested)]), device, world)[0] > 0
+        if stop_requested and (world == 1 or (step + 1) % config.log_interval == 0):
+            if history:
+                look()
+            save("last.pt")
+            say(f"stopped after {step + 1:,} updates; the same command with --resume=True goes on from there")
+            break
+
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    knobs.cli(main)

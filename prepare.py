@@ -34,7 +34,7 @@ def load_meta(folder):
                          "or see python prepare.py --help for other text")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        complete = {"tokenizer", "vocab_size", "eot", "checksum", *SPLITS} <= meta.keys()
+        complete = {"tokenizer", "vocab_size", "eot", "checksum", "train", "val"} <= meta.keys()
     except (ValueError, AttributeError):  # not JSON, or JSON but not an object
         complete = False
     if not complete:
@@ -343,16 +343,16 @@ def write(folder, corpus, spec, workers, source):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("toy", nargs="?", choices=["toy"], help="write stories from the grammar in this file")
-    parser.add_argument("--stories", type=int, help="toy: how many, held-out ones included (20000)")
-    parser.add_argument("--dataset", help="name on the Hugging Face hub or a local folder (roneneldan/TinyStories)")
+    parser.add_argument("--stories", type=int, default=20_000, help="toy: how many, held-out ones included (20000)")
+    parser.add_argument("--dataset", default="roneneldan/TinyStories", help="on the Hugging Face hub, or a local folder")
     parser.add_argument("--config", help="configuration of the dataset, where it has several")
     parser.add_argument("--train", nargs="+", type=Path, metavar="FILE", help=".txt, .jsonl or .parquet, each also .gz")
     parser.add_argument("--val", nargs="+", type=Path, metavar="FILE", help="validation files (a share of --train)")
-    parser.add_argument("--text_column", help="column or JSON field that holds the text (text)")
+    parser.add_argument("--text_column", default="text", help="column or JSON field that holds the text (text)")
     parser.add_argument("--val_share", type=float, default=0.01, help="share to hold out where no validation is given (0.01)")
     parser.add_argument("--seed", type=int, default=0, help="of the toy stories and of the held-out share (0)")
     parser.add_argument("--tokenizer", choices=["gpt2", "words"], help="(gpt2; words for toy)")
-    parser.add_argument("--vocab_size", type=int, help="words: all tokens, with 256 bytes and end-of-text (10000)")
+    parser.add_argument("--vocab_size", type=int, default=10_000, help="words: with 256 bytes and end-of-text (10000)")
     parser.add_argument("--out", type=Path, help="folder to write (data/<name of the source>)")
     parser.add_argument("--force", action="store_true", help="replace what is there, once the new data are complete")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one per core)")
@@ -362,15 +362,11 @@ def main(argv=None):
     source = "toy" if args.toy else "files" if args.train else "dataset"
     knobs = {"toy": ["stories"], "files": ["train", "val", "text_column"], "dataset": ["dataset", "config", "text_column"]}
     for flag in itertools.chain.from_iterable(knobs.values()):
-        if getattr(args, flag) is not None and flag not in knobs[source]:
+        if getattr(args, flag) != parser.get_default(flag) and flag not in knobs[source]:
             raise ValueError(f"--{flag} has no effect here: drop it, or see python prepare.py --help for what goes together")
     args.tokenizer = args.tokenizer or ("words" if args.toy else "gpt2")
-    if args.vocab_size is not None and args.tokenizer == "gpt2":
+    if args.vocab_size != parser.get_default("vocab_size") and args.tokenizer == "gpt2":
         raise ValueError("--vocab_size has no effect on the GPT-2 tokenizer: drop it or add --tokenizer words")
-    defaults = {"stories": 20_000, "dataset": "roneneldan/TinyStories", "text_column": "text", "vocab_size": 10_000}
-    for flag, default in defaults.items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, default)
     for flag, low, high in ("vocab_size", 258, 65_536), ("stories", 2, 10**12), ("workers", 1, 1024):  # ids are uint16
         if not low <= getattr(args, flag) <= high:
             raise ValueError(f"--{flag} must lie between {low:,} and {high:,}, not {getattr(args, flag):,}")
@@ -385,7 +381,9 @@ def main(argv=None):
     out = Path(os.path.abspath(args.out or Path("data") / name[source]))
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
-    if any((out / file).exists() for file in ("train.bin", "val.bin", "meta.json")) and not args.force:
+    # token files without meta.json are somebody else's, unless a run of ours was killed while it moved them there
+    killed = out.with_name(out.name + ".tmp").exists()
+    if not args.force and ((out / "meta.json").exists() or (out / "train.bin").exists() and not killed):
         raise ValueError(f"{out} already holds data: add --force to replace it, or choose another --out")
     if args.tokenizer == "gpt2":
         load_tokenizer({"name": "gpt2"})  # a download that fails should fail now, not after that of the text
@@ -408,7 +406,7 @@ def main(argv=None):
         spec["pieces"] = frequent_pieces(corpus, args.vocab_size - 257, args.workers)
         if len(spec["pieces"]) < args.vocab_size - 257:
             print(f"the text has only {len(spec['pieces']):,} different words and marks: a smaller vocabulary than asked for")
-    how = {flag: getattr(args, flag) for flag in (*knobs[source], "val_share", "seed")}
+    how = {"kind": source} | {flag: getattr(args, flag) for flag in (*knobs[source], "val_share", "seed")}
     meta = write(out, corpus, spec, args.workers, how)
     for split in "train", "val":
         print("{0:6}{stories:,} stories, {tokens:,} tokens, {bytes:,} bytes of text".format(split, **meta[split]))

@@ -16,7 +16,6 @@ those of Hugging Face's GPTNeoForCausalLM, plus the gates.
 """
 
 import os
-import pickle
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-MIN_GAP = 1e-6  # floor under the gate's T: a tie would divide by zero, and below this fp32 scores are noise
+MIN_GAP = 1e-6  # floor under the gate's T: a tie would divide by zero, and below this scores differ by noise
 CHUNK = 6_000_000  # logits alive at a time in the loss: 24 MB, below the 32 MB that malloc returns after each use
 CHOICES = {"ablation": ("none", "local", "global"), "gate": ("softmax", "sigmoid"), "attn_unit": ("dim", "head")}
 
@@ -100,6 +99,7 @@ def gate(scores, k, form="softmax"):
     The gradient is that of w, through gamma and T too; on rows held at MIN_GAP none flows through T.
     Computed and returned in at least fp32: in bf16 a few per cent of rows tie at the k-th place.
     """
+    min_gap = max(MIN_GAP, torch.finfo(scores.dtype).eps)  # half precision cannot hold a gradient of 1 / MIN_GAP
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     top, winners = scores.topk(k + 1, dim=-1)  # (..., k + 1), largest first
     mask = torch.zeros_like(scores).scatter(-1, winners[..., :k], 1.0)
@@ -107,7 +107,7 @@ def gate(scores, k, form="softmax"):
         return mask
     s_k, s_next = top[..., k - 1 : k], top[..., k:]  # (..., 1)
     gamma = (s_k + s_next) / 2
-    T = (s_k - s_next).clamp_min(MIN_GAP)
+    T = (s_k - s_next).clamp_min(min_gap)
     if form == "softmax":
         w = ((scores - gamma) / T).softmax(-1)
     else:
@@ -359,7 +359,7 @@ class GPTNeo(nn.Module):
         try:
             model = cls(GPTNeoConfig(**checkpoint["config"]))
             model.load_state_dict(checkpoint["model"])
-        except (RuntimeError, TypeError) as error:  # of load_state_dict, of GPTNeoConfig
+        except (RuntimeError, TypeError, AttributeError) as error:  # of load_state_dict, of GPTNeoConfig
             raise ValueError("the checkpoint's config and weights do not fit: " + " ".join(str(error).split())) from None
         return model.to(device)
 
@@ -409,7 +409,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         step = max(1, CHUNK // len(weight))
         for start in range(0, len(hidden), step):
             rows, target = slice(start, start + step), targets[start : start + step, None]
-            logp = (hidden[rows] @ weight.T).log_softmax(-1)  # (step, V)
+            logp = (hidden[rows] @ weight.T).log_softmax(-1, dtype=weight.dtype)  # (step, V)
             loss -= logp.gather(-1, target).sum()
             if any(ctx.needs_input_grad):
                 grad = logp.exp_().scatter_add_(-1, target, logp.new_full(target.shape, -1.0))
@@ -444,8 +444,9 @@ def load_checkpoint(path):
         raise ValueError(f"no checkpoint at {path}: give a run folder, such as out/local_k2, or a .pt file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError):
-        raise ValueError(f"{path} is not a checkpoint of this project, or it is truncated") from None
+    except Exception as error:  # damage shows as almost any kind: OSError where the file was cut, IndexError, TypeError ...
+        raise ValueError(f"{path} is not a checkpoint of this project, or it is truncated "
+                         f"({type(error).__name__})") from None
     if not isinstance(checkpoint, dict) or not {"config", "model"} <= checkpoint.keys():
         raise ValueError(f"{path} holds no 'config' and 'model': it is not a checkpoint of this project")
     return checkpoint

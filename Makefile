@@ -1,0 +1,27 @@
+# Each of these works alone on a fresh clone: it makes .venv and installs what is pinned.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test clean
+
+demo: .venv/core.stamp  # toy corpus -> train -> evaluate, sample, picture: under 6 minutes on 2 CPU cores
+	$(if $(wildcard data/toy/meta.json),,$(BIN)/python prepare.py toy)
+	$(BIN)/python train.py config/demo.py $(if $(wildcard out/demo/last.pt),--resume=True)
+	$(BIN)/python eval.py out/demo --sample "Once upon a time" --plot out/demo/units.png
+	@echo "pictures: out/demo/loss.png and out/demo/units.png"
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest -q test_gate.py tests
+
+.venv/core.stamp: requirements.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/dev.stamp: requirements.txt requirements-dev.txt .venv/core.stamp
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
+clean:  # the environment only: data/ and out/ are yours
+	rm -rf .venv

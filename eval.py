@@ -1,0 +1,256 @@
+"""Measure trained models: perplexity, bits per byte, L1, unit use; samples and pictures.
+
+    python eval.py out/local_k2                           one run folder (its best.pt) or one .pt file
+    python eval.py out/* --paper                          many in one table, the paper's Table 1 beside it
+    python eval.py out/local_k2 --json > local_k2.json    the same for machines, unit by unit
+    python eval.py out/local_k2 --sample "Once upon a time"    stories from the clean and the ablated stream
+    python eval.py out/* --plot runs.png                  loss curves over each other, firing rate of every unit
+
+Every token of the validation split is predicted once, from at most block_size - 1 tokens before it.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import config as knobs
+from model import GPTNeo, load_checkpoint
+from prepare import load_meta, load_tokenizer, load_tokens
+
+# Table 1 of the paper: (ablation, k_attn, k_mlp) -> IOI edges, SAE L0, SAE CE score, validation perplexity, L1
+PAPER = {
+    ("none", 0, 0): (79, 7.22, 0.63, 5.73, 0.44),
+    ("global", 8, 8): (70, 5.22, 0.65, 6.97, 0.74), ("local", 8, 8): (36, 5.0, 0.72, 6.47, 0.67),
+    ("global", 4, 4): (41, 4.9, 0.67, 6.73, 0.72), ("local", 4, 4): (30, 4.01, 0.65, 6.58, 0.76),
+    ("global", 2, 2): (30, 4.57, 0.71, 6.66, 0.73), ("local", 2, 2): (54, 4.9, 0.70, 6.55, 0.71),
+    ("global", 1, 1): (38, 5.48, 0.66, 6.49, 0.62), ("local", 1, 1): (36, 5.33, 0.69, 6.58, 0.70),
+}
+STREAMS = ("clean", "ablated")
+
+
+@torch.no_grad()
+def measure(model, tokens, eot, text_bytes, batch_size=8, device="cpu"):
+    """Losses of both streams over a whole split, and which units fire in it -> dict of numbers and lists.
+
+    tokens: uint16 (n,), stories that each end in eot, text_bytes UTF-8 bytes in all. The split is read in
+    windows of block_size tokens, the first after an eot that stands for the end of the story before.
+    """
+    config, T = model.config, model.config.block_size
+    streams = STREAMS if config.ablation != "none" else STREAMS[:1]
+    units = {"attn": config.attn_units, "mlp": 4 * config.n_embd} if len(streams) == 2 else {}
+    nats = {stream: [] for stream in streams}  # one sum a window
+    text_nats = dict.fromkeys(streams, 0.0)  # end-of-text not counted: it has no bytes
+    tokens_fired = {kind: torch.zeros(config.n_layer * n, dtype=torch.int64) for kind, n in units.items()}
+    # story_of[i]: the story that token i belongs to, so masks at the position predicting it count there
+    is_end = np.asarray(tokens) == eot
+    story_of = torch.from_numpy(np.cumsum(is_end) - is_end)
+    story_fired = {kind: torch.zeros(int(story_of[-1]) + 1, config.n_layer * n, dtype=torch.bool)
+                   for kind, n in units.items()}
+
+    starts = list(range(0, len(tokens), T))
+    whole = len(tokens) // T  # the last window may be shorter, so it comes alone
+    for at in (*range(0, whole, batch_size), *([whole] if whole < len(starts) else [])):
+        begins = starts[at : min(at + batch_size, whole) if at < whole else None]
+        targets = torch.stack([torch.from_numpy(tokens[b : b + T].astype(np.int64)) for b in begins])
+        first = torch.tensor([eot if b == 0 else int(tokens[b - 1]) for b in begins])
+        idx = torch.cat((first[:, None], targets[:, :-1]), 1).to(device)
+        out = model.ablated(idx) if units else None
+        for stream, logits in zip(streams, (out.logits_clean, out.logits_ablated) if units else (model(idx),)):
+            losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(device), reduction="none")
+            losses = losses.cpu().double().view(targets.shape)
+            nats[stream] += losses.sum(1).tolist()
+            text_nats[stream] += losses[targets != eot].sum().item()
+        stories = story_of[torch.stack([torch.arange(b, b + targets.size(1)) for b in begins])].flatten()
+        for kind in units:
+            mask = getattr(out, f"{kind}_mask").flatten(0, 1).flatten(1).bool().cpu()  # (tokens, L * N)
+            tokens_fired[kind] += mask.sum(0)
+            row, unit = mask.nonzero(as_tuple=True)
+            story_fired[kind][stories[row], unit] = True
+
+    result = {"tokens": len(tokens), "stories": len(is_end.nonzero()[0])}
+    sizes = np.minimum(T, len(tokens) - np.array(starts))
+    for stream in streams:
+        sums = np.array(nats[stream])
+        loss = sums.sum() / len(tokens)
+        # windows, not tokens, vary independently: standard error of a ratio of sums over windows
+        error = math.sqrt(((sums - loss * sizes) ** 2).sum() * len(sums) / max(1, len(sums) - 1)) / len(tokens)
+        result |= {f"loss_{stream}": loss, f"ppl_{stream}": math.exp(loss), f"ppl_{stream}_se": math.exp(loss) * error,
+                   f"bits_per_byte_{stream}": text_nats[stream] / math.log(2) / text_bytes}
+    for kind in units:
+        result |= {f"{kind}_ever": (tokens_fired[kind] > 0).double().mean().item(),
+                   f"{kind}_per_story": story_fired[kind].sum(1).double().mean().item(),
+                   f"{kind}_rate": (tokens_fired[kind].double() / len(tokens)).view(config.n_layer, -1).tolist()}
+    return result
+
+
+def l1_norms(model):
+    """Mean absolute weight of the clean stream (gates are not part of the model that is used), three ways.
+
+    l1: over the model as TransformerLens lays it out, which is what the published numbers were taken on:
+        embedding and unembedding counted separately, zero q, k, v and unembedding biases counted, writing
+        weights centred over channels, unembedding centred over the vocabulary, LayerNorm not folded.
+    l1_all, l1_blocks: over the model's own parameters, with and without the two embeddings.
+    """
+    weights = {name: w.double() for name, w in model.clean_state_dict().items() if name != "lm_head.weight"}  # tied
+    embeddings = [weights["transformer.wte.weight"], weights["transformer.wpe.weight"]]
+    blocks = [w for name, w in weights.items() if name.split(".")[1] not in ("wte", "wpe")]
+    lens = [w - w.mean(-1, keepdim=True) for w in embeddings]
+    lens += [embeddings[0] - embeddings[0].mean(0), embeddings[0].new_zeros(model.config.vocab_size)]  # W_U, b_U
+    lens += [w.new_zeros(3 * model.config.n_embd) for w in [embeddings[0]] * model.config.n_layer]  # b_Q, b_K, b_V
+    for name, w in weights.items():
+        if "wte" not in name and "wpe" not in name:
+            writes = "out_proj" in name or "c_proj" in name  # into the residual stream, along dimension 0
+            lens.append(w - w.mean(0) if writes else w)
+
+    def mean_abs(tensors):
+        return sum(w.abs().sum().item() for w in tensors) / sum(w.numel() for w in tensors)
+
+    return {"l1": mean_abs(lens), "l1_all": mean_abs(embeddings + blocks), "l1_blocks": mean_abs(blocks)}
+
+
+def evaluate(path, data, batch_size, device):
+    """One run's row: (dict of everything measured, model, tokenizer). Raises ValueError on data that do not fit."""
+    checkpoint = load_checkpoint(path)
+    for key in ("train_config", "tokenizer", "step"):
+        if key not in checkpoint:
+            raise ValueError(f"{path} was not written by train.py: it has no {key!r}")
+    model = GPTNeo.from_checkpoint(checkpoint, device)
+    data = data or checkpoint["train_config"]["data"]
+    meta = load_meta(data)
+    if meta["tokenizer"] != checkpoint["tokenizer"]:
+        raise ValueError(f"{data} has another tokenizer than the one {path} was trained with: give its data with --data")
+    config = model.config
+    row = {"run": str(path), "step": checkpoint["step"], "ablation": config.ablation, "gate": config.gate,
+           "k_attn": config.k_attn if config.ablation != "none" else 0,
+           "k_mlp": config.k_mlp if config.ablation != "none" else 0,
+           "seed": checkpoint["train_config"]["seed"], "data": data, "checksum": meta["checksum"]}
+    row |= measure(model, load_tokens(data, "val"), meta["eot"], meta["val"]["bytes"], batch_size, device)
+    return row | l1_norms(model), model, load_tokenizer(checkpoint["tokenizer"])
+
+
+COLUMNS = [  # heading, how to print it; a column that no row has is left out
+    ("run", lambda r: r["run"]),
+    ("step", lambda r: f"{r['step']:,}"),
+    ("ablation", lambda r: r["ablation"] if not r["k_mlp"] else f"{r['ablation']} k={r['k_attn']}"
+     + (f",{r['k_mlp']}" if r["k_mlp"] != r["k_attn"] else "")),
+    ("ppl clean", lambda r: f"{r['ppl_clean']:.3f} ± {r['ppl_clean_se']:.3f}"),
+    ("ppl ablated", lambda r: f"{r['ppl_ablated']:.3f} ± {r['ppl_ablated_se']:.3f}"),
+    ("bits/byte", lambda r: f"{r['bits_per_byte_clean']:.4f}"),
+    ("ablated", lambda r: f"{r['bits_per_byte_ablated']:.4f}"),
+    ("L1", lambda r: f"{r['l1']:.4f}"),
+    ("L1 all", lambda r: f"{r['l1_all']:.4f}"),
+    ("L1 blocks", lambda r: f"{r['l1_blocks']:.4f}"),
+    ("attn ever", lambda r: f"{r['attn_ever']:.1%}"),
+    ("mlp ever", lambda r: f"{r['mlp_ever']:.1%}"),
+    ("attn/story", lambda r: f"{r['attn_per_story']:.1f}"),
+    ("mlp/story", lambda r: f"{r['mlp_per_story']:.1f}"),
+]
+PAPER_COLUMNS = [(f"paper {name}", lambda r, i=i: str(PAPER[r["ablation"], r["k_attn"], r["k_mlp"]][i]))
+                 for i, name in enumerate(("edges", "L0", "CE score", "ppl", "L1"))]
+
+
+def print_table(rows, columns):
+    def cell(show, row):
+        try:
+            return show(row)
+        except KeyError:  # the baseline has no ablated stream, the paper not every k
+            return "-"
+
+    table = [[heading, *(cell(show, row) for row in rows)] for heading, show in columns]
+    table = [column for column in table if set(column[1:]) != {"-"}]
+    widths = [max(map(len, column)) for column in table]
+    for line in zip(*table):
+        print("  ".join([line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:]))]))
+
+
+def print_samples(name, model, tokenizer, args):
+    """Continue the prompt once from each stream, with the same random numbers."""
+    prompt = tokenizer.encode_ordinary(args.sample) or [tokenizer.eot_token]
+    device = next(model.parameters()).device
+    for stream in STREAMS if model.config.ablation != "none" else STREAMS[:1]:
+        generator = torch.Generator(device).manual_seed(args.seed)
+        tokens = model.generate(torch.tensor([prompt], device=device), args.max_new_tokens, args.temperature,
+                                args.top_k, args.top_p, generator, stream, tokenizer.eot_token)[0].tolist()
+        ended = tokens[-1] == tokenizer.eot_token and len(tokens) > len(prompt)
+        print(f"\n--- {name}, {stream} stream, temperature {args.temperature}, seed {args.seed}")
+        print(tokenizer.decode(tokens[:-1] if ended else tokens))
+
+
+def draw(path, rows):
+    """Validation curves of all runs over each other; below, a row a run: firing rate of every unit, by layer."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LogNorm
+
+    ablated = [row for row in rows if "attn_rate" in row]
+    figure = plt.figure(figsize=(11, 4.2 + 2.2 * len(ablated)), layout="constrained")
+    grid = figure.add_gridspec(1 + len(ablated), 2, height_ratios=[4] + [2.2] * len(ablated), width_ratios=[1, 3])
+    axes = figure.add_subplot(grid[0, :])
+    for number, row in enumerate(rows):
+        folder = Path(row["run"]) if Path(row["run"]).is_dir() else Path(row["run"]).parent
+        if not (folder / "metrics.jsonl").exists():
+            continue  # a checkpoint on its own has no history
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for stream, style in zip(STREAMS, ("-", "--")):
+            points = [(line["step"], line[f"val_{stream}"]) for line in metrics if line[f"val_{stream}"] is not None]
+            if points:
+                axes.plot(*zip(*points), style, color=f"C{number}", label=f"{row['run']}, {stream}")
+    axes.set(xlabel="updates", ylabel="validation loss, nats per token")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize="small")
+    for number, row in enumerate(ablated, 1):
+        for column, (kind, name) in enumerate((("attn", "attention units"), ("mlp", "neurons"))):
+            rate = -np.sort(-np.array(row[f"{kind}_rate"]), 1)  # (L, N), busiest units first
+            axes = figure.add_subplot(grid[number, column])
+            image = axes.imshow(rate, aspect="auto", origin="lower", interpolation="nearest",
+                                norm=LogNorm(1e-4, 1, clip=True))
+            axes.set(title=f"{row['run']}: {name}", xlabel="units of a layer, busiest first", ylabel="layer")
+        figure.colorbar(image, ax=axes, label="share of tokens")
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = knobs.usage_error
+    parser.add_argument("runs", nargs="+", help="run folders (their best.pt) or .pt files")
+    parser.add_argument("--data", help="prepared data to measure on (default: the run's own)")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows at a time; changes speed and memory only")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--paper", action="store_true", help="the paper's Table 1 beside ours")
+    parser.add_argument("--json", action="store_true", help="print JSON, with every unit's firing rate, and nothing else")
+    parser.add_argument("--plot", metavar="FILE", help="save the picture of loss curves and unit use")
+    parser.add_argument("--sample", metavar="PROMPT", help="write on from this text, from each stream")
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    parser.add_argument("--top_k", type=int)
+    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--seed", type=int, default=1337, help="of the samples")
+    args = parser.parse_args()
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size={args.batch_size} must be at least 1")
+
+    rows, samplers = [], []
+    for path in args.runs:
+        row, model, tokenizer = evaluate(path, args.data, args.batch_size, args.device)
+        rows.append(row)
+        samplers.append((path, model, tokenizer))
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print_table(rows, COLUMNS + (PAPER_COLUMNS if args.paper else []))
+        if args.sample is not None:
+            for sampler in samplers:
+                print_samples(*sampler, args)
+    if args.plot:
+        draw(args.plot, rows)
+
+
+if __name__ == "__main__":
+    knobs.cli(main)

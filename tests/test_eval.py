@@ -1,0 +1,210 @@
+"""eval.py: every number against a slower, plainer computation; the command line as a user types it."""
+
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import config
+import eval as evaluation
+from model import GPTNeo, GPTNeoConfig, save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+EOT, V, T = 258, 259, 8
+
+
+def tiny(ablation="local", **changes):
+    torch.manual_seed(0)
+    model = GPTNeo(GPTNeoConfig(**{**dict(vocab_size=V, block_size=T, n_layer=2, n_head=2, n_embd=8, k_attn=2, k_mlp=2,
+                                          ablation=ablation), **changes}))
+    for p in model.parameters():
+        p.data.add_(torch.randn_like(p), alpha=0.3)
+    return model
+
+
+def stories(count=9):
+    rng = np.random.default_rng(0)
+    return [rng.integers(97, 123, rng.integers(3, 14)).tolist() for _ in range(count)]
+
+
+def split(count=9):
+    return np.array([token for story in stories(count) for token in (*story, EOT)], dtype="<u2")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder and its data as train.py and prepare.py leave them."""
+    data, out = tmp_path / "data", tmp_path / "out" / "tiny"
+    data.mkdir()
+    out.mkdir(parents=True)
+    meta = {"tokenizer": {"name": "words", "pieces": ["ab", "ba"]}, "vocab_size": V, "eot": EOT, "checksum": "abc", "source": {}}
+    for name in ("train", "val"):
+        split().tofile(data / f"{name}.bin")
+        meta[name] = {"tokens": len(split()), "stories": 9, "bytes": len(split()) - 9,
+                      "sha256": hashlib.sha256(split().tobytes()).hexdigest()}
+    (data / "meta.json").write_text(json.dumps(meta))
+    save_checkpoint(out / "best.pt", tiny(), step=7, tokenizer=meta["tokenizer"], data="abc",
+                    train_config={"data": str(data), "seed": 5})
+    lines = [{"step": s, "val_clean": 5.0 - s, "val_ablated": 5.5 - s} for s in (0, 1, 2)]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return out
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """eval.py with these words, without the seconds that a new Python takes -> its exit message, what it printed."""
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
+        message = None
+        try:
+            config.cli(evaluation.main)
+        except SystemExit as stop:
+            message = stop.code
+        return message, capsys.readouterr().out
+    return call
+
+
+# ---- the measurements
+
+
+@pytest.mark.parametrize("ablation", ["local", "global", "none"])
+def test_losses_are_those_of_a_token_by_token_count(ablation):
+    """Every token once, each from its own window's tokens before it, the first after an end-of-text."""
+    model, tokens = tiny(ablation).double(), split()
+    result = evaluation.measure(model, tokens, EOT, len(tokens) - 9, batch_size=3)
+    assert len(tokens) % T  # the last window is a short one
+    stream = [EOT, *tokens.tolist()]
+    for name in ("clean", "ablated")[: 1 if ablation == "none" else 2]:
+        nats = []
+        for i, target in enumerate(tokens.tolist()):
+            window = torch.tensor([stream[i - i % T : i + 1]])
+            logits = model(window) if name == "clean" else model.ablated(window).logits_ablated
+            nats.append(-logits[0, -1].log_softmax(-1)[target].item())
+        nats = np.array(nats)
+        text = nats[tokens != EOT]
+        assert result[f"loss_{name}"] == pytest.approx(nats.mean(), rel=1e-6)
+        assert result[f"ppl_{name}"] == pytest.approx(math.exp(nats.mean()), rel=1e-6)
+        assert result[f"bits_per_byte_{name}"] == pytest.approx(text.sum() / math.log(2) / len(text), rel=1e-6)
+        # standard error over windows: jackknife of the mean loss, which it approximates
+        windows = [nats[i : i + T] for i in range(0, len(nats), T)]
+        left_out = np.array([(nats.sum() - w.sum()) / (len(nats) - len(w)) for w in windows])
+        jackknife = math.sqrt(((left_out - left_out.mean()) ** 2).sum() * (len(windows) - 1) / len(windows))
+        assert result[f"ppl_{name}_se"] == pytest.approx(math.exp(nats.mean()) * jackknife, rel=0.05)
+
+
+def test_results_do_not_depend_on_the_batch_size():
+    model, tokens = tiny(), split(40)
+    one, many = (evaluation.measure(model, tokens, EOT, 100, batch_size=size) for size in (1, 17))
+    assert one.keys() == many.keys()
+    for name in one:
+        np.testing.assert_allclose(one[name], many[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, {"attn_unit": "head", "k_attn": 1}])
+def test_unit_use_is_that_of_a_count_by_hand(changes):
+    model, tokens = tiny(**changes), split()
+    result = evaluation.measure(model, tokens, EOT, 100, batch_size=4)
+    stream = [EOT, *tokens.tolist()]
+    story, seen, rates = 0, {"attn": {}, "mlp": {}}, {"attn": {}, "mlp": {}}
+    for i, target in enumerate(tokens.tolist()):
+        out = model.ablated(torch.tensor([stream[i - i % T : i + 1]]))
+        for kind, mask in (("attn", out.attn_mask), ("mlp", out.mlp_mask)):
+            for unit in map(tuple, mask[0, -1].nonzero().tolist()):
+                seen[kind].setdefault(story, set()).add(unit)
+                rates[kind][unit] = rates[kind].get(unit, 0) + 1 / len(tokens)
+        story += target == EOT
+    for kind in seen:
+        rate = np.array(result[f"{kind}_rate"])  # (L, N)
+        assert result[f"{kind}_per_story"] == pytest.approx(np.mean([len(units) for units in seen[kind].values()]))
+        assert result[f"{kind}_ever"] == pytest.approx(len(rates[kind]) / rate.size)
+        for unit, value in rates[kind].items():
+            assert rate[unit] == pytest.approx(value)
+
+
+def test_l1_is_the_mean_over_the_model_as_transformer_lens_lays_it_out():
+    """Their tensors in their shapes, centred as they say, built here one by one; 14,535,249 entries at the paper's size."""
+    for model in (tiny("global"), GPTNeo(GPTNeoConfig(ablation="none"))):
+        c = model.config
+        L, C, H, D, vocabulary = c.n_layer, c.n_embd, c.n_head, c.n_embd // c.n_head, c.vocab_size
+        p = {name: w.double().numpy() for name, w in model.state_dict().items()}
+        W_E, W_pos = p["transformer.wte.weight"], p["transformer.wpe.weight"]
+        W_U = W_E.T.copy()
+        tensors = [W_E - W_E.mean(1, keepdims=True), W_pos - W_pos.mean(1, keepdims=True),
+                   W_U - W_U.mean(1, keepdims=True), np.zeros(vocabulary)]
+        for layer in range(L):
+            name = f"transformer.h.{layer}"
+            for kind in "qkv":
+                tensors += [p[f"{name}.attn.attention.{kind}_proj.weight"].reshape(H, D, C).swapaxes(1, 2), np.zeros((H, D))]
+            W_O = p[f"{name}.attn.attention.out_proj.weight"].T.reshape(H, D, C)
+            b_O, W_out, b_out = (p[f"{name}.attn.attention.out_proj.bias"], p[f"{name}.mlp.c_proj.weight"].T,
+                                 p[f"{name}.mlp.c_proj.bias"])
+            tensors += [W_O - W_O.mean(-1, keepdims=True), b_O - b_O.mean(), p[f"{name}.mlp.c_fc.weight"].T,
+                        p[f"{name}.mlp.c_fc.bias"], W_out - W_out.mean(-1, keepdims=True), b_out - b_out.mean()]
+            tensors += [p[f"{name}.{ln}.{part}"] for ln in ("ln_1", "ln_2") for part in ("weight", "bias")]
+        tensors += [p["transformer.ln_f.weight"], p["transformer.ln_f.bias"]]
+        entries = np.concatenate([np.abs(w).ravel() for w in tensors])
+        assert evaluation.l1_norms(model)["l1"] == pytest.approx(entries.mean(), rel=1e-9)
+    assert len(entries) == 14_535_249
+
+
+def test_plain_l1_counts_the_tied_embedding_once_and_no_gates():
+    model = tiny()
+    kept = {name: p for name, p in model.named_parameters() if "gate" not in name}
+    norms = evaluation.l1_norms(model)
+    assert norms["l1_all"] == pytest.approx(torch.cat([p.flatten() for p in kept.values()]).abs().mean().item(), rel=1e-5)
+    blocks = torch.cat([p.flatten() for name, p in kept.items() if "wte" not in name and "wpe" not in name])
+    assert norms["l1_blocks"] == pytest.approx(blocks.abs().mean().item(), rel=1e-5)
+
+
+# ---- the command line
+
+
+def test_table_sample_paper_and_picture(run):
+    """As a user types it, in a process of its own."""
+    picture = run / "picture.png"
+    done = subprocess.run([sys.executable, "eval.py", run, run / "best.pt", "--paper", "--sample", "ab",
+                           "--max_new_tokens", "5", "--plot", picture], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    head, *rows = done.stdout.splitlines()[:3]
+    assert "ppl clean" in head and "paper ppl" in head
+    assert rows[0].split()[1:4] == ["7", "local", "k=2"] and "±" in rows[0] and rows[0].endswith("0.71")
+    assert "clean stream" in done.stdout and "ablated stream" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_is_the_table_for_machines(run, call):
+    message, out = call(run, "--json")
+    (row,) = json.loads(out)
+    assert message is None
+    assert row["step"] == 7 and row["seed"] == 5 and row["checksum"] == "abc" and row["tokens"] == len(split())
+    assert np.array(row["mlp_rate"]).shape == (2, 32)
+    assert row["ppl_clean"] == pytest.approx(evaluation.measure(tiny(), split(), EOT, 100)["ppl_clean"], rel=1e-5)
+
+
+def test_same_seed_same_sample(run, call):
+    first, second, other = (call(run, "--sample", "", "--max_new_tokens", 7, "--seed", seed)[1].splitlines()[2:]
+                            for seed in (1, 1, 2))
+    assert first == second and first[1:] != other[1:]
+
+
+def test_mistakes_get_one_line(run, call, tmp_path):
+    (tmp_path / "not.pt").write_text("hello")
+    other = tmp_path / "other"
+    other.mkdir()
+    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"tokenizer": {"name": "gpt2"}}))
+    for words, expected in [
+        ((tmp_path / "nowhere",), "no checkpoint at"), ((tmp_path / "not.pt",), "is not a checkpoint"),
+        ((run, "--data", tmp_path / "nowhere"), "no prepared data"), ((run, "--data", other), "another tokenizer"),
+        ((run, "--batch_size", "0"), "--batch_size=0"), ((run, "--batch_size", "many"), "--batch_size"),
+        ((run, "--top_k", "0", "--sample", "a"), "top_k=0"), ((), "runs"), ((run, "--frobnicate"), "--frobnicate"),
+        ((run, "--device", "gpu"), "--device=gpu"), ((run, "--plot", tmp_path / "nowhere" / "a.png"), "--plot"),
+    ]:
+        message, _ = call(*words)
+        assert expected in str(message) and str(message).startswith("error: ") and "\n" not in str(message), words

@@ -213,7 +213,9 @@ def draw(path, rows):
                                 norm=LogNorm(1e-4, 1, clip=True))
             axes.set(title=f"{row['run']}: {name}", xlabel="units of a layer, busiest first", ylabel="layer")
         figure.colorbar(image, ax=axes, label="share of tokens")
-    figure.savefig(path, dpi=120)
+    path = Path(path)
+    figure.savefig(f"{path}.tmp", format=path.suffix[1:], dpi=120)
+    Path(f"{path}.tmp").replace(path)
 
 
 def main():
@@ -222,7 +224,7 @@ def main():
     parser.add_argument("runs", nargs="+", help="run folders (their best.pt) or .pt files")
     parser.add_argument("--data", help="prepared data to measure on (default: the run's own)")
     parser.add_argument("--batch_size", type=int, default=8, help="windows at a time; changes speed and memory only")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto takes cuda, else mps, else cpu")
     parser.add_argument("--paper", action="store_true", help="the paper's Table 1 beside ours")
     parser.add_argument("--json", action="store_true", help="print JSON, with every unit's firing rate, and nothing else")
     parser.add_argument("--plot", metavar="FILE", help="save the picture of loss curves and unit use")
@@ -235,10 +237,15 @@ def main():
     args = parser.parse_args()
     if args.batch_size < 1:
         raise ValueError(f"--batch_size={args.batch_size} must be at least 1")
+    if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--plot={args.plot} must end in .png, .pdf or .svg")
+    if args.plot and not Path(args.plot).absolute().parent.is_dir():
+        raise ValueError(f"--plot: there is no folder {Path(args.plot).parent} to save the picture in")
+    device = knobs.pick_device(args.device)
 
     rows, samplers = [], []
     for path in args.runs:
-        row, model, tokenizer = evaluate(path, args.data, args.batch_size, args.device)
+        row, model, tokenizer = evaluate(path, args.data, args.batch_size, device)
         rows.append(row)
         samplers.append((path, model, tokenizer))
     if args.json:

@@ -1,23 +1,21 @@
 """GPT-Neo trained with self-ablation: a k-winner-takes-all gate over attention units and MLP neurons.
 
-Two residual streams share one set of weights. The *clean* stream is a plain GPT-Neo and the only one
-used at inference. The *ablated* stream keeps, at every token and in every layer, only the k_attn
-attention units and the k_mlp neurons that a gate picks by looking at the clean stream. Training
-minimises the sum of the cross-entropies of both ("Self-Ablating Transformers: More Interpretability,
-Less Sparsity"). Because gates read nothing but the clean stream, one training step is
+Two residual streams share one set of weights. The *clean* stream is a plain GPT-Neo and the only one used at inference.
+The *ablated* stream keeps, at every token and in every layer, only the k_attn attention units and the k_mlp neurons that
+a gate picks by looking at the clean stream. Training minimises the sum of both cross-entropies ("Self-Ablating
+Transformers: More Interpretability, Less Sparsity"). As gates read nothing but the clean stream, a training step is
 
     clean_pass    a plain GPT-Neo that remembers each block's input, keys and values
     gate          scores -> k winners; hard in the forward pass, soft in the backward pass
     ablated_pass  the same blocks again, masked, attending to the remembered keys and values
 
-Shape letters: B batch, T tokens, S tokens attended to (cached ones included), C = n_embd, H heads,
-D = C / H, M = 4C neurons, L layers, V vocabulary, N units competing in one gate. Parameter names are
-those of Hugging Face's GPTNeoForCausalLM, plus the gates.
+Shape letters: B batch, T tokens, S tokens attended to (cached ones included), C = n_embd, H heads, D = C / H, M = 4C
+neurons, L layers, V vocabulary, N units competing in one gate. Parameter names are Hugging Face's, plus the gates.
 """
 
 import os
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +23,6 @@ from torch import nn
 
 MIN_GAP = 1e-6  # floor under the gate's T: a tie would divide by zero, and below this scores differ by noise
 CHUNK = 6_000_000  # logits alive at a time in the loss: 24 MB, below the 32 MB that malloc returns after each use
-CHOICES = {"ablation": ("none", "local", "global"), "gate": ("softmax", "sigmoid"), "attn_unit": ("dim", "head")}
 
 
 @dataclass
@@ -39,31 +36,34 @@ class GPTNeoConfig:
     n_embd: int = 128
     attention_layers: str = "global"  # "global", "local" or a pattern to repeat, such as "global,local"
     window_size: int = 256  # tokens that a local layer sees, the current one included
-    ablation: str = "local"  # none | local (gates in every block) | global (gates after the clean pass)
-    gate: str = "softmax"  # softmax (the paper's Eq. 3) | sigmoid (the published code)
-    attn_unit: str = "dim"  # dim: each of the C head-output channels is a unit | head: each whole head
+    ablation: Literal["none", "local", "global"] = "local"  # gates in every block, or after the clean pass
+    gate: Literal["softmax", "sigmoid"] = "softmax"  # the paper's Eq. 3 or the published code
+    attn_unit: Literal["dim", "head"] = "dim"  # a unit is one of the C head-output channels or a whole head
     k_attn: int = 2  # attention units kept per token and layer
     k_mlp: int = 2  # neurons kept per token and layer
     clean_coeff: float = 1.0  # loss = clean_coeff * clean + ablated_coeff * ablated cross-entropy
     ablated_coeff: float = 1.0
 
     def __post_init__(self):
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of: {', '.join(choices)}")
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "window_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, value in asdict(self).items():
+            choices = get_args(self.__annotations__[name])
+            if choices and value not in choices:
+                raise ValueError(f"{name}={value!r} is not one of: {', '.join(choices)}")
+            if name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "window_size") and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one of them")
-        pattern = self.attention_layers.split(",")
-        if set(pattern) - {"global", "local"} or self.n_layer % len(pattern):
+        if set(self.attention_pattern) - {"global", "local"} or self.n_layer % len(self.attention_pattern):
             raise ValueError(f"attention_layers={self.attention_layers!r} must be 'global' and 'local', separated by "
                              f"commas, in a pattern whose length divides n_layer={self.n_layer}")
         for name, units in (("k_attn", self.attn_units), ("k_mlp", 4 * self.n_embd)):
             if self.ablation != "none" and not 1 <= getattr(self, name) < units:
                 raise ValueError(f"{name}={getattr(self, name)} must be from 1 to {units - 1}: "
                                  f"a layer has {units} units and at least one must lose")
+
+    @property
+    def attention_pattern(self):
+        return self.attention_layers.split(",")
 
     @property
     def attn_units(self):
@@ -90,8 +90,8 @@ class Streams(NamedTuple):
 def gate(scores, k, form="softmax"):
     """k-winner-takes-all mask with a straight-through gradient (paper, Eq. 1-3).
 
-    scores (..., N), 1 <= k < N -> mask (..., N): exact 0/1 with exactly k ones in every row, on the k
-    largest scores (of tied ones, those that topk lists first). With s_(i) the i-th largest score:
+    scores (..., N), 1 <= k < N -> mask (..., N): exact 0/1, with exactly k ones in every row, on the k largest
+    scores (of tied ones, those that topk lists first). With s_(i) the i-th largest score:
         gamma = (s_(k) + s_(k+1)) / 2           Eq. 1, between the last winner and the first loser
         T     =  s_(k) - s_(k+1)                Eq. 2, at least MIN_GAP
         w     = softmax((s - gamma) / T)        Eq. 3, form="softmax"; gamma cancels here
@@ -201,7 +201,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        C, pattern = config.n_embd, config.attention_layers.split(",")
+        C, pattern = config.n_embd, config.attention_pattern
         window = config.window_size if pattern[layer % len(pattern)] == "local" else config.block_size
         self.config = config
         self.ln_1 = nn.LayerNorm(C)
@@ -256,8 +256,8 @@ class GPTNeo(nn.Module):
         self.lm_head.weight = self.transformer["wte"].weight  # tied
 
     def clean_pass(self, idx, past=None):
-        """A plain GPT-Neo: idx (B, T) -> ln_f of the last block (B, T, C), and, one a layer, the block
-        inputs (B, T, C) and the (keys, values), each (B, H, S, D). past: (keys, values) of earlier tokens."""
+        """A plain GPT-Neo: idx (B, T) -> ln_f of the last block (B, T, C), and, one a layer, the block inputs
+        (B, T, C) and the (keys, values), each (B, H, S, D). past: the (keys, values) of earlier tokens."""
         start = past[0][0].size(2) if past else 0
         check_tokens(idx, self.config, start)
         positions = torch.arange(start, start + idx.size(1), device=idx.device)
@@ -345,11 +345,10 @@ class GPTNeo(nn.Module):
 
     def hf_config(self):
         """Keyword arguments of the transformers.GPTNeoConfig that describes the clean stream."""
-        config, pattern = self.config, self.config.attention_layers.split(",")
-        return dict(vocab_size=config.vocab_size, max_position_embeddings=config.block_size, hidden_size=config.n_embd,
-                    num_layers=config.n_layer, num_heads=config.n_head, window_size=config.window_size,
-                    attention_types=[[pattern, config.n_layer // len(pattern)]], activation_function="gelu_new",
-                    embed_dropout=0.0, attention_dropout=0.0, resid_dropout=0.0)
+        c, no_dropout = self.config, dict.fromkeys(("embed_dropout", "attention_dropout", "resid_dropout"), 0.0)
+        attention_types = [[c.attention_pattern, c.n_layer // len(c.attention_pattern)]]
+        return dict(vocab_size=c.vocab_size, max_position_embeddings=c.block_size, hidden_size=c.n_embd, num_layers=c.n_layer,
+                    num_heads=c.n_head, window_size=c.window_size, attention_types=attention_types, **no_dropout)
 
     @classmethod
     def from_checkpoint(cls, checkpoint, device="cpu"):

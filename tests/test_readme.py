@@ -1,0 +1,80 @@
+"""README.md is true: its commands are ones the programs take, its code is the code, its figures are of this tree."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import config
+from model import GPTNeo, GPTNeoConfig, save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PYTHON = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)]
+COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+            for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def flags():
+    """{program: the flags its --help lists}."""
+    helps = {name: subprocess.run([sys.executable, name, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+             for name in ("prepare.py", "eval.py")}
+    return {name: set(re.findall(r"--\w+", text)) for name, text in helps.items()}
+
+
+def test_every_command_is_one_that_works(flags):
+    assert len(COMMANDS) > 15
+    for command in COMMANDS:
+        program, *words = shlex.split(command)
+        if program == "make":
+            assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
+            continue
+        if program in ("pip", "python3"):
+            assert command in ("pip install -r requirements.txt", "python3 -m venv .venv && . .venv/bin/activate"), command
+            continue
+        if program == "torchrun":
+            assert words[0].startswith("--nproc_per_node="), command
+            words = words[1:]
+        script, *words = words
+        assert (ROOT / script).is_file(), command
+        if script == "train.py":
+            assert isinstance(config.load([word if "=" in word else str(ROOT / word) for word in words]), config.Config)
+        else:
+            assert {word for word in words if word.startswith("--")} <= flags[script], command
+
+
+def test_quoted_code_is_the_code():
+    """Every line of the method section stands in model.py, in this order."""
+    source = (ROOT / "model.py").read_text().splitlines()
+    for block in PYTHON[:2]:
+        at = 0
+        for line in block.splitlines():
+            at = source.index(line, at) + 1
+
+
+def test_python_examples_run(tmp_path, monkeypatch):
+    """The examples as they stand, in a folder where out/local_k2 is a run."""
+    pieces = ["Once", " upon", " a", " time"]
+    model = GPTNeo(GPTNeoConfig(vocab_size=256 + len(pieces) + 1, block_size=64, n_layer=2, n_head=2, n_embd=8))
+    (tmp_path / "out" / "local_k2").mkdir(parents=True)
+    save_checkpoint(tmp_path / "out" / "local_k2" / "best.pt", model, step=0, tokenizer={"name": "words", "pieces": pieces})
+    monkeypatch.chdir(tmp_path)
+    for block in PYTHON[2:]:
+        exec(compile(block, "README.md", "exec"), {})
+    import transformers
+    hf = transformers.GPTNeoForCausalLM.from_pretrained("out/local_k2/hf")
+    idx = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(hf(idx).logits, model(idx), rtol=1e-4, atol=1e-5)
+
+
+def test_links_and_line_counts_are_of_this_tree():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for name, count in re.findall(r"^\| `([\w./]+)` \| (\d+) \|", README, re.MULTILINE):
+        assert len((ROOT / name).read_text().splitlines()) == int(count), f"{name}: README says {count} lines"

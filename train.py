@@ -86,16 +86,7 @@ def sum_over_ranks(array, device, world):
 
 def choose_machine(config, local_rank):
     """(device, whether to autocast to bfloat16, whether to compile) from the knobs device, dtype, compile."""
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{local_rank}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device={name} cannot be used: {str(error).splitlines()[0]}") from None
+    device = knobs.pick_device(config.device, local_rank)
     # emulated bfloat16 on GPUs before Ampere is slower than fp32
     has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     bfloat16 = has_bfloat16 if config.dtype == "auto" else config.dtype == "bfloat16"
@@ -118,6 +109,8 @@ def read_resumable(config, data_checksum):
     if not path.is_file():
         raise ValueError(f"--resume=True, but there is no {path}: leave it out to start this run")
     checkpoint = load_checkpoint(path)
+    if not {"optimizer", "train_config", "data", "metrics"} <= checkpoint.keys():
+        raise ValueError(f"{path} has weights but no training state: train.py did not write it, so it cannot go on from it")
     if checkpoint["data"] != data_checksum:
         raise ValueError(f"{config.data} is not the data that {path} was trained on (checksum {data_checksum}, "
                          f"not {checkpoint['data']}): give the run's own data with --data=")
@@ -166,8 +159,10 @@ def main():
     if config.batch_size % (world * config.grad_accum):
         raise ValueError(f"batch_size={config.batch_size} must be a multiple of processes x grad_accum "
                          f"= {world} x {config.grad_accum}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before nccl looks
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
-    say = print if rank == 0 else lambda *words, **_: None
+    say = lambda *words: print(*words, flush=True) if rank == 0 else None  # flushed: a log file is read while it grows
 
     # ---- data
     meta = load_meta(config.data)
@@ -218,11 +213,12 @@ def main():
     metrics = []
     if config.resume:
         progress = {name: checkpoint[name] for name in progress}
-        # lines written after last.pt, when the run was killed, will be written again
-        lines = (out / "metrics.jsonl").read_text().splitlines()[: checkpoint["lines"]]
-        metrics = [json.loads(line) for line in lines]
+        metrics = checkpoint["metrics"]  # not metrics.jsonl: a killed run may have written one line more
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot make the run folder {out}: {error.strerror}: choose another --out") from None
         write_metrics(out / "metrics.jsonl", metrics)
 
     n_params = sum(p.numel() for p in model.parameters())
@@ -235,7 +231,7 @@ def main():
     def save(name):
         if rank == 0:
             save_checkpoint(out / name, model, optimizer=optimizer.state_dict(), train_config=dataclasses.asdict(config),
-                            tokenizer=meta["tokenizer"], data=meta["checksum"], lines=len(metrics), **progress)
+                            tokenizer=meta["tokenizer"], data=meta["checksum"], metrics=metrics, **progress)
 
     # ---- stop on request: the handler only raises a flag, so an update is never cut in half
     stop_requested = False
@@ -243,13 +239,18 @@ def main():
     def request_stop(number, _):
         nonlocal stop_requested
         stop_requested = True
-        signal.signal(number, signal.SIG_DFL)  # the second time means it
+        if world == 1:  # torchrun may pass on a signal that came here too
+            signal.signal(number, signal.SIG_DFL)  # the second time means it
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, request_stop)
 
     history = []  # per update since the last look: loss, clean, ablated, gradient norm; on the device, so no sync
     clock = time.perf_counter()
+
+    def diverged(update):
+        raise ValueError(f"the loss or its gradient is no longer finite at update {update:,}; checkpoints in {out} are from "
+                         f"before: start again with another --out and a lower --learning_rate or another --seed")
 
     def look():
         """Fetch history, refuse what is not finite, add it up; the mean of each of its four columns."""
@@ -258,8 +259,7 @@ def main():
         now, first = time.perf_counter(), progress["step"] - len(rows)
         bad = ~np.isfinite(rows).all(1)
         if bad.any():
-            raise ValueError(f"the loss or its gradient is no longer finite at update {first + int(bad.argmax()) + 1}; "
-                             f"{out}/last.pt is intact: resume with a lower --learning_rate or another --seed")
+            diverged(first + int(bad.argmax()) + 1)
         for row in rows.tolist():  # one by one: the sums must not depend on when a run was interrupted
             progress["since"] = [total + value for total, value in zip(progress["since"], [*row, 1.0])]
         progress["seconds"] += now - clock
@@ -281,6 +281,8 @@ def main():
                 ablated = val_ablated = None
             else:
                 val_loss += config.ablated_coeff * val_ablated
+            if not math.isfinite(val_loss):  # the last update broke the weights: they must not reach last.pt
+                diverged(step + 1)
             metrics.append({"step": step, "loss": loss, "loss_clean": clean, "loss_ablated": ablated,
                             "val_loss": val_loss, "val_clean": val_clean, "val_ablated": val_ablated, "grad_norm": norm,
                             "lr": learning_rate_at(step, config), "tokens": step * config.batch_size * config.block_size,
@@ -323,15 +325,14 @@ def main():
             say(f"step {step + 1:,}: clean {clean:.4f}" + (f", ablated {ablated:.4f}" if config.ablation != "none" else "")
                 + f" | grad norm {norm:.2f} | lr {learning_rate_at(step, config):.2e} | {speed:,.0f} tokens/s | "
                   f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left")
-        # ranks must agree on when to stop, and asking costs a sync
-        if world > 1 and (step + 1) % config.log_interval == 0:
-            stop_requested = sum_over_ranks(np.array([float(stop_requested)]), device, world)[0] > 0
-        if stop_requested and (world == 1 or (step + 1) % config.log_interval == 0):
-            if history:
-                look()
-            save("last.pt")
-            say(f"stopped after {step + 1:,} updates; the same command with --resume=True goes on from there")
-            break
+        # ranks must agree on when to stop, and on GPUs asking costs a sync
+        if world == 1 or device.type == "cpu" or (step + 1) % config.log_interval == 0:
+            if sum_over_ranks(np.array([float(stop_requested)]), device, world)[0] > 0:
+                if history:
+                    look()
+                save("last.pt")
+                say(f"stopped after {step + 1:,} updates; the same command with --resume=True goes on from there")
+                break
 
     if world > 1:
         dist.destroy_process_group()

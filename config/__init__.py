@@ -68,6 +68,8 @@ class Config:
         for name in ("learning_rate", "weight_decay", "adam_eps", "grad_clip", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed={self.seed} must be below 2**63")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
@@ -124,7 +126,7 @@ def load(argv):
         raise ValueError(f"'{word}' is neither a knob (--name=value) nor the one config file")
     given = vars(known)
     path, values = given.pop("config"), {}
-    if path:
+    if path is not None:  # an empty word is a mistake, such as an unset shell variable
         values = {"out": f"out/{Path(path).stem}", **read_file(path)}
     return Config(**{name: parse(FIELDS[name], value) for name, value in {**values, **given}.items()})
 
@@ -147,12 +149,28 @@ def read_file(path):
     return values
 
 
+def pick_device(name, index=0):
+    """A torch.device that works: "auto" takes cuda, else mps, else cpu; "cuda" is GPU number index. Raises ValueError."""
+    import torch  # here, so that --help need not wait for it
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{index}" if name == "cuda" else name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]  # its first sentence: the others fill a screen
+        raise ValueError(f"--device={name} cannot be used here, try --device=cpu: {reason}") from None
+    return device
+
+
 def cli(main):
-    """Run a script's main(): a ValueError that somebody raised on purpose is a message for the user, printed
+    """Run a script's main(): a ValueError that this project's own code raises is a message for the user, printed
     as one line with exit code 1; every other exception is a bug and keeps its traceback."""
     try:
         main()
     except ValueError as error:
-        if not traceback.extract_tb(error.__traceback__)[-1].line.startswith("raise ValueError"):
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        if "site-packages" in where.filename or not where.line.startswith("raise ValueError"):
             raise
         raise SystemExit(f"error: {error}") from None

@@ -1,0 +1,220 @@
+"""The knobs: defaults < config file < command line, and one clear line for every mistake.
+
+    python -m pytest tests/test_config.py
+"""
+
+import dataclasses
+import io
+import re
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import config as knobs
+from config import Config, load
+from model import GPTNeoConfig
+
+FILES = sorted(path for path in (ROOT / "config").glob("*.py") if path.stem != "__init__")
+NAMES = [field.name for field in dataclasses.fields(Config)]
+
+
+def refused(*words):
+    with pytest.raises(ValueError) as caught:
+        load(list(words))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def config_file(folder, text):
+    path = folder / "mine.py"
+    path.write_text(text)
+    return str(path)
+
+
+# ---- what a run gets
+
+
+def test_defaults_are_the_papers():
+    paper = dict(n_layer=8, n_head=16, n_embd=128, block_size=256, batch_size=24, grad_accum=1, max_iters=400_000,
+                 learning_rate=1.4e-3, warmup_iters=0, weight_decay=0.0, grad_clip=1.0, clean_coeff=1.0,
+                 ablated_coeff=1.0, gate="softmax", attn_unit="dim", attention_layers="global")
+    given = dataclasses.asdict(load([]))
+    assert {name: given[name] for name in paper} == paper
+
+
+def test_a_model_made_without_train_py_has_the_same_defaults():
+    shared = {field.name: field.default for field in dataclasses.fields(GPTNeoConfig) if field.name in NAMES}
+    assert len(shared) == len(dataclasses.fields(GPTNeoConfig)) - 1  # all but vocab_size, which the data decide
+    assert shared == {name: getattr(Config(), name) for name in shared}
+
+
+def test_the_command_line_beats_the_file_and_the_file_beats_the_defaults(tmp_path):
+    path = config_file(tmp_path, "k_mlp = 5\nbatch_size = 6\n")
+    config = load([path, "--batch_size=7"])
+    assert (config.k_mlp, config.batch_size, config.n_layer) == (5, 7, 8)
+    assert load(["--batch_size=7", path]) == config  # in any order
+    assert load(["--batch_size", "7", path]) == config  # with a blank for the =
+
+
+def test_a_config_files_run_folder_bears_its_name_unless_told(tmp_path):
+    assert load([config_file(tmp_path, "k_mlp = 5")]).out == "out/mine"
+    assert load([config_file(tmp_path, "out = 'elsewhere'")]).out == "elsewhere"
+    assert load([config_file(tmp_path, "out = 'elsewhere'"), "--out=there"]).out == "there"
+
+
+def test_every_knob_can_be_set_both_ways(tmp_path):
+    """Each knob takes the text of a value that is not its default, and the same value out of a file."""
+    other = {str: "a=b", bool: True, int: 1, float: 0.25}
+    for field in dataclasses.fields(Config):
+        choices = [choice for choice in getattr(field.type, "__args__", ()) if choice != field.default]
+        value = choices[-1] if choices else other[field.type]
+        value = 2 if value == field.default else value
+        expected = dataclasses.replace(Config(), **{field.name: value})
+        assert load([f"--{field.name}={value}"]) == expected
+        path = config_file(tmp_path, f"{field.name} = {value!r}")
+        assert load([path, *([] if field.name == "out" else [f"--out={Config.out}"])]) == expected
+        assert type(getattr(expected, field.name)) is type(field.default)
+
+
+def test_config_files_may_calculate_and_import(tmp_path):
+    path = config_file(tmp_path, "import math\n_tokens = 2 ** 20\nmax_iters = _tokens // (24 * 256)\nlearning_rate = 1")
+    config = load([path])
+    assert config.max_iters == 170
+    assert type(config.learning_rate) is float
+
+
+# ---- the files that come with the project
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_config_files_are_short_and_load(path):
+    assert load([str(path)]).out == f"out/{path.stem}"
+    assert len(path.read_text().splitlines()) < 15
+
+
+def test_there_is_one_config_file_for_every_row_of_the_papers_table():
+    rows = {"baseline", *(f"{kind}_k{k}" for kind in ("local", "global") for k in (1, 2, 4, 8))}
+    assert rows <= {path.stem for path in FILES}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if re.fullmatch(r"baseline|(local|global)_k\d", path.stem)],
+                         ids=lambda path: path.stem)
+def test_a_files_name_says_what_it_changes_and_nothing_else_changes(path):
+    kind, _, k = path.stem.partition("_k")
+    changes = {"ablation": "none"} if kind == "baseline" else {"ablation": kind, "k_attn": int(k), "k_mlp": int(k)}
+    assert load([str(path)]) == Config(out=f"out/{path.stem}", **changes)
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize("typed, meant", [("batchsize", "batch_size"), ("k_atn", "k_attn"), ("learning-rate", "learning_rate"),
+                                          ("max_iter", "max_iters"), ("evalinterval", "eval_interval")])
+def test_a_misspelt_knob_gets_the_nearest_name(typed, meant, tmp_path):
+    assert f"'{typed}'" in refused(f"--{typed}=4") and f"'{meant}'" in refused(f"--{typed}=4")
+    assert f"'{meant}'" in refused(f"--{typed}", "4")
+    if typed.isidentifier():
+        message = refused(config_file(tmp_path, f"{typed} = 4"))
+        assert f"'{meant}'" in message and "mine.py" in message
+
+
+def test_a_name_that_is_like_none_gets_a_way_to_find_one():
+    assert "--help" in refused("--xyzzy=1")
+    assert "'warmup'" in refused("--warmup=1")  # a beginning is not a name: argparse's abbreviations are off
+
+
+@pytest.mark.parametrize("words", ["n_layer=two", "n_layer=2.0", "n_layer=1e3", "n_layer=", "n_layer=True", "learning_rate=fast",
+                                   "learning_rate=", "learning_rate=True", "resume=yes", "resume=1", "wandb=", "ablation=globl",
+                                   "ablation=", "dtype=float16", "compile=1", "gate=Softmax"])
+def test_a_wrong_type_on_the_command_line_names_knob_and_value(words):
+    name, value = words.split("=")
+    message = refused(f"--{words}")
+    assert message.startswith(f"{name}={value} is not ")
+    if name in ("ablation", "gate", "dtype", "compile"):
+        assert all(choice in message for choice in knobs.FIELDS[name].type.__args__)
+
+
+@pytest.mark.parametrize("text", ["n_layer = True", "n_layer = 8.0", "n_layer = '8 layers'", "n_layer = None", "n_layer = [8]",
+                                  "learning_rate = False", "learning_rate = 'fast'", "resume = 1", "wandb = None",
+                                  "data = 7", "out = None", "out = True", "ablation = 'globl'", "ablation = None",
+                                  "compile = 1", "dtype = 16"])
+def test_a_wrong_type_in_a_file_names_knob_and_value(text, tmp_path):
+    assert refused(config_file(tmp_path, text)).startswith(text.split(" ")[0] + "=")
+
+
+@pytest.mark.parametrize("text, word", [("n_layer = = 8", "SyntaxError"), ("n_layer = layers", "NameError"), ("1 / 0", "ZeroDivision"),
+                                        ("import no_such_module", "ModuleNotFoundError"), ("def f(:", "SyntaxError")])
+def test_a_config_file_that_does_not_run_is_refused(text, word, tmp_path):
+    message = refused(config_file(tmp_path, text))
+    assert "mine.py" in message and word in message
+
+
+def test_a_config_file_that_is_not_there_is_named(tmp_path):
+    assert "config/local_k3.py" in refused("config/local_k3.py")
+    assert str(tmp_path) in refused(str(tmp_path))  # a folder is no config file either
+
+
+@pytest.mark.parametrize("words", [["config/local_k2.py", "config/local_k4.py"], ["-n_layer=2"], ["n_layer=2"], ["--n_layer"],
+                                   ["--resume"], ["--=2"], [""]])
+def test_words_that_are_no_knob_are_refused_rather_than_ignored(words):
+    refused(*words)
+
+
+@pytest.mark.parametrize("words", ["batch_size=0", "batch_size=-4", "grad_accum=0", "max_iters=0", "eval_interval=0", "eval_windows=0",
+                                   "log_interval=0", "warmup_iters=-1", "warmup_iters=400000", "learning_rate=-1",
+                                   "learning_rate=nan", "weight_decay=-0.1", "adam_eps=-1e-8", "grad_clip=-1", "grad_clip=nan",
+                                   "seed=-1", "beta1=1", "beta1=-0.1", "beta2=1.5", "beta2=nan"])
+def test_a_value_that_cannot_work_is_refused(words):
+    name, value = words.split("=")
+    message = refused(f"--{words}")
+    assert message.startswith(f"{name}=") and " must " in message
+    assert float(re.match(r"\w+=(\S+)", message)[1]) == pytest.approx(float(value), nan_ok=True)
+
+
+# ---- help
+
+
+def test_help_lists_every_knob_with_default_and_comment(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # a terminal so wide that no comment is broken
+    with pytest.raises(SystemExit) as ended:
+        load(["--help"])
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    source, comments = (ROOT / "config" / "__init__.py").read_text(), {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        named = re.match(r"    (\w+): ", token.line)
+        if token.type == tokenize.COMMENT and named and named[1] in NAMES:
+            comments[named[1]] = token.string.lstrip("# ")
+    assert len(comments) > 20
+    for name in NAMES:
+        note = " ".join(f"{comments.get(name, '')} (default {getattr(Config, name)})".split())
+        assert re.search(rf"--{name} \S+ {re.escape(note)}", shown), name
+
+
+def test_a_percent_sign_in_a_comment_does_not_break_help(monkeypatch, capsys):
+    monkeypatch.setattr(knobs, "comments", lambda: {"seed": "100 % random"})
+    with pytest.raises(SystemExit):
+        load(["--help"])
+    assert "100 % random" in capsys.readouterr().out
+
+
+# ---- which errors are messages, and which are bugs
+
+
+def test_an_error_raised_on_purpose_becomes_one_line_and_exit_code_1():
+    def main():
+        raise ValueError("three blind mice")
+    with pytest.raises(SystemExit) as ended:
+        knobs.cli(main)
+    assert ended.value.code == "error: three blind mice"  # Python prints a text code to stderr and exits with 1
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ValueError, match="invalid literal"):
+        knobs.cli(lambda: int("a bug, not a message"))
+    with pytest.raises(KeyError):
+        knobs.cli(lambda: {}["a bug"])

@@ -198,7 +198,8 @@ def draw(path, rows):
             continue  # a checkpoint on its own has no history
         metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for stream, style in zip(STREAMS, ("-", "--")):
-            points = [(line["step"], line[f"val_{stream}"]) for line in metrics if line[f"val_{stream}"] is not None]
+            points = [(line["step"], line[f"val_{stream}"]) for line in metrics
+                      if line["step"] and line[f"val_{stream}"] is not None]  # step 0 would squeeze all the others
             if points:
                 axes.plot(*zip(*points), style, color=f"C{number}", label=f"{row['run']}, {stream}")
     axes.set(xlabel="updates", ylabel="validation loss, nats per token")
@@ -211,7 +212,8 @@ def draw(path, rows):
             axes = figure.add_subplot(grid[number, column])
             image = axes.imshow(rate, aspect="auto", origin="lower", interpolation="nearest",
                                 norm=LogNorm(1e-4, 1, clip=True))
-            axes.set(title=f"{row['run']}: {name}", xlabel="units of a layer, busiest first", ylabel="layer")
+            axes.set(xlabel="units of a layer, busiest first", ylabel="layer")
+            axes.set_title(f"{row['run']}: {name}", fontsize="medium")
         figure.colorbar(image, ax=axes, label="share of tokens")
     path = Path(path)
     figure.savefig(f"{path}.tmp", format=path.suffix[1:], dpi=120)

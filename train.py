@@ -321,10 +321,10 @@ def main():
 
         if (step + 1) % config.log_interval == 0:
             (loss, clean, ablated, norm), speed = look()
-            left = (config.max_iters - step - 1) * config.batch_size * config.block_size / speed
+            left = round((config.max_iters - step - 1) * config.batch_size * config.block_size / speed)
             say(f"step {step + 1:,}: clean {clean:.4f}" + (f", ablated {ablated:.4f}" if config.ablation != "none" else "")
                 + f" | grad norm {norm:.2f} | lr {learning_rate_at(step, config):.2e} | {speed:,.0f} tokens/s | "
-                  f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left")
+                  f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
         # ranks must agree on when to stop, and on GPUs asking costs a sync
         if world == 1 or device.type == "cpu" or (step + 1) % config.log_interval == 0:
             if sum_over_ranks(np.array([float(stop_requested)]), device, world)[0] > 0:

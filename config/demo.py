@@ -1,5 +1,5 @@
 # A first run without a GPU: about three minutes on 2 CPU cores, on the corpus of `python prepare.py toy`.
-# 1,500 updates x 8 sequences x 128 tokens = 1.5 million tokens; 0.5 GB of memory.
+# 1,200 updates x 8 sequences x 128 tokens = 1.2 million tokens; 0.5 GB of memory.
 data = "data/toy"
 k_attn = 4
 k_mlp = 4
@@ -8,7 +8,7 @@ n_head = 3
 n_embd = 96
 block_size = 128
 batch_size = 8
-max_iters = 1500
+max_iters = 1200
 learning_rate = 2e-3
-eval_interval = 150
+eval_interval = 200
 log_interval = 50

@@ -74,7 +74,8 @@ def test_python_examples_run(tmp_path, monkeypatch):
 
 
 def test_links_and_line_counts_are_of_this_tree():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", prose):
         assert (ROOT / target).exists(), target
     for name, count in re.findall(r"^\| `([\w./]+)` \| (\d+) \|", README, re.MULTILINE):
         assert len((ROOT / name).read_text().splitlines()) == int(count), f"{name}: README says {count} lines"

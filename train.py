@@ -335,6 +335,9 @@ def main():
                 break
 
     if world > 1:
+        # before its process group: dropped last, its reducer would join gloo's threads while holding the GIL that one of
+        # them may wait for, and hang (seen with torch 2.13; see pytorch issue 56297)
+        del replica
         dist.destroy_process_group()
 
 

@@ -6,7 +6,8 @@
     python eval.py out/local_k2 --sample "Once upon a time"    stories from the clean and the ablated stream
     python eval.py out/* --plot runs.png                  loss curves over each other, firing rate of every unit
 
-Every token of the validation split is predicted once, from at most block_size - 1 tokens before it.
+Every token of the validation split is predicted once, in windows of block_size tokens that do not overlap: the first
+token of a window is predicted from one token, the last from block_size.
 """
 
 import argparse
@@ -113,35 +114,40 @@ def l1_norms(model):
     return {"l1": mean_abs(lens), "l1_all": mean_abs(embeddings + blocks), "l1_blocks": mean_abs(blocks)}
 
 
-def evaluate(path, data, batch_size, device):
-    """One run's row: (dict of everything measured, model, tokenizer). Raises ValueError on data that do not fit."""
+def open_run(path, data):
+    """A run's path, checkpoint and data folder, checked against each other. Raises ValueError when they do not fit."""
     checkpoint = load_checkpoint(path)
     for key in ("train_config", "tokenizer", "step"):
         if key not in checkpoint:
             raise ValueError(f"{path} was not written by train.py: it has no {key!r}")
-    model = GPTNeo.from_checkpoint(checkpoint, device)
     data = data or checkpoint["train_config"]["data"]
-    meta = load_meta(data)
-    if meta["tokenizer"] != checkpoint["tokenizer"]:
+    if load_meta(data)["tokenizer"] != checkpoint["tokenizer"]:
         raise ValueError(f"{data} has another tokenizer than the one {path} was trained with: give its data with --data")
+    return path, checkpoint, data
+
+
+def evaluate(path, checkpoint, data, batch_size, device):
+    """One run's row, a dict of everything measured, and its model."""
+    model, meta = GPTNeo.from_checkpoint(checkpoint, device), load_meta(data)
     config = model.config
     row = {"run": str(path), "step": checkpoint["step"], "ablation": config.ablation, "gate": config.gate,
-           "k_attn": config.k_attn if config.ablation != "none" else 0,
+           "attn_unit": config.attn_unit, "k_attn": config.k_attn if config.ablation != "none" else 0,
            "k_mlp": config.k_mlp if config.ablation != "none" else 0,
            "seed": checkpoint["train_config"]["seed"], "data": data, "checksum": meta["checksum"]}
     row |= measure(model, load_tokens(data, "val"), meta["eot"], meta["val"]["bytes"], batch_size, device)
-    return row | l1_norms(model), model, load_tokenizer(checkpoint["tokenizer"])
+    return row | l1_norms(model), model
 
 
 COLUMNS = [  # heading, how to print it; a column that no row has is left out
     ("run", lambda r: r["run"]),
+    ("data", lambda r: Path(r["data"]).name),
     ("step", lambda r: f"{r['step']:,}"),
     ("ablation", lambda r: r["ablation"] if not r["k_mlp"] else f"{r['ablation']} k={r['k_attn']}"
      + (f",{r['k_mlp']}" if r["k_mlp"] != r["k_attn"] else "")),
     ("ppl clean", lambda r: f"{r['ppl_clean']:.3f} ± {r['ppl_clean_se']:.3f}"),
     ("ppl ablated", lambda r: f"{r['ppl_ablated']:.3f} ± {r['ppl_ablated_se']:.3f}"),
     ("bits/byte", lambda r: f"{r['bits_per_byte_clean']:.4f}"),
-    ("ablated", lambda r: f"{r['bits_per_byte_ablated']:.4f}"),
+    ("ablated bits", lambda r: f"{r['bits_per_byte_ablated']:.4f}"),
     ("L1", lambda r: f"{r['l1']:.4f}"),
     ("L1 all", lambda r: f"{r['l1_all']:.4f}"),
     ("L1 blocks", lambda r: f"{r['l1_blocks']:.4f}"),
@@ -208,13 +214,14 @@ def draw(path, rows):
         axes.legend(fontsize="small")
     for number, row in enumerate(ablated, 1):
         for column, (kind, name) in enumerate((("attn", "attention units"), ("mlp", "neurons"))):
-            rate = -np.sort(-np.array(row[f"{kind}_rate"]), 1)  # (L, N), busiest units first
+            rate = -np.sort(-np.array(row[f"{kind}_rate"]), 1)  # (L, N), busiest units of each layer first
+            rate[rate == 0] = np.nan  # units that never fire stay white
             axes = figure.add_subplot(grid[number, column])
             image = axes.imshow(rate, aspect="auto", origin="lower", interpolation="nearest",
                                 norm=LogNorm(1e-4, 1, clip=True))
-            axes.set(xlabel="units of a layer, busiest first", ylabel="layer")
+            axes.set(xlabel="units of each layer, its busiest first", ylabel="layer", yticks=range(len(rate)))
             axes.set_title(f"{row['run']}: {name}", fontsize="medium")
-        figure.colorbar(image, ax=axes, label="share of tokens")
+        figure.colorbar(image, ax=axes, label="share of tokens (white: never)")
     path = Path(path)
     figure.savefig(f"{path}.tmp", format=path.suffix[1:], dpi=120)
     Path(f"{path}.tmp").replace(path)
@@ -245,18 +252,20 @@ def main():
         raise ValueError(f"--plot: there is no folder {Path(args.plot).parent} to save the picture in")
     device = knobs.pick_device(args.device)
 
-    rows, samplers = [], []
-    for path in args.runs:
-        row, model, tokenizer = evaluate(path, args.data, args.batch_size, device)
-        rows.append(row)
-        samplers.append((path, model, tokenizer))
+    if args.json and (args.paper or args.sample is not None):
+        raise ValueError("--json prints our numbers and nothing else: drop --paper and --sample")
+    if not args.temperature >= 0 or args.max_new_tokens < 1:
+        raise ValueError(f"--temperature={args.temperature} must be at least 0, --max_new_tokens={args.max_new_tokens} at least 1")
+    runs = [open_run(path, args.data) for path in args.runs]  # all of them, before the first takes its minutes
+    tokenizers = [load_tokenizer(checkpoint["tokenizer"]) for _, checkpoint, _ in runs] if args.sample is not None else []
+
+    rows, models = zip(*(evaluate(*run, args.batch_size, device) for run in runs))
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
         print_table(rows, COLUMNS + (PAPER_COLUMNS if args.paper else []))
-        if args.sample is not None:
-            for sampler in samplers:
-                print_samples(*sampler, args)
+        for path, model, tokenizer in zip(args.runs, models, tokenizers):
+            print_samples(path, model, tokenizer, args)
     if args.plot:
         draw(args.plot, rows)
 

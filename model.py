@@ -99,6 +99,8 @@ def gate(scores, k, form="softmax"):
     The gradient is that of w, through gamma and T too; on rows held at MIN_GAP none flows through T.
     Computed and returned in at least fp32: in bf16 a few per cent of rows tie at the k-th place.
     """
+    if form not in ("softmax", "sigmoid"):
+        raise ValueError(f"form={form!r} is neither 'softmax' nor 'sigmoid'")
     min_gap = max(MIN_GAP, torch.finfo(scores.dtype).eps)  # half precision cannot hold a gradient of 1 / MIN_GAP
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     top, winners = scores.topk(k + 1, dim=-1)  # (..., k + 1), largest first
@@ -321,7 +323,7 @@ class GPTNeo(nn.Module):
             raise ValueError(f"a model with ablation={self.config.ablation!r} cannot write from stream={stream!r}")
         if idx.size(1) == 0:
             raise ValueError("the prompt is empty: give at least one token, such as end-of-text")
-        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
             raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: sampling wants "
                              f"temperature >= 0, top_k >= 1 and 0 < top_p <= 1")
         stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
@@ -377,7 +379,7 @@ def sample(logits, temperature, top_k, top_p, generator):
     """logits (B, V) -> next tokens (B, 1)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0, so that no temperature overflows
     if top_k is not None:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -torch.inf)
     if top_p is not None:
@@ -440,7 +442,7 @@ def load_checkpoint(path):
     if os.path.isdir(path):
         path = os.path.join(path, "best.pt")
     if not os.path.isfile(path):
-        raise ValueError(f"no checkpoint at {path}: give a run folder, such as out/local_k2, or a .pt file")
+        raise ValueError(f"no checkpoint at {path}: give a run folder that has a best.pt, such as out/local_k2, or a .pt file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage shows as almost any kind: OSError where the file was cut, IndexError, TypeError ...

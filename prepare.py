@@ -15,6 +15,11 @@ from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows: there two of these programs writing one folder are not kept apart
+    fcntl = None
+
 import numpy as np
 import tiktoken
 from tqdm import tqdm
@@ -25,13 +30,13 @@ MAX_PIECES = 4_000_000  # different pieces counted before the rarest are forgott
 # how GPT-2 cuts text before merging: contractions, words with their leading space, numbers, punctuation, whitespace
 PIECE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-# ---- the reader: train.py, eval.py, bench/ and interp/ use these three ----------------------------------------
+# ---- the reader: every other program uses these three ---------------------------------------------------------
 
 def load_meta(folder):
     path = Path(folder) / "meta.json"
     if not path.is_file():
-        raise ValueError(f"no prepared data in {folder} (no meta.json): run python prepare.py toy --out {folder}, "
-                         "or see python prepare.py --help for other text")
+        raise ValueError(f"no prepared data in {folder} (no meta.json): name the folder that has it with --data, "
+                         "or make some, see python prepare.py --help")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         complete = {"tokenizer", "vocab_size", "eot", "checksum", "train", "val"} <= meta.keys()
@@ -303,15 +308,29 @@ def frequent_pieces(corpus, count, workers):
     return sorted(pieces, key=lambda piece: (-counts[piece], piece))[:count]
 
 
+def claim(folder):
+    """Makes a folder that no other prepare.py is using. -> a lock, which the system lets go of when its owner dies"""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # there already after a run that was killed
+        if fcntl is None:
+            return None
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        raise ValueError(f"another prepare.py is at work in {folder}: wait for it or choose another --out") from None
+    except OSError as error:
+        raise ValueError(f"cannot write {folder}: {one_line(error)}: choose another --out") from error
+
+
 def write(folder, corpus, spec, workers, source):
     """Writes the three files into a folder beside `folder` and moves them there when all are complete."""
     unfinished = folder.with_name(folder.name + ".tmp")
     tokenizer = load_tokenizer(spec)
     meta = {"tokenizer": spec, "vocab_size": tokenizer.n_vocab, "eot": tokenizer.eot_token}
     meta |= {split: {"tokens": 0, "stories": 0, "bytes": 0, "sha256": hashlib.sha256()} for split in ("train", "val")}
+    lock = claim(unfinished)
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-        unfinished.mkdir(parents=True)
         with open(unfinished / "train.bin", "wb") as train, open(unfinished / "val.bin", "wb") as val:
             for encoded in on_all_cores(encode, corpus, spec, workers, "tokenizing"):
                 for split, file in ("train", train), ("val", val):
@@ -337,6 +356,8 @@ def write(folder, corpus, spec, workers, source):
         raise ValueError(f"cannot write {folder}: {one_line(error)}: free some space or choose another --out") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
     return meta
 
 

@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=4 train.py config/local_k2.py         one process per GPU (gloo on CPU)
     python train.py config/local_k2.py --resume=True                go on exactly where the run stopped
 
-Writes into the run folder out/<config>/: last.pt and best.pt (lowest validation loss), metrics.jsonl
-(a JSON object per evaluation) and loss.png. Ctrl-C and SIGTERM save last.pt and leave.
+Writes into the run folder out/<config>/: last.pt, best.pt (lowest validation loss, of what is trained: the weighted
+sum of both streams), metrics.jsonl (a JSON object per evaluation) and loss.png. Ctrl-C and SIGTERM save last.pt and leave.
 """
 
 import dataclasses
@@ -217,9 +217,9 @@ def main():
     if rank == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
+            write_metrics(out / "metrics.jsonl", metrics)
         except OSError as error:
-            raise ValueError(f"cannot make the run folder {out}: {error.strerror}: choose another --out") from None
-        write_metrics(out / "metrics.jsonl", metrics)
+            raise ValueError(f"cannot write to the run folder {out}: {error.strerror}: choose another --out") from None
 
     n_params = sum(p.numel() for p in model.parameters())
     say(json.dumps(dataclasses.asdict(config)))
@@ -289,7 +289,7 @@ def main():
                             "seconds": round(progress["seconds"], 3)})
             is_best = val_loss < progress["best"]
             progress.update(evaluated=step, since=[0.0] * 5, best=min(val_loss, progress["best"]))
-            say(f"step {step:,}: validation clean {val_clean:.4f}" + (f", ablated {val_ablated:.4f}" if val_ablated else ""))
+            say(f"step {step:,}: validation clean {val_clean:.4f}" + (f", ablated {val_ablated:.4f}" if val_ablated is not None else ""))
             if rank == 0:
                 write_metrics(out / "metrics.jsonl", metrics)
                 draw_losses(out / "loss.png", metrics, out.name)

@@ -2,7 +2,8 @@
 
     python train.py config/local_k2.py --batch_size=12     defaults < config file < command line
 
-A config file is Python that assigns to some of these names: a diff from the defaults.
+A config file is Python that assigns to some of these names: a diff from the defaults. Names that begin with an
+underscore, and imported modules, are its own business.
 """
 
 import argparse
@@ -65,11 +66,12 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.warmup_iters < self.max_iters:
             raise ValueError(f"warmup_iters={self.warmup_iters} must be between 0 and max_iters - 1 = {self.max_iters - 1}")
-        for name in ("learning_rate", "weight_decay", "adam_eps", "grad_clip", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed={self.seed} must be below 2**63")
+        for name in ("learning_rate", "weight_decay", "adam_eps", "grad_clip", "clean_coeff", "ablated_coeff", "seed"):
+            if not 0 <= getattr(self, name) < (2**63 if name == "seed" else float("inf")):
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number that is not negative")
+        for name in ("data", "out"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}= must name a folder")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
@@ -94,8 +96,8 @@ def parse(field, value):
     choices, text = get_args(field.type), str(value)
     if choices and text in choices:
         return text
-    if field.type is bool and text in ("True", "False"):
-        return text == "True"
+    if field.type is bool and text.capitalize() in ("True", "False"):
+        return text.capitalize() == "True"
     if field.type is str and isinstance(value, str):
         return value
     if field.type in (int, float) and not isinstance(value, bool):
@@ -103,7 +105,8 @@ def parse(field, value):
             return field.type(text)
         except ValueError:
             pass
-    wants = ("one of " + ", ".join(choices)) if choices else "True or False" if field.type is bool else {int: "a whole number", float: "a number", str: "text"}[field.type]
+    kinds = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+    wants = "one of " + ", ".join(choices) if choices else kinds[field.type]
     raise ValueError(f"{field.name}={text} is not {wants}")
 
 
@@ -116,7 +119,8 @@ def load(argv):
     parser.add_argument("config", nargs="?", help="a config file, such as config/local_k2.py")
     for name, field in FIELDS.items():
         note = f"{notes.get(name, '')} (default {field.default})".strip().replace("%", "%%")
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=note,
+        switch = {"nargs": "?", "const": "True"} if field.type is bool else {}  # --resume is --resume=True
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=note, **switch,
                             metavar="|".join(get_args(field.type)) or field.type.__name__)
     parser.error = usage_error
     known, extra = parser.parse_known_args(argv)

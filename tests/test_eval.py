@@ -173,7 +173,7 @@ def test_table_sample_paper_and_picture(run):
     assert done.returncode == 0, done.stderr
     head, *rows = done.stdout.splitlines()[:3]
     assert "ppl clean" in head and "paper ppl" in head
-    assert rows[0].split()[1:4] == ["7", "local", "k=2"] and "±" in rows[0] and rows[0].endswith("0.71")
+    assert rows[0].split()[1:5] == ["data", "7", "local", "k=2"] and "±" in rows[0] and rows[0].endswith("0.71")
     assert "clean stream" in done.stdout and "ablated stream" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -204,6 +204,7 @@ def test_mistakes_get_one_line(run, call, tmp_path):
         ((run, "--data", tmp_path / "nowhere"), "no prepared data"), ((run, "--data", other), "another tokenizer"),
         ((run, "--batch_size", "0"), "--batch_size=0"), ((run, "--batch_size", "many"), "--batch_size"),
         ((run, "--top_k", "0", "--sample", "a"), "top_k=0"), ((), "runs"), ((run, "--frobnicate"), "--frobnicate"),
+        ((run, "--json", "--paper"), "drop --paper"), ((run, "--temperature", "nan"), "--temperature=nan"),
         ((run, "--device", "gpu"), "--device=gpu"), ((run, "--plot", tmp_path / "nowhere" / "a.png"), "--plot"),
     ]:
         message, _ = call(*words)

@@ -409,7 +409,7 @@ def test_reader_refuses_what_is_not_complete(tmp_path):
             prepare.load_meta(out)
     (out / "meta.json").unlink()
     for folder in out, tmp_path / "absent":
-        with pytest.raises(ValueError, match="no prepared data.*prepare.py toy"):
+        with pytest.raises(ValueError, match="no prepared data.*--data.*prepare.py --help"):
             prepare.load_meta(folder)
     with pytest.raises(ValueError, match="unknown tokenizer"):
         prepare.load_tokenizer({"name": "bert"})
@@ -542,3 +542,17 @@ def test_toy_grammar_is_used_up_and_reads_well(toy):
     for boys, girls in (prepare.BOYS, prepare.GIRLS), (prepare.GIRLS, prepare.BOYS):  # pronouns fit
         wrong = "girl" if boys is prepare.BOYS else "boy"
         assert not re.search(rf"{wrong} named ({'|'.join(boys)})\b", text)
+
+
+def test_two_at_once_into_one_folder_are_kept_apart(tmp_path):
+    """The second is refused while the first works, and the first one's data are whole."""
+    import fcntl
+    (tmp_path / "out.tmp").mkdir()
+    lock = os.open(tmp_path / "out.tmp", os.O_RDONLY)  # as the first holds it
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another prepare.py is at work"):
+        prepare.main(["toy", "--stories", "20", "--workers", "1", "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out.tmp").exists() and not (tmp_path / "out").exists()
+    os.close(lock)
+    prepare.main(["toy", "--stories", "20", "--workers", "1", "--out", str(tmp_path / "out")])
+    assert len(prepare.load_tokens(tmp_path / "out", "train"))

@@ -150,14 +150,15 @@ class Launcher:
     """Starts `python train.py` many times for the price of one import of torch: a process that has imported it, and
     computed nothing yet, forks a child for each run. The children die for real."""
 
-    CODE = """if True:
-        import json, os, runpy, sys
+    CODE = f"""if True:
+        import json, os, runpy, signal, sys
         import matplotlib.pyplot, train, torch._dynamo  # which torch itself would import at the first update
         for line in sys.stdin:
             pids = []
             for job in json.loads(line):
                 pids.append(os.fork())
                 if pids[-1] == 0:
+                    signal.alarm({PATIENCE})  # ends it even where it hangs in C++
                     for descriptor in (1, 2):
                         os.dup2(os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
                     os.environ.update(job["environment"])
@@ -904,7 +905,7 @@ def test_a_run_goes_on_without_its_metrics_file(data, tmp_path, whole):
 
 def test_a_run_folder_that_cannot_be_made_is_refused(data, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "cannot make the run folder" in refused(data, tmp_path / "file" / "run")
+    assert "cannot write to the run folder" in refused(data, tmp_path / "file" / "run")
 
 
 def test_resuming_with_other_data_is_refused(tmp_path, whole):

@@ -167,12 +167,18 @@ def test_words_that_are_no_knob_are_refused_rather_than_ignored(words):
 @pytest.mark.parametrize("words", ["batch_size=0", "batch_size=-4", "grad_accum=0", "max_iters=0", "eval_interval=0", "eval_windows=0",
                                    "log_interval=0", "warmup_iters=-1", "warmup_iters=400000", "learning_rate=-1",
                                    "learning_rate=nan", "weight_decay=-0.1", "adam_eps=-1e-8", "grad_clip=-1", "grad_clip=nan",
-                                   "seed=-1", "seed=9223372036854775808", "learning_rate=inf", "clean_coeff=-1", "ablated_coeff=nan", "out=", "data=", "beta1=1", "beta1=-0.1", "beta2=1.5", "beta2=nan"])
+                                   "seed=-1", "seed=9223372036854775808", "learning_rate=inf", "clean_coeff=-1", "ablated_coeff=nan",
+                                   "beta1=1", "beta1=-0.1", "beta2=1.5", "beta2=nan"])
 def test_a_value_that_cannot_work_is_refused(words):
     name, value = words.split("=")
     message = refused(f"--{words}")
     assert message.startswith(f"{name}=") and " must " in message
     assert float(re.match(r"\w+=(\S+)", message)[1]) == pytest.approx(float(value), nan_ok=True)
+
+
+def test_an_empty_folder_name_is_refused():
+    """As an unset shell variable leaves it: it would mean the folder that one is in."""
+    assert refused("--out=") == "out= must name a folder" and refused("--data=") == "data= must name a folder"
 
 
 # ---- help

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import model as model_module
 from model import GPTNeo, GPTNeoConfig, load_checkpoint, save_checkpoint
 
 TINY = dict(vocab_size=11, block_size=4, n_layer=2, n_head=2, n_embd=4, k_attn=1, k_mlp=1)

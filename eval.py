@@ -13,6 +13,7 @@ token of a window is predicted from one token, the last from block_size.
 import argparse
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -248,8 +249,8 @@ def main():
         raise ValueError(f"--batch_size={args.batch_size} must be at least 1")
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--plot={args.plot} must end in .png, .pdf or .svg")
-    if args.plot and not Path(args.plot).absolute().parent.is_dir():
-        raise ValueError(f"--plot: there is no folder {Path(args.plot).parent} to save the picture in")
+    if args.plot and not os.access(Path(args.plot).absolute().parent, os.W_OK):
+        raise ValueError(f"--plot: there is no folder {Path(args.plot).parent} that the picture could be saved in")
     device = knobs.pick_device(args.device)
 
     if args.json and (args.paper or args.sample is not None):

@@ -40,7 +40,8 @@ def load_meta(folder):
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         complete = {"tokenizer", "vocab_size", "eot", "checksum", "train", "val"} <= meta.keys()
-    except (ValueError, AttributeError):  # not JSON, or JSON but not an object
+        complete = complete and {"tokens", "stories", "bytes"} <= meta["train"].keys() & meta["val"].keys()
+    except (ValueError, AttributeError):  # not JSON, or JSON but not objects
         complete = False
     if not complete:
         raise ValueError(f"{path} is damaged: run prepare.py again with --out {folder} --force")

@@ -81,7 +81,7 @@ def test_the_new_file_is_on_disk_before_it_takes_the_old_ones_name(saved, monkey
     before, events = saved.read_bytes(), []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(("fsync", saved.read_bytes() == before)), fsync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("replace", torch.load(a)["step"])), replace(a, b)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("replace", torch.load(a, weights_only=True)["step"])), replace(a, b)))
     save_checkpoint(saved, tiny(seed=1), step=4)
     assert events == [("fsync", True), ("replace", 4)]
     assert load_checkpoint(saved)["step"] == 4

@@ -403,7 +403,8 @@ def test_reader_refuses_what_is_not_complete(tmp_path):
     (out / "train.bin").unlink()
     with pytest.raises(ValueError, match="promises"):
         prepare.load_tokens(out, "train")
-    for damaged in "{", "[]", "{}", '{"tokenizer": 1':
+    wrong_type = json.dumps(json.loads((out / "meta.json").read_text()) | {"train": 5})
+    for damaged in "{", "[]", "{}", '{"tokenizer": 1', wrong_type:
         (out / "meta.json").write_text(damaged)
         with pytest.raises(ValueError, match="damaged.*--force"):
             prepare.load_meta(out)

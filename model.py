@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 MIN_GAP = 1e-6  # floor under the gate's T: a tie would divide by zero, and below this scores differ by noise
-CHUNK = 6_000_000  # logits alive at a time in the loss: 24 MB, below the 32 MB that malloc returns after each use
+CHUNK = 6_500_000  # logits alive at a time in the loss on a CPU: 26 MB, 129 rows of GPT-2's vocabulary
 
 
 @dataclass
@@ -72,7 +72,7 @@ class GPTNeoConfig:
 
 
 class Losses(NamedTuple):
-    loss: torch.Tensor  # what training minimises, nats per token
+    loss: torch.Tensor  # what training minimises; it alone has a gradient
     loss_clean: torch.Tensor  # cross-entropy of the clean stream, nats per token
     loss_ablated: torch.Tensor | None  # the same of the ablated stream; None without ablation
 
@@ -102,33 +102,38 @@ def gate(scores, k, form="softmax"):
     if form not in ("softmax", "sigmoid"):
         raise ValueError(f"form={form!r} is neither 'softmax' nor 'sigmoid'")
     min_gap = max(MIN_GAP, torch.finfo(scores.dtype).eps)  # half precision cannot hold a gradient of 1 / MIN_GAP
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    top, winners = scores.topk(k + 1, dim=-1)  # (..., k + 1), largest first
-    mask = torch.zeros_like(scores).scatter(-1, winners[..., :k], 1.0)
-    if not scores.requires_grad:
-        return mask
-    s_k, s_next = top[..., k - 1 : k], top[..., k:]  # (..., 1)
-    gamma = (s_k + s_next) / 2
-    T = (s_k - s_next).clamp_min(min_gap)
-    if form == "softmax":
-        w = ((scores - gamma) / T).softmax(-1)
-    else:
-        w = ((scores - gamma) / T).sigmoid()
-        w = w * (k / w.sum(-1, keepdim=True))
-    return StraightThrough.apply(mask, w)
+    return KWinners.apply(scores.to(torch.promote_types(scores.dtype, torch.float32)), k, form, min_gap)
 
 
-class StraightThrough(torch.autograd.Function):
-    """The value of `hard`, the gradient of `soft`. Not hard + soft - soft.detach(): that is NaN where soft is,
-    and the forward value must not depend on the soft form at all."""
+class KWinners(torch.autograd.Function):
+    """Hard forward, soft backward. The gradient of w is written out: in half the time that autograd would need, and
+    the scores alone stay in memory. With z = (s - gamma) / T and u = dL/dz,
+        dL/ds = u / T        dL/dgamma = -sum(u) / T        dL/dT = -sum(u z) / T
+    """
 
     @staticmethod
-    def forward(ctx, hard, soft):
-        return hard.view_as(hard)
+    def forward(ctx, scores, k, form, min_gap):
+        top, winners = scores.topk(k + 1, dim=-1)  # (..., k + 1), largest first
+        ctx.save_for_backward(scores, top[..., -2:], winners[..., -2:])
+        ctx.k, ctx.form, ctx.min_gap = k, form, min_gap
+        return torch.zeros_like(scores).scatter_(-1, winners[..., :k], 1.0)
 
     @staticmethod
     def backward(ctx, grad):
-        return None, grad
+        scores, edge, edge_units = ctx.saved_tensors  # edge: s_(k) and s_(k+1), (..., 2)
+        gap = edge[..., :1] - edge[..., 1:]  # (..., 1)
+        T = gap.clamp_min(ctx.min_gap)
+        z = (scores - edge.mean(-1, keepdim=True)).div_(T)
+        on = z.sigmoid() if ctx.form == "sigmoid" else None
+        share = z.softmax(-1) if on is None else on / on.sum(-1, keepdim=True)  # sums to 1; w is k times it for sigmoids
+        u = share * grad
+        u.addcmul_(share, u.sum(-1, keepdim=True), value=-1)  # share (grad - share . grad), the softmax's u
+        if on is not None:
+            u.mul_(ctx.k * (1 - on))
+        u.div_(T)
+        grad_gamma, grad_T = -u.sum(-1, keepdim=True), -z.mul_(u).sum(-1, keepdim=True) * (gap >= ctx.min_gap)
+        edge_grads = torch.cat((grad_gamma / 2 + grad_T, grad_gamma / 2 - grad_T), -1)  # (..., 2)
+        return u.scatter_add_(-1, edge_units, edge_grads), None, None, None
 
 
 class GateScores(nn.Linear):
@@ -149,16 +154,24 @@ def attention(q, k, v, window, own=None):
     own: on the ablated stream, that stream's own (k, v), each (B, H, T, D). A query then takes its own key
     and value at its own position and the clean stream's, k and v, before it, all in one softmax.
     """
-    T, S = q.size(2), k.size(2)
-    if own is None and T == S <= window:  # no mask to build: the fused causal kernels apply
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
-    distance = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)  # (T, S)
-    mask = (distance >= 0) & (distance < window)
+    T, S, D = q.size(2), k.size(2), q.size(3)
     if own is not None:
-        # twice the keys in one fused kernel: 2.8 times faster on a CPU than editing a matrix of scores
-        mask = torch.cat((mask & (distance > 0), torch.eye(T, dtype=torch.bool, device=q.device)), 1)  # (T, S + T)
-        k, v = torch.cat((k, own[0]), 2), torch.cat((v, own[1]), 2)  # (B, H, S + T, D)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        # Plain causal attention can do this, in the kernels made for it: shift the clean keys by one place and put before
+        # them a key that stands for "own". An extra channel holds the query's score with its own key, and 1 in that
+        # key, 0 in the others; in the values it returns the weight that the own value gets (bench/attention.py).
+        q = torch.cat((q, (q * own[0]).sum(-1, keepdim=True)), -1)  # (B, H, T, D + 1)
+        one = F.pad(q.new_ones(1, 1), (D, 0, 0, S - 1))  # (S, D + 1)
+        k, v = (F.pad(clean, (0, 1, 1, -1)) + one for clean in (k, v))  # (B, H, S, D + 1)
+    if T == S <= window:  # no mask to build
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+    else:
+        at, key = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)  # (T, 1), (S)
+        seen = key > at - window if own is None else (key - 1 > at - window) | (key == 0)  # (T, S)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen & (key <= at), scale=1.0)
+    if own is not None:
+        y, p_own = y.split((D, 1), -1)
+        y = y + p_own * own[1]
+    return y
 
 
 class Attention(nn.Module):
@@ -294,11 +307,12 @@ class GPTNeo(nn.Module):
         if targets is None:
             return self.lm_head(hidden)
         check_tokens(targets, config)
-        loss_clean = head_loss(hidden, self.lm_head.weight, targets)
-        if config.ablation == "none":
-            return Losses(config.clean_coeff * loss_clean, loss_clean, None)
-        loss_ablated = head_loss(self.ablated_pass(hidden, inputs, caches)[0], self.lm_head.weight, targets)
-        return Losses(config.clean_coeff * loss_clean + config.ablated_coeff * loss_ablated, loss_clean, loss_ablated)
+        streams, coeffs = [hidden], [config.clean_coeff]
+        if config.ablation != "none":
+            streams.append(self.ablated_pass(hidden, inputs, caches)[0])
+            coeffs.append(config.ablated_coeff)
+        loss, means = head_losses(streams, self.lm_head.weight, targets, coeffs)
+        return Losses(loss, means[0], means[1] if config.ablation != "none" else None)
 
     def ablated(self, idx):
         """Both streams and every mask in one call: idx (B, T) -> Streams. ValueError without ablation."""
@@ -391,38 +405,51 @@ def sample(logits, temperature, top_k, top_p, generator):
 # ------------------------------------------------------------------------------------------- the loss
 
 
-def head_loss(hidden, weight, targets):
-    """Mean cross-entropy of softmax(hidden weight^T): hidden (B, T, C), weight (V, C), targets (B, T) -> scalar."""
-    hidden, targets = hidden.flatten(0, 1), targets.flatten()
-    if hidden.is_cuda:  # torch.compile fuses the cast into the loss, so only bf16 logits are stored
-        return F.cross_entropy(F.linear(hidden, weight).float(), targets)
-    return ChunkedCrossEntropy.apply(hidden, weight, targets)
+def head_losses(streams, weight, targets, coeffs):
+    """Cross-entropies of softmax(hidden weight^T), of one or more streams in one product.
+
+    streams: hidden states, each (B, T, C); weight (V, C); targets (B, T); coeffs: a number per stream -> the sum of
+    coeff x mean cross-entropy, a scalar with a gradient, and the means themselves, (streams,), without one.
+    """
+    hidden = torch.cat([x.flatten(0, 1) for x in streams])  # (R, C), R = streams x B x T rows
+    rows = targets.numel()
+    targets = targets.flatten().repeat(len(streams))  # (R)
+    scale = hidden.new_tensor(coeffs).repeat_interleave(rows) / rows  # (R)
+    if hidden.is_cuda and torch.compiler.is_compiling():  # which fuses cast and loss: only bf16 logits are stored
+        nll = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+        loss = nll @ scale
+    else:
+        loss, nll = ChunkedCrossEntropy.apply(hidden, weight, targets, scale)
+    return loss, nll.detach().view(len(streams), rows).mean(1)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Takes the gradient while a chunk of logits is at hand, so that B T x V of them never exist: on a CPU,
-    memory traffic is what a big vocabulary costs. d loss / d logits = (softmax(logits) - onehot) / rows."""
+    """scale @ nll, and nll, without the R x V logits: takes the gradient while a chunk of them is at hand, in one
+    buffer. On a CPU, fresh memory is what a big vocabulary costs. d nll / d logits = softmax(logits) - onehot."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets):
-        hidden = hidden.to(weight.dtype)
-        loss, grad_hidden, grad_weight = hidden.new_zeros(()), torch.empty_like(hidden), torch.zeros_like(weight)
-        step = max(1, CHUNK // len(weight))
-        for start in range(0, len(hidden), step):
+    def forward(ctx, hidden, weight, targets, scale):
+        hidden, R, V = hidden.to(weight.dtype), len(hidden), len(weight)
+        nll, grad_hidden, grad_weight = hidden.new_empty(R), torch.empty_like(hidden), torch.zeros_like(weight)
+        step = -(-R // -(-R * V // CHUNK))  # rows of a chunk: even ones, of at most CHUNK logits
+        buffer = hidden.new_empty(step, V)
+        for start in range(0, R, step):
             rows, target = slice(start, start + step), targets[start : start + step, None]
-            logp = (hidden[rows] @ weight.T).log_softmax(-1, dtype=weight.dtype)  # (step, V)
-            loss -= logp.gather(-1, target).sum()
+            logits = torch.mm(hidden[rows], weight.T, out=buffer[: len(target)])  # (step, V)
+            logp = torch.log_softmax(logits, -1, out=logits)
+            nll[rows] = -logp.gather(-1, target)[:, 0]
             if any(ctx.needs_input_grad):
                 grad = logp.exp_().scatter_add_(-1, target, logp.new_full(target.shape, -1.0))
-                grad_hidden[rows] = grad @ weight
-                grad_weight.addmm_(grad.T, hidden[rows])
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        return loss / len(hidden)
+                torch.mm(grad, weight, out=grad_hidden[rows])
+                grad_weight.addmm_(grad.T, hidden[rows] * scale[rows, None])
+        ctx.save_for_backward(grad_hidden.mul_(scale[:, None]), grad_weight)
+        ctx.mark_non_differentiable(nll)
+        return nll @ scale, nll
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad / len(grad_hidden) * grad_hidden, grad / len(grad_hidden) * grad_weight, None
+        return grad * grad_hidden, grad * grad_weight, None, None
 
 
 # ----------------------------------------------------------------------------------------- checkpoints

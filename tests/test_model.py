@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import transformers
 
 import model as model_file
-from model import GPTNeo, GPTNeoConfig, head_loss
+from model import GPTNeo, GPTNeoConfig, head_losses
 
 V = 50
 
@@ -28,15 +28,21 @@ def prompt(*shape):
 
 
 @pytest.mark.parametrize("chunk", [1, 7 * V, 10**9])
-def test_chunked_loss_is_cross_entropy_with_all_its_gradients(chunk, monkeypatch):
+@pytest.mark.parametrize("coeffs", [[1.0], [0.3, 2.0]])
+def test_chunked_losses_are_cross_entropies_with_all_their_gradients(chunk, coeffs, monkeypatch):
     monkeypatch.setattr(model_file, "CHUNK", chunk)
-    hidden, weight = torch.randn(3, 10, 8, dtype=torch.float64), torch.randn(V, 8, dtype=torch.float64)
+    streams, weight = torch.randn(len(coeffs), 3, 10, 8, dtype=torch.float64), torch.randn(V, 8, dtype=torch.float64)
     targets, results = prompt(3, 10), []
-    for loss_of in (head_loss, lambda h, w, t: F.cross_entropy((h @ w.T).flatten(0, 1), t.flatten())):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss = loss_of(h, w, targets)
+
+    def reference(hidden, weight, targets, coeffs):
+        means = torch.stack([F.cross_entropy((h @ weight.T).flatten(0, 1), targets.flatten()) for h in hidden])
+        return means @ torch.tensor(coeffs, dtype=means.dtype), means
+
+    for losses_of in (head_losses, reference):
+        h, w = streams.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss, means = losses_of(list(h), w, targets, coeffs)
         (3 * loss).backward()
-        results.append((loss.detach(), h.grad, w.grad))
+        results.append((loss.detach(), means.detach(), h.grad, w.grad))
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
@@ -61,8 +67,8 @@ def test_the_full_logits_never_exist_in_training(monkeypatch):
 
     hidden, weight = torch.randn(2, 16, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
     with Watch():
-        head_loss(hidden, weight, prompt(2, 16)).backward()
-    assert max(sizes) < 32 * V
+        head_losses([hidden, hidden], weight, prompt(2, 16), [1.0, 1.0])[0].backward()
+    assert max(sizes) < 32 * V  # one stream's; there are two
 
 
 # ---- generation

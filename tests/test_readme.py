@@ -50,7 +50,7 @@ def test_every_command_is_one_that_works(flags):
 
 def test_quoted_code_is_the_code():
     """What the method section shows of model.py stands there word for word."""
-    for block in PYTHON[:2]:
+    for block in PYTHON[:1]:
         assert block in (ROOT / "model.py").read_text()
 
 
@@ -61,7 +61,7 @@ def test_python_examples_run(tmp_path, monkeypatch):
     (tmp_path / "out" / "local_k2").mkdir(parents=True)
     save_checkpoint(tmp_path / "out" / "local_k2" / "best.pt", model, step=0, tokenizer={"name": "words", "pieces": pieces})
     monkeypatch.chdir(tmp_path)
-    for block in PYTHON[2:]:
+    for block in PYTHON[1:]:
         exec(compile(block, "README.md", "exec"), {})
     import transformers
     hf = transformers.GPTNeoForCausalLM.from_pretrained("out/local_k2/hf")

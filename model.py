@@ -148,14 +148,14 @@ class GateScores(nn.Linear):
 # ------------------------------------------------------------------------------------------- GPT-Neo
 
 
-def attention(q, k, v, window, own=None):
+def attention(q, k, v, window, own=()):
     """Causal attention without GPT-2's 1/sqrt(D): q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
 
     own: on the ablated stream, that stream's own (k, v), each (B, H, T, D). A query then takes its own key
     and value at its own position and the clean stream's, k and v, before it, all in one softmax.
     """
     T, S, D = q.size(2), k.size(2), q.size(3)
-    if own is not None:
+    if own:
         # Plain causal attention can do this, in the kernels made for it: shift the clean keys by one place and put before
         # them a key that stands for "own". An extra channel holds the query's score with its own key, and 1 in that
         # key, 0 in the others; in the values it returns the weight that the own value gets (bench/attention.py).
@@ -166,9 +166,9 @@ def attention(q, k, v, window, own=None):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
     else:
         at, key = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)  # (T, 1), (S)
-        seen = key > at - window if own is None else (key - 1 > at - window) | (key == 0)  # (T, S)
+        seen = (key - 1 > at - window) | (key == 0) if own else key > at - window  # (T, S)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen & (key <= at), scale=1.0)
-    if own is not None:
+    if own:
         y, p_own = y.split((D, 1), -1)
         y = y + p_own * own[1]
     return y
@@ -185,20 +185,20 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(C, C)
 
     def forward(self, h, past=None, clean=None, mask=None):
-        """h (B, T, C) -> (B, T, C) and this stream's keys and values, each (B, H, S, D).
+        """h (B, T, C) -> (B, T, C) and this stream's keys and values, each (B, S, C).
 
         past: keys and values of the S - T tokens before h, to generate with. On the ablated stream,
         clean: the clean stream's keys and values; mask (B, T, C) or (B, T, H): the winning units.
         """
-        q, k, v = (proj(h).unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, H, T, D)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, kv = self.q_proj(h), (self.k_proj(h), self.v_proj(h))  # each (B, T, C)
         if past is not None:
-            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # (B, H, S, D)
-        y = attention(q, k, v, self.window) if clean is None else attention(q, *clean, self.window, own=(k, v))
-        y = y.transpose(1, 2)  # (B, T, H, D)
+            kv = tuple(torch.cat(pair, 1) for pair in zip(past, kv))  # (B, S, C)
+        q, k, v, *own = (x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, H, T or S, D)
+                         for x in (q, *(kv if clean is None else (*clean, *kv))))
+        y = attention(q, k, v, self.window, own).transpose(1, 2)  # (B, T, H, D)
         if mask is not None:
             y = y * mask.unflatten(-1, (self.n_head, -1))  # (B, T, H, D) or, for whole heads, (B, T, H, 1)
-        return self.out_proj(y.flatten(2)), (k, v)
+        return self.out_proj(y.flatten(2)), kv
 
 
 class MLP(nn.Module):
@@ -229,7 +229,7 @@ class Block(nn.Module):
             self.mlp_gate = GateScores(C, 4 * C)
 
     def forward(self, x, past=None):
-        """The clean stream: x (B, T, C) -> (B, T, C) and the keys and values, each (B, H, S, D)."""
+        """The clean stream: x (B, T, C) -> (B, T, C) and the keys and values, each (B, S, C)."""
         attended, kv = self.attn["attention"](self.ln_1(x), past=past)
         x = x + attended
         return x + self.mlp(self.ln_2(x)), kv
@@ -272,8 +272,8 @@ class GPTNeo(nn.Module):
 
     def clean_pass(self, idx, past=None):
         """A plain GPT-Neo: idx (B, T) -> ln_f of the last block (B, T, C), and, one a layer, the block inputs
-        (B, T, C) and the (keys, values), each (B, H, S, D). past: the (keys, values) of earlier tokens."""
-        start = past[0][0].size(2) if past else 0
+        (B, T, C) and the (keys, values), each (B, S, C). past: the (keys, values) of earlier tokens."""
+        start = past[0][0].size(1) if past else 0
         check_tokens(idx, self.config, start)
         positions = torch.arange(start, start + idx.size(1), device=idx.device)
         x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)  # (B, T, C)
@@ -455,10 +455,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 # ----------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(path, model, **state):
-    """Write model and state (what weights_only=True can load) to path, atomically: it is whole or the old one."""
+def save_checkpoint(path, config, weights, **state):
+    """Write a GPTNeoConfig, its model's state_dict and state (what weights_only=True can load) to path, atomically:
+    the file is whole or the old one."""
     with open(f"{path}.tmp", "wb") as file:
-        torch.save({"config": asdict(model.config), "model": model.state_dict(), **state}, file)
+        torch.save({"config": asdict(config), "model": weights, **state}, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{path}.tmp", path)

@@ -3,16 +3,19 @@
     python train.py config/local_k2.py                              one process: GPU if there is one, else CPU
     python train.py config/local_k2.py --batch_size=12              any knob of config/__init__.py; --help lists them
     torchrun --nproc_per_node=4 train.py config/local_k2.py         one process per GPU (gloo on CPU)
+    torchrun --nproc_per_node=8 train.py config/gptneo_1p3b.py      the same with everything sharded: --fsdp=True
     python train.py config/local_k2.py --resume=True                go on exactly where the run stopped
 
 Writes into the run folder out/<config>/: last.pt, best.pt (lowest validation loss, of what is trained: the weighted
-sum of both streams), metrics.jsonl (a JSON object per evaluation) and loss.png. Ctrl-C and SIGTERM save last.pt and leave.
+sum of both streams), metrics.jsonl (a JSON object per evaluation) and loss.png; with fsdp also optimizer-<step>/, the
+shards that go with last.pt. Ctrl-C and SIGTERM save last.pt and leave.
 """
 
 import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -22,6 +25,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_optimizer_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import config as knobs
@@ -32,7 +41,23 @@ from prepare import load_meta, load_tokens
 FREE_ON_RESUME = ("resume", "data", "out", "device", "dtype", "compile", "grad_accum", "log_interval", "wandb")
 
 
-def batch_at(tokens, step, config, rank=0, world=1):
+def place_tokens(tokens, device):
+    """The tokens (n,) where batches are cut from them: on a GPU with room for them, so that only offsets cross to it
+    and the loop never waits; else as they are, memory-mapped uint16."""
+    if device.type == "cuda" and tokens.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        return torch.from_numpy(np.array(tokens).view(np.int16)).to(device)  # torch cannot index with uint16
+    return tokens
+
+
+def rows_at(tokens, starts, length, device):
+    """What place_tokens returned, starts (n,) -> the length tokens from each start on, (n, length) int64."""
+    if isinstance(tokens, torch.Tensor):
+        starts = torch.from_numpy(starts).to(device, non_blocking=True)
+        return tokens[starts[:, None] + torch.arange(length, device=device)].long() & 0xFFFF  # the bits of uint16
+    return torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64)).to(device)
+
+
+def batch_at(tokens, step, config, rank=0, world=1, device="cpu"):
     """This rank's rows of an update's batch: (batch_size / world, block_size + 1) int64 token ids.
 
     A pure function of (seed, step), drawn for all ranks together: a run resumed at any step, or spread
@@ -40,8 +65,7 @@ def batch_at(tokens, step, config, rank=0, world=1):
     """
     starts = np.random.default_rng((config.seed, step)).integers(0, len(tokens) - config.block_size, config.batch_size)
     rows = config.batch_size // world
-    mine = starts[rank * rows : (rank + 1) * rows]
-    return torch.from_numpy(tokens[mine[:, None] + np.arange(config.block_size + 1)].astype(np.int64))
+    return rows_at(tokens, starts[rank * rows : (rank + 1) * rows], config.block_size + 1, device)
 
 
 def learning_rate_at(step, config):
@@ -62,11 +86,13 @@ def evaluate(model, tokens, config, device, autocast, rank=0, world=1):
     starts = T * (np.arange(count) * windows // count)
     sums = np.zeros(2)
     rows = max(1, config.batch_size // config.grad_accum // world)  # as many as training holds at a time
-    for at in range(rank * rows, count, world * rows):
-        window = torch.from_numpy(tokens[starts[at : at + rows, None] + np.arange(T + 1)].astype(np.int64)).to(device)
+    for at in range(0, count, world * rows):
+        mine = starts[at + rank * rows :][:rows]
+        # sharded ranks must all call the model equally often: one that has no window left looks at another for nothing
+        window = rows_at(tokens, mine if len(mine) else starts[:1], T + 1, device)
         with autocast:
             losses = model(window[:, :-1], window[:, 1:])
-        sums += len(window) * both(losses).cpu().double().numpy()
+        sums += len(mine) * both(losses).cpu().double().numpy()
     return (sum_over_ranks(sums, device, world) / count).tolist()
 
 
@@ -85,12 +111,24 @@ def sum_over_ranks(array, device, world):
 
 
 def choose_machine(config, local_rank):
-    """(device, whether to autocast to bfloat16, whether to compile) from the knobs device, dtype, compile."""
+    """(device, whether to autocast to bfloat16, how to compile or None) from the knobs device, dtype, compile."""
     device = knobs.pick_device(config.device, local_rank)
     # emulated bfloat16 on GPUs before Ampere is slower than fp32
     has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     bfloat16 = has_bfloat16 if config.dtype == "auto" else config.dtype == "bfloat16"
-    return device, bfloat16, device.type == "cuda" if config.compile == "auto" else config.compile == "True"
+    mode = ("default" if device.type == "cuda" else "False") if config.compile == "auto" else config.compile
+    return device, bfloat16, None if mode == "False" else "default" if mode == "True" else mode
+
+
+def shard(model, device):
+    """FSDP2: from here on every process holds its part of each parameter, and the whole of one block at a time."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in model.transformer["h"]:
+        fully_shard(block, mesh=mesh)
+        register_fsdp_forward_method(block, "ablated")  # the second pass gathers the block anew, like the first
+    # Embeddings, head and global gates. By default a root stays whole after its forward pass, and after an evaluation,
+    # which has no backward pass, training would go on with a copy that no update reaches (seen with torch 2.13).
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def make_optimizer(model, config, device):
@@ -101,6 +139,23 @@ def make_optimizer(model, config, device):
         [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.adam_eps,
         fused=device.type in ("cuda", "cpu"))
+
+
+def update(model, optimizer, rows, config, autocast):
+    """One optimizer step on this process's rows, (n, block_size + 1) int64, in grad_accum micro-batches -> loss, clean
+    and ablated loss of these rows and the norm of the whole gradient, (4,), on the device: nothing here waits for it."""
+    seen = torch.zeros(3, device=rows.device)
+    for micro, part in enumerate(rows.chunk(config.grad_accum), 1):
+        alone = isinstance(model, DistributedDataParallel) and micro < config.grad_accum  # one all-reduce per update
+        with model.no_sync() if alone else nullcontext():
+            with autocast:
+                losses = model(part[:, :-1], part[:, 1:])
+            (losses.loss / config.grad_accum).backward()
+        seen += torch.cat((losses.loss[None], both(losses))).detach() / config.grad_accum
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return torch.cat((seen, (norm.full_tensor() if isinstance(norm, DTensor) else norm)[None]))
 
 
 def read_resumable(config, data_checksum):
@@ -149,13 +204,14 @@ def draw_losses(path, metrics, title):
     os.replace(f"{path}.tmp", path)
 
 
-def main():
-    config = knobs.load(sys.argv[1:])
-
+def train(config):
+    """The run that a config.Config describes. Raises ValueError on what the user can mend."""
     # ---- machine and processes (torchrun sets these variables)
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device, bfloat16, compiled = choose_machine(config, local_rank)
+    device, bfloat16, compile_mode = choose_machine(config, local_rank)
+    if config.fsdp and "RANK" not in os.environ:
+        raise ValueError("--fsdp=True shards over processes: start them with torchrun --nproc_per_node=2 train.py ...")
     if config.batch_size % (world * config.grad_accum):
         raise ValueError(f"batch_size={config.batch_size} must be a multiple of processes x grad_accum "
                          f"= {world} x {config.grad_accum}")
@@ -166,11 +222,13 @@ def main():
 
     # ---- data
     meta = load_meta(config.data)
-    train_tokens, val_tokens = load_tokens(config.data, "train"), load_tokens(config.data, "val")
-    for split, tokens in (("train", train_tokens), ("val", val_tokens)):
-        if len(tokens) <= config.block_size:
-            raise ValueError(f"the {split} split of {config.data} has {len(tokens)} tokens, too few for "
+    splits = {}
+    for split in ("train", "val"):
+        splits[split] = load_tokens(config.data, split)
+        if len(splits[split]) <= config.block_size:
+            raise ValueError(f"the {split} split of {config.data} has {len(splits[split])} tokens, too few for "
                              f"block_size={config.block_size}: prepare more text or lower --block_size")
+    train_tokens, val_tokens = (place_tokens(tokens, device) for tokens in splits.values())
 
     # ---- the run folder: a new run never overwrites an old one
     out = Path(config.out)
@@ -190,16 +248,22 @@ def main():
     model = GPTNeo(GPTNeoConfig(vocab_size=meta["vocab_size"], **{name: getattr(config, name) for name in shared}))
     if config.resume:
         model.load_state_dict(checkpoint["model"])
-    model.to(device)
-    if compiled:
-        model.compile()  # in place: no _orig_mod. in the checkpoint's names
-    if world > 1:
+    if world > 1 or config.fsdp:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    replica = DistributedDataParallel(model) if world > 1 else model
+    if config.fsdp:
+        shard(model, device)
+    model.to(device)
+    if compile_mode:
+        model.compile(mode=compile_mode)  # in place: no _orig_mod. in the checkpoint's names
+    replica = DistributedDataParallel(model) if world > 1 and not config.fsdp else model
 
     # ---- optimizer
     optimizer = make_optimizer(model, config, device)
-    if config.resume:
+    if config.resume and config.fsdp and checkpoint["optimizer"]:
+        state = get_optimizer_state_dict(model, optimizer)  # of this world size, to be filled from shards of any other
+        dcp.load(state, checkpoint_id=out / checkpoint["optimizer"])
+        set_optimizer_state_dict(model, optimizer, state)
+    elif config.resume and not config.fsdp:
         optimizer.load_state_dict(checkpoint["optimizer"])
 
     # ---- everything else a resumed run has to know
@@ -224,14 +288,26 @@ def main():
     n_params = sum(p.numel() for p in model.parameters())
     say(json.dumps(dataclasses.asdict(config)))
     say(f"{config.ablation} ablation, {n_params:,} parameters | {meta['train']['tokens']:,} training tokens, vocabulary "
-        f"{meta['vocab_size']:,} | {world} x {device}, {'bfloat16' if bfloat16 else 'float32'}, compile {compiled}")
+        f"{meta['vocab_size']:,} | {world} x {device}{' sharded' if config.fsdp else ''}, "
+        f"{'bfloat16' if bfloat16 else 'float32'}, compile {compile_mode}")
     if config.wandb and rank == 0:
         wandb.init(project="self-ablating-transformers", name=out.name, config=dataclasses.asdict(config))
 
     def save(name):
+        weights, state = model.state_dict(), None
+        if config.fsdp:  # whole weights in one file, as ever; the optimizer's shards in a folder that last.pt names
+            weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            if name == "last.pt" and optimizer.state:  # before the first update, asking for it would make it, one step old
+                state = f"optimizer-{progress['step']}"
+                dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=out / state)
+        elif rank == 0:
+            state = optimizer.state_dict()
         if rank == 0:
-            save_checkpoint(out / name, model, optimizer=optimizer.state_dict(), train_config=dataclasses.asdict(config),
+            save_checkpoint(out / name, model.config, weights, optimizer=state, train_config=dataclasses.asdict(config),
                             tokenizer=meta["tokenizer"], data=meta["checksum"], metrics=metrics, **progress)
+            for old in out.glob("optimizer-*") if name == "last.pt" else ():
+                if old.name != state:
+                    shutil.rmtree(old)
 
     # ---- stop on request: the handler only raises a flag, so an update is never cut in half
     stop_requested = False
@@ -304,19 +380,8 @@ def main():
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, config)
-        rows = batch_at(train_tokens, step, config, rank, world).to(device, non_blocking=True)
-        seen = torch.zeros(3, device=device)
-        for micro, part in enumerate(rows.chunk(config.grad_accum)):
-            last = micro == config.grad_accum - 1
-            with nullcontext() if last or world == 1 else replica.no_sync():  # one all-reduce per update
-                with autocast:
-                    losses = replica(part[:, :-1], part[:, 1:])
-                (losses.loss / config.grad_accum).backward()
-            seen += torch.cat((losses.loss[None], both(losses))).detach() / config.grad_accum
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        history.append(torch.cat((seen, norm[None])))
+        rows = batch_at(train_tokens, step, config, rank, world, device)
+        history.append(update(replica, optimizer, rows, config, autocast))
         progress["step"] = step + 1
 
         if (step + 1) % config.log_interval == 0:
@@ -334,11 +399,23 @@ def main():
                 say(f"stopped after {step + 1:,} updates; the same command with --resume=True goes on from there")
                 break
 
-    if world > 1:
+    if dist.is_initialized():
         # before its process group: dropped last, its reducer would join gloo's threads while holding the GIL that one of
         # them may wait for, and hang (seen with torch 2.13; see pytorch issue 56297)
         del replica
         dist.destroy_process_group()
+
+
+def main():
+    config = knobs.load(sys.argv[1:])
+    try:
+        train(config)
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, to those whose peer is gone: nothing is left to save
+        raise ValueError(f"this run has lost one of its processes: torchrun's report names the first failure; the same "
+                         f"command with --resume=True goes on from {Path(config.out, 'last.pt')}") from None
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ class Config:
     # machine
     device: str = "auto"  # auto takes cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto is bfloat16 on GPUs that have it
-    compile: Literal["auto", "True", "False"] = "auto"  # torch.compile; auto is True on cuda
+    compile: Literal["auto", "False", "True", "reduce-overhead"] = "auto"  # auto is True on cuda; the last adds CUDA graphs
+    fsdp: bool = False  # shard weights, gradients and optimizer over the processes, for models past one GPU's memory
 
     def __post_init__(self):
         for name in ("batch_size", "grad_accum", "max_iters", "eval_interval", "eval_windows", "log_interval"):

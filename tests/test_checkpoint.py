@@ -28,7 +28,7 @@ def tiny(seed=0, **changes):
 
 @pytest.fixture
 def saved(tmp_path):
-    save_checkpoint(tmp_path / "best.pt", tiny(), step=3)
+    save_checkpoint(tmp_path / "best.pt", tiny().config, tiny().state_dict(), step=3)
     return tmp_path / "best.pt"
 
 
@@ -46,7 +46,7 @@ def refused(call, *arguments):
 @pytest.mark.parametrize("ablation", ["none", "local", "global"])
 def test_what_is_saved_is_what_comes_back(tmp_path, ablation):
     model = tiny(ablation=ablation)
-    save_checkpoint(tmp_path / "best.pt", model, step=3, note={"any": [1, 2.5, "state"]})
+    save_checkpoint(tmp_path / "best.pt", model.config, model.state_dict(), step=3, note={"any": [1, 2.5, "state"]})
     checkpoint = load_checkpoint(tmp_path / "best.pt")
     assert checkpoint["config"] == asdict(model.config)
     assert (checkpoint["step"], checkpoint["note"]) == (3, {"any": [1, 2.5, "state"]})
@@ -72,7 +72,7 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(saved, monkeypatch):
 
     monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(OSError):
-        save_checkpoint(saved, tiny(seed=1))
+        save_checkpoint(saved, tiny(seed=1).config, tiny(seed=1).state_dict())
     assert saved.read_bytes() == before
 
 
@@ -82,7 +82,7 @@ def test_the_new_file_is_on_disk_before_it_takes_the_old_ones_name(saved, monkey
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(("fsync", saved.read_bytes() == before)), fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("replace", torch.load(a, weights_only=True)["step"])), replace(a, b)))
-    save_checkpoint(saved, tiny(seed=1), step=4)
+    save_checkpoint(saved, tiny(seed=1).config, tiny(seed=1).state_dict(), step=4)
     assert events == [("fsync", True), ("replace", 4)]
     assert load_checkpoint(saved)["step"] == 4
 
@@ -90,7 +90,7 @@ def test_the_new_file_is_on_disk_before_it_takes_the_old_ones_name(saved, monkey
 def test_leftovers_of_a_killed_write_do_not_hurt(saved):
     Path(f"{saved}.tmp").write_bytes(b"leftover")
     assert load_checkpoint(saved)["step"] == 3
-    save_checkpoint(saved, tiny(), step=5)
+    save_checkpoint(saved, tiny().config, tiny().state_dict(), step=5)
     assert load_checkpoint(saved)["step"] == 5
     assert [path.name for path in saved.parent.iterdir()] == ["best.pt"]
 

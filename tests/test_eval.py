@@ -49,7 +49,7 @@ def run(tmp_path):
         meta[name] = {"tokens": len(split()), "stories": 9, "bytes": len(split()) - 9,
                       "sha256": hashlib.sha256(split().tobytes()).hexdigest()}
     (data / "meta.json").write_text(json.dumps(meta))
-    save_checkpoint(out / "best.pt", tiny(), step=7, tokenizer=meta["tokenizer"], data="abc",
+    save_checkpoint(out / "best.pt", tiny().config, tiny().state_dict(), step=7, tokenizer=meta["tokenizer"], data="abc",
                     train_config={"data": str(data), "seed": 5})
     lines = [{"step": s, "val_clean": 5.0 - s, "val_ablated": 5.5 - s} for s in (0, 1, 2)]
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

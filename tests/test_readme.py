@@ -59,7 +59,7 @@ def test_python_examples_run(tmp_path, monkeypatch):
     pieces = ["Once", " upon", " a", " time"]
     model = GPTNeo(GPTNeoConfig(vocab_size=256 + len(pieces) + 1, block_size=64, n_layer=2, n_head=2, n_embd=8))
     (tmp_path / "out" / "local_k2").mkdir(parents=True)
-    save_checkpoint(tmp_path / "out" / "local_k2" / "best.pt", model, step=0, tokenizer={"name": "words", "pieces": pieces})
+    save_checkpoint(tmp_path / "out" / "local_k2" / "best.pt", model.config, model.state_dict(), step=0, tokenizer={"name": "words", "pieces": pieces})
     monkeypatch.chdir(tmp_path)
     for block in PYTHON[1:]:
         exec(compile(block, "README.md", "exec"), {})

@@ -184,13 +184,13 @@ class Launcher:
         return [int(code) for code in self.process.stdout.readline().split()]
 
 
-def two_ranks():
-    """What torchrun would put into the environment of each of two processes."""
+def ranks(world=2):
+    """What torchrun would put into the environment of each process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": str(port)} for rank in range(2)]
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(port)} for rank in range(world)]
 
 
 @pytest.fixture(scope="module")
@@ -748,17 +748,18 @@ def test_the_message_has_the_update_at_which_it_happened(data, tmp_path, monkeyp
 # ---- several processes
 
 
-def script(folder, send="pass", patience=0):
-    """train.py in float64. Rank 0 does `send` during its seventh update, after which every update takes `patience`
+def script(folder, send="pass", patience=0, victim=0):
+    """train.py in float64. Rank `victim` does `send` during its seventh update, after which every update takes `patience`
     seconds, so that a signal can make its way."""
     (folder / "script.py").write_text(f"""if True:
         import os, signal, sys, time
         import config, torch, train
         torch.set_default_dtype(torch.float64)
         train.draw_losses = lambda *_: None
-        batch_at = train.batch_at
+        batch_at, compile_module = train.batch_at, torch.nn.Module.compile
+        torch.nn.Module.compile = lambda self, mode: compile_module(self, backend="aot_eager")
         def and_signal(tokens, step, *rest):
-            if step == 6 and os.environ["RANK"] == "0":
+            if step == 6 and os.environ["RANK"] == "{victim}":
                 {send}
             time.sleep({patience} if step > 6 else 0)
             return batch_at(tokens, step, *rest)
@@ -768,17 +769,67 @@ def script(folder, send="pass", patience=0):
     return str(folder / "script.py")
 
 
+def several(launcher, world, folder, data, out, **changes):
+    """Run `world` processes to their end."""
+    jobs = ((words(data, out, **changes), rank) for rank in ranks(world))
+    launcher.start(*jobs, log=folder / "log", script=script(folder))
+    assert launcher.wait() == [0] * world, (folder / "log").read_text()
+    return out
+
+
 @pytest.mark.parametrize("changes", [{"ablation": "local"}, {"ablation": "global", "grad_accum": 2}], ids=str)
 def test_two_processes_train_like_one(data, tmp_path, launcher, changes, double):
     """Each rank is told another folder, so that it shows who writes: only rank 0 does."""
     folders = [tmp_path / "rank0", tmp_path / "rank1"]
-    jobs = ((words(data, out, **changes), rank) for out, rank in zip(folders, two_ranks()))
+    jobs = ((words(data, out, **changes), rank) for out, rank in zip(folders, ranks()))
     launcher.start(*jobs, log=tmp_path / "log", script=script(tmp_path))
     assert launcher.wait() == [0, 0], (tmp_path / "log").read_text()
     assert not folders[1].exists()
     assert (tmp_path / "log").read_text().count("step 12: validation") == 1
     assert state(folders[0])["model"].keys() == model_of(configured(**changes)).state_dict().keys()  # no "module."
     assert_close_run(folders[0], start(data, tmp_path / "one", **{**changes, "grad_accum": 1}))
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_four_processes_train_like_one(data, tmp_path, launcher, double, fsdp):
+    """Seven windows to evaluate: one process has none left and must neither count one nor keep the others waiting."""
+    out = several(launcher, 4, tmp_path, data, tmp_path / "four", fsdp=fsdp, eval_windows=7)
+    assert_close_run(out, start(data, tmp_path / "one", eval_windows=7))
+
+
+@pytest.mark.parametrize("changes", [{"ablation": "none"}, {"grad_accum": 2}, {"attention_layers": "global,local", "window_size": 4},
+                                     {"ablation": "global", "compile": True, "n_layer": 1, "max_iters": 2}], ids=str)
+def test_sharded_processes_train_like_one(data, tmp_path, launcher, double, changes):
+    """compile: all but its last part, as in the compiled run below."""
+    out = several(launcher, 2, tmp_path, data, tmp_path / "sharded", **changes, fsdp=True)
+    one = start(data, tmp_path / "one", **{**changes, "grad_accum": 1, "compile": False})
+    assert_close_run(out, one)
+    for name in ("last.pt", "best.pt"):  # whole, and plain tensors
+        ours, theirs = state(out, name)["model"], state(one, name)["model"]
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-7, atol=1e-9)
+    GPTNeo.from_checkpoint(out)
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_a_sharded_run_goes_on_in_another_number_of_processes(data, tmp_path, launcher, double, world):
+    out, log = tmp_path / "run", tmp_path / "log"
+    told = script(tmp_path, send="os.kill(os.getpid(), signal.SIGTERM)")
+    launcher.start(*((words(data, out, fsdp=True), rank) for rank in ranks(2)), log=log, script=told)
+    assert launcher.wait() == [0, 0], log.read_text()
+    assert load_checkpoint(out / "last.pt")["step"] == 7
+    assert [path.name for path in out.glob("optimizer-*")] == ["optimizer-7"]  # that of step 5 is gone
+    shutil.copytree(out / "optimizer-7", out / "optimizer-9")  # as if a crash had come before last.pt was written
+    several(launcher, world, tmp_path, data, out, fsdp=True, resume=True)
+    assert [path.name for path in out.glob("optimizer-*")] == ["optimizer-12"]
+    assert_close_run(out, start(data, tmp_path / "whole"))
+
+
+def test_sharding_without_processes_and_going_on_without_sharding_are_refused(data, tmp_path, launcher):
+    assert "torchrun" in refused(data, tmp_path / "run", fsdp=True)
+    several(launcher, 1, tmp_path, data, tmp_path / "run", fsdp=True)
+    assert "--fsdp=True" in refused(data, tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -790,11 +841,11 @@ def test_all_ranks_stop_together_when_one_is_asked_to(data, tmp_path, launcher, 
     """Twice, as when a scheduler signals torchrun and its children and torchrun passes it on: once more is no emergency."""
     out, log = tmp_path / "run", tmp_path / "log"
     twice = script(tmp_path, send="[os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]")
-    jobs = ((words(data, out, log_interval=1000), rank) for rank in two_ranks())
+    jobs = ((words(data, out, log_interval=1000), rank) for rank in ranks())
     launcher.start(*jobs, log=log, script=twice)
     assert launcher.wait() == [0, 0], log.read_text()
     assert load_checkpoint(out / "last.pt")["step"] == 7
-    jobs = ((words(data, out, resume=True), rank) for rank in two_ranks())  # both read the checkpoint
+    jobs = ((words(data, out, resume=True), rank) for rank in ranks())  # both read the checkpoint
     launcher.start(*jobs, log=log, script=script(tmp_path))
     assert launcher.wait() == [0, 0], log.read_text()
     assert_close_run(out, start(data, tmp_path / "whole"))
@@ -815,6 +866,23 @@ def test_a_run_of_torchrun_that_is_told_to_stop_goes_on_in_one_process(data, tmp
     assert 7 <= load_checkpoint(tmp_path / "run" / "last.pt")["step"] < 60
     start(data, tmp_path / "run", **chosen, resume=True)
     assert_close_run(tmp_path / "run", start(data, tmp_path / "one", **chosen))
+
+
+@pytest.mark.parametrize("changes", [{}, {"fsdp": True}], ids=str)
+def test_the_death_of_one_process_ends_all_and_the_run_goes_on(data, tmp_path, double, changes):
+    """kill -9, as when memory runs out. torchrun would kill the others after 30 seconds, but they notice by themselves."""
+    chosen, out = dict(eval_interval=3, log_interval=1000, **changes), tmp_path / "run"
+    begun = time.monotonic()
+    ended = torchrun(script(tmp_path, send="os.kill(os.getpid(), signal.SIGKILL)", victim=1), *words(data, out, **chosen))
+    assert time.monotonic() - begun < PATIENCE / 2  # not timed, but it must not hang
+    assert ended.returncode != 0 and "SIGKILL" in ended.stderr
+    if not changes:  # a sharded process may be told by torchrun before it notices
+        assert f"error: this run has lost one of its processes" in ended.stderr and f"from {out / 'last.pt'}" in ended.stderr
+        assert "Error: [" not in ended.stderr  # gloo's own words, with its traceback
+    assert load_checkpoint(out / "last.pt")["step"] == 6
+    resumed = torchrun(script(tmp_path), *words(data, out, **chosen, resume=True))
+    assert resumed.returncode == 0, resumed.stderr
+    assert_close_run(out, start(data, tmp_path / "one", **{**chosen, "fsdp": False}))
 
 
 def test_a_mistake_ends_all_processes_with_the_message(data, tmp_path):
@@ -838,7 +906,7 @@ def test_a_compiled_run_gives_the_same_losses_and_plain_names(data, tmp_path, mo
     """The whole way through torch.compile but for its last part, which turns graphs into C++ and takes minutes."""
     compile_module, compiled, chosen = torch.nn.Module.compile, [], dict(n_layer=1, max_iters=3)
 
-    def without_cpp(self):
+    def without_cpp(self, mode):
         compiled.append(self)
         compile_module(self, backend="aot_eager")
 
@@ -899,7 +967,8 @@ def test_a_run_goes_on_without_its_metrics_file(data, tmp_path, whole):
     (out / "metrics.jsonl").unlink()
     start(data, out, resume=True)
     assert_same_run(out, whole)
-    save_checkpoint(out / "last.pt", GPTNeo.from_checkpoint(out / "last.pt"))
+    model = GPTNeo.from_checkpoint(out / "last.pt")
+    save_checkpoint(out / "last.pt", model.config, model.state_dict())
     assert "no training state" in refused(data, out, resume=True)
 
 

@@ -25,7 +25,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import config as knobs
 import eval as evaluation
 import sweep
-import train
 from test_train import ENVIRONMENT, PATIENCE, TINY, identical, make_data, metrics, quick, start, state  # noqa: F401
 from model import load_checkpoint
 

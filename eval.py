@@ -2,12 +2,16 @@
 
     python eval.py out/local_k2                           one run folder (its best.pt) or one .pt file
     python eval.py out/* --paper                          many in one table, the paper's Table 1 beside it
+    python eval.py out/sweep/*/ --over_seeds              runs that differ only in the seed as one row: mean ± spread
     python eval.py out/local_k2 --json > local_k2.json    the same for machines, unit by unit
     python eval.py out/local_k2 --sample "Once upon a time"    stories from the clean and the ablated stream
     python eval.py out/* --plot runs.png                  loss curves over each other, firing rate of every unit
 
 Every token of the validation split is predicted once, in windows of block_size tokens that do not overlap: the first
 token of a window is predicted from one token, the last from block_size.
+
+The ± of a run is the standard error of its perplexity over those windows: how well it was measured. With --over_seeds ±
+is the sample standard deviation over the runs of a row: how much another seed changes the result; a row of one run has none.
 """
 
 import argparse
@@ -118,7 +122,8 @@ def l1_norms(model):
 def open_run(path, data):
     """A run's path, checkpoint and data folder, checked against each other. Raises ValueError when they do not fit."""
     checkpoint = load_checkpoint(path)
-    for key in ("train_config", "tokenizer", "step"):
+    checkpoint.pop("optimizer", None)  # two thirds of the file, and a sweep has many
+    for key in ("train_config", "tokenizer", "step", "data"):
         if key not in checkpoint:
             raise ValueError(f"{path} was not written by train.py: it has no {key!r}")
     data = data or checkpoint["train_config"]["data"]
@@ -139,23 +144,60 @@ def evaluate(path, checkpoint, data, batch_size, device):
     return row | l1_norms(model), model
 
 
+def group_seeds(runs):
+    """Lists of indices into runs, of those that are the same but for seed and machine. Raises ValueError on a seed twice."""
+    groups = {}
+    for i, (path, checkpoint, data) in enumerate(runs):
+        values = knobs.decisive(checkpoint["train_config"])
+        seed = values.pop("seed")
+        same = json.dumps([values, checkpoint["data"], load_meta(data)["checksum"]], sort_keys=True)
+        group = groups.setdefault(same, {})
+        if seed in group:
+            raise ValueError(f"{runs[group[seed]][0]} and {path} are the same run with the same seed: give one of them")
+        group[seed] = i
+    return [list(group.values()) for group in groups.values()]
+
+
+def over_seeds(group):
+    """One row of several: every number that was measured as its mean, with its sample standard deviation as NAME_sd."""
+    paths = [row["run"] for row in group]
+    merged = {"run": os.path.commonprefix(paths) + "*" if len(group) > 1 else paths[0],
+              "n": len(group), "seeds": [row["seed"] for row in group]}
+    for name, value in group[0].items():
+        if name == "step" or isinstance(value, float) and not name.endswith("_se"):
+            values = [row[name] for row in group]
+            merged |= {name: np.mean(values), f"{name}_sd": np.std(values, ddof=1) if len(group) > 1 else None}
+        elif isinstance(value, (int, str)) and name not in ("run", "seed"):  # the same in all of them
+            merged[name] = value
+    return merged | {"rows": group}
+
+
+def number(name, form):
+    """A column of this number, ± its spread over seeds or its standard error over windows where the row has one."""
+    def show(row):
+        spread = row.get(f"{name}_sd", row.get(f"{name}_se"))
+        return f"{row[name]:{form}}" + (f" ± {spread:{form}}" if spread is not None else "")
+    return show
+
+
 COLUMNS = [  # heading, how to print it; a column that no row has is left out
     ("run", lambda r: r["run"]),
     ("data", lambda r: Path(r["data"]).name),
-    ("step", lambda r: f"{r['step']:,}"),
+    ("step", number("step", ",.0f")),
     ("ablation", lambda r: r["ablation"] if not r["k_mlp"] else f"{r['ablation']} k={r['k_attn']}"
      + (f",{r['k_mlp']}" if r["k_mlp"] != r["k_attn"] else "")),
-    ("ppl clean", lambda r: f"{r['ppl_clean']:.3f} ± {r['ppl_clean_se']:.3f}"),
-    ("ppl ablated", lambda r: f"{r['ppl_ablated']:.3f} ± {r['ppl_ablated_se']:.3f}"),
-    ("bits/byte", lambda r: f"{r['bits_per_byte_clean']:.4f}"),
-    ("ablated bits", lambda r: f"{r['bits_per_byte_ablated']:.4f}"),
-    ("L1", lambda r: f"{r['l1']:.4f}"),
-    ("L1 all", lambda r: f"{r['l1_all']:.4f}"),
-    ("L1 blocks", lambda r: f"{r['l1_blocks']:.4f}"),
-    ("attn ever", lambda r: f"{r['attn_ever']:.1%}"),
-    ("mlp ever", lambda r: f"{r['mlp_ever']:.1%}"),
-    ("attn/story", lambda r: f"{r['attn_per_story']:.1f}"),
-    ("mlp/story", lambda r: f"{r['mlp_per_story']:.1f}"),
+    ("seeds", lambda r: str(r["n"])),
+    ("ppl clean", number("ppl_clean", ".3f")),
+    ("ppl ablated", number("ppl_ablated", ".3f")),
+    ("bits/byte", number("bits_per_byte_clean", ".4f")),
+    ("ablated bits", number("bits_per_byte_ablated", ".4f")),
+    ("L1", number("l1", ".4f")),
+    ("L1 all", number("l1_all", ".4f")),
+    ("L1 blocks", number("l1_blocks", ".4f")),
+    ("attn ever", number("attn_ever", ".1%")),
+    ("mlp ever", number("mlp_ever", ".1%")),
+    ("attn/story", number("attn_per_story", ".1f")),
+    ("mlp/story", number("mlp_per_story", ".1f")),
 ]
 PAPER_COLUMNS = [(f"paper {name}", lambda r, i=i: str(PAPER[r["ablation"], r["k_attn"], r["k_mlp"]][i]))
                  for i, name in enumerate(("edges", "L0", "CE score", "ppl", "L1"))]
@@ -236,6 +278,8 @@ def main():
     parser.add_argument("--batch_size", type=int, default=8, help="windows at a time; changes speed and memory only")
     parser.add_argument("--device", default="auto", help="auto takes cuda, else mps, else cpu")
     parser.add_argument("--paper", action="store_true", help="the paper's Table 1 beside ours")
+    parser.add_argument("--over_seeds", action="store_true",
+                        help="one row for the runs that differ only in the seed: mean ± sample standard deviation")
     parser.add_argument("--json", action="store_true", help="print JSON, with every unit's firing rate, and nothing else")
     parser.add_argument("--plot", metavar="FILE", help="save the picture of loss curves and unit use")
     parser.add_argument("--sample", metavar="PROMPT", help="write on from this text, from each stream")
@@ -259,12 +303,16 @@ def main():
         raise ValueError(f"--temperature={args.temperature} must be at least 0, --max_new_tokens={args.max_new_tokens} at least 1")
     runs = [open_run(path, args.data) for path in args.runs]  # all of them, before the first takes its minutes
     tokenizers = [load_tokenizer(checkpoint["tokenizer"]) for _, checkpoint, _ in runs] if args.sample is not None else []
+    groups = group_seeds(runs) if args.over_seeds else []
 
     rows, models = zip(*(evaluate(*run, args.batch_size, device) for run in runs))
+    table = [over_seeds([rows[i] for i in group]) for group in groups] or rows
     if args.json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(table, indent=1))
     else:
-        print_table(rows, COLUMNS + (PAPER_COLUMNS if args.paper else []))
+        print_table(table, COLUMNS + (PAPER_COLUMNS if args.paper else []))
+        if args.over_seeds:
+            print("± is the sample standard deviation over the seeds of a row")
         for path, model, tokenizer in zip(args.runs, models, tokenizers):
             print_samples(path, model, tokenizer, args)
     if args.plot:

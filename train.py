@@ -37,9 +37,6 @@ import config as knobs
 from model import GPTNeo, GPTNeoConfig, load_checkpoint, save_checkpoint
 from prepare import load_meta, load_tokens
 
-# what may differ when a run is resumed: where it runs and what it prints, never what it computes
-FREE_ON_RESUME = ("resume", "data", "out", "device", "dtype", "compile", "grad_accum", "log_interval", "wandb")
-
 
 def place_tokens(tokens, device):
     """The tokens (n,) where batches are cut from them: on a GPU with room for them, so that only offsets cross to it
@@ -170,8 +167,8 @@ def read_resumable(config, data_checksum):
         raise ValueError(f"{config.data} is not the data that {path} was trained on (checksum {data_checksum}, "
                          f"not {checkpoint['data']}): give the run's own data with --data=")
     ours = dataclasses.asdict(config)
-    changed = [f"--{name}={value}" for name, value in checkpoint["train_config"].items()
-               if name not in FREE_ON_RESUME and ours[name] != value]
+    changed = [f"--{name}={value}" for name, value in knobs.decisive(checkpoint["train_config"]).items()
+               if ours[name] != value]
     if changed:
         raise ValueError(f"{path} was trained with other knobs; to continue it add {' '.join(changed)}")
     return checkpoint

@@ -80,6 +80,14 @@ class Config:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
+# where a run computes and what it prints, never what it computes: these may differ when it is resumed
+MACHINE = ("resume", "data", "out", "device", "dtype", "compile", "grad_accum", "log_interval", "wandb")
+
+
+def decisive(values):
+    """{knob: value} without the MACHINE ones: what decides, with the checksum of the data, what a run computes."""
+    return {name: value for name, value in values.items() if name not in MACHINE}
+
 
 def comments():
     """{knob: its comment}, read off the source above, so that --help can never disagree with it."""

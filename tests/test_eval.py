@@ -13,7 +13,7 @@ import torch
 
 import config
 import eval as evaluation
-from model import GPTNeo, GPTNeoConfig, save_checkpoint
+from model import GPTNeo, GPTNeoConfig, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 EOT, V, T = 258, 259, 8
@@ -185,6 +185,68 @@ def test_json_is_the_table_for_machines(run, call):
     assert row["step"] == 7 and row["seed"] == 5 and row["checksum"] == "abc" and row["tokens"] == len(split())
     assert np.array(row["mlp_rate"]).shape == (2, 32)
     assert row["ppl_clean"] == pytest.approx(evaluation.measure(tiny(), split(), EOT, 100)["ppl_clean"], rel=1e-5)
+
+
+def seeds(run, name="tiny", of=(1, 2, 3), ablation="local", data="abc", **knobs):
+    """Run folders of other weights beside the fixture's, the same but for the seed."""
+    template = load_checkpoint(run)
+    for seed in of:
+        out = run.parent / f"{name}_seed{seed}"
+        out.mkdir()
+        model = tiny(ablation)
+        for p in model.parameters():
+            p.data.mul_(1 + seed / 50)
+        save_checkpoint(out / "best.pt", model, step=10 * seed, tokenizer=template["tokenizer"], data=data, optimizer={},
+                        train_config={**template["train_config"], "seed": seed, "ablation": ablation,
+                                      "out": str(out), **knobs})
+        yield out
+
+
+def test_over_seeds_is_the_mean_and_the_spread(run, call):
+    """Every number against numpy, from the rows of the single runs; ± is not their standard error."""
+    paths = list(seeds(run))
+    single, (row,) = (json.loads(call(*paths, "--json", *flag)[1]) for flag in ([], ["--over_seeds"]))
+    assert row["n"] == 3 and row["seeds"] == [1, 2, 3] and row["rows"] == single
+    numbers = {name.removesuffix("_sd") for name in row if name.endswith("_sd")}
+    assert numbers == {"step", "loss_clean", "ppl_clean", "bits_per_byte_clean", "loss_ablated", "ppl_ablated",
+                       "bits_per_byte_ablated", "l1", "l1_all", "l1_blocks", "attn_ever", "attn_per_story", "mlp_ever",
+                       "mlp_per_story"}
+    for name in numbers:
+        values = [one[name] for one in single]
+        assert (row[name], row[f"{name}_sd"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    assert row["step_sd"] == 10 and not {"ppl_clean_se", "mlp_rate", "seed"} & row.keys()
+    message, out = call(*paths, "--over_seeds", "--paper")
+    head, line, note = out.splitlines()
+    assert message is None and "standard deviation over the seeds" in note and "seeds" in head.split()
+    assert line.startswith(f"{run.parent}/tiny_seed*") and line.endswith("0.71")  # the paper's L1 of local k=2
+    assert f" {row['ppl_clean']:.3f} ± {row['ppl_clean_sd']:.3f} " in line
+    assert f" {row['l1']:.4f} ± {row['l1_sd']:.4f} " in line
+    assert abs(row["ppl_clean_sd"] - single[0]["ppl_clean_se"]) > 1e-3
+
+
+def test_over_seeds_joins_what_differs_in_seed_and_machine_only(run, call):
+    groups = [[*seeds(run, of=(1, 2)), *seeds(run, "gpu", of=(4,), device="cuda", dtype="bfloat16", grad_accum=2)],
+              list(seeds(run, "fast", of=(1, 2), learning_rate=0.1)), list(seeds(run, "other", of=(1, 2), data="abd")),
+              list(seeds(run, "plain", ablation="none", of=(9,)))]
+    message, out = call(*(path for group in groups for path in group[:1]), *(path for group in groups for path in group[1:]),
+                        "--over_seeds", "--json")
+    assert message is None
+    assert [[one["run"] for one in row["rows"]] for row in json.loads(out)] == [list(map(str, group)) for group in groups]
+
+
+def test_one_seed_has_no_spread(run, call):
+    message, out = call(run, "--over_seeds", "--json")
+    (row,) = json.loads(out)
+    assert row["n"] == 1 and row["ppl_clean_sd"] is None and row["ppl_clean"] == row["rows"][0]["ppl_clean"]
+    line = call(run, "--over_seeds")[1].splitlines()[1]
+    assert line.startswith(f"{run} ") and f" {row['ppl_clean']:.3f} " in line and "±" not in line
+
+
+def test_over_seeds_does_not_count_a_seed_twice(run, call, monkeypatch):
+    first, *_ = seeds(run)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("too late"))
+    message, _ = call(first, run, first / "best.pt", "--over_seeds")
+    assert message.startswith(f"error: {first} and {first / 'best.pt'} are the same run")
 
 
 def test_same_seed_same_sample(run, call):

@@ -1,5 +1,6 @@
 """README.md is true: its commands are ones the programs take, its code is the code, its figures are of this tree."""
 
+import glob
 import re
 import shlex
 import subprocess
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "bench")]
 import config
+import sweep
 from model import GPTNeo, GPTNeoConfig, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +30,7 @@ def flags():
     return {name: set(re.findall(r"--\w+", text)) for name, text in helps.items()}
 
 
-def test_every_command_is_one_that_works(flags):
+def test_every_command_is_one_that_works(flags, monkeypatch):
     assert len(COMMANDS) > 15
     for command in COMMANDS:
         program, *words = shlex.split(command)
@@ -44,6 +47,11 @@ def test_every_command_is_one_that_works(flags):
         assert (ROOT / script).is_file(), command
         if script == "train.py":
             assert isinstance(config.load([word if "=" in word else str(ROOT / word) for word in words]), config.Config)
+        elif script == "bench/sweep.py":
+            words = [path for word in words for path in glob.glob(word, root_dir=ROOT) or [word]]
+            monkeypatch.chdir(ROOT)
+            runs, _ = sweep.plan(words)
+            assert len(runs) >= 2 and all(isinstance(settings, config.Config) for _, settings in runs), command
         else:
             assert {word for word in words if word.startswith("--")} <= flags[script], command
 

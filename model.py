@@ -123,7 +123,8 @@ class KWinners(torch.autograd.Function):
         scores, edge, edge_units = ctx.saved_tensors  # edge: s_(k) and s_(k+1), (..., 2)
         gap = edge[..., :1] - edge[..., 1:]  # (..., 1)
         T = gap.clamp_min(ctx.min_gap)
-        z = (scores - edge.mean(-1, keepdim=True)).div_(T)
+        # exp(-50) is nothing beside the winners' 1; further down come denormal numbers, which cost half of the time on a CPU
+        z = (scores - edge.mean(-1, keepdim=True)).div_(T).clamp_min_(-50.0)
         on = z.sigmoid() if ctx.form == "sigmoid" else None
         share = z.softmax(-1) if on is None else on / on.sum(-1, keepdim=True)  # sums to 1; w is k times it for sigmoids
         u = share * grad
@@ -158,7 +159,7 @@ def attention(q, k, v, window, own=()):
     if own:
         # Plain causal attention can do this, in the kernels made for it: shift the clean keys by one place and put before
         # them a key that stands for "own". An extra channel holds the query's score with its own key, and 1 in that
-        # key, 0 in the others; in the values it returns the weight that the own value gets (bench/attention.py).
+        # key, 0 in the others; in the values it returns the weight that the own value gets (bench/alternatives.py).
         q = torch.cat((q, (q * own[0]).sum(-1, keepdim=True)), -1)  # (B, H, T, D + 1)
         one = F.pad(q.new_ones(1, 1), (D, 0, 0, S - 1))  # (S, D + 1)
         k, v = (F.pad(clean, (0, 1, 1, -1)) + one for clean in (k, v))  # (B, H, S, D + 1)

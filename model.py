@@ -415,7 +415,7 @@ def head_losses(streams, weight, targets, coeffs):
     hidden = torch.cat([x.flatten(0, 1) for x in streams])  # (R, C), R = streams x B x T rows
     rows = targets.numel()
     targets = targets.flatten().repeat(len(streams))  # (R)
-    scale = hidden.new_tensor(coeffs).repeat_interleave(rows) / rows  # (R)
+    scale = torch.cat([hidden.new_full((rows,), coeff / rows) for coeff in coeffs])  # (R), without a copy from the CPU
     if hidden.is_cuda and torch.compiler.is_compiling():  # which fuses cast and loss: only bf16 logits are stored
         nll = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
         loss = nll @ scale

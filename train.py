@@ -256,12 +256,13 @@ def train(config):
 
     # ---- optimizer
     optimizer = make_optimizer(model, config, device)
-    if config.resume and config.fsdp and checkpoint["optimizer"]:
-        state = get_optimizer_state_dict(model, optimizer)  # of this world size, to be filled from shards of any other
-        dcp.load(state, checkpoint_id=out / checkpoint["optimizer"])
-        set_optimizer_state_dict(model, optimizer, state)
-    elif config.resume and not config.fsdp:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+    state = checkpoint["optimizer"] if config.resume else None
+    if state and config.fsdp:  # the name of a folder of shards, see save()
+        ours = get_optimizer_state_dict(model, optimizer)  # of this world size, to be filled from shards of any other
+        dcp.load(ours, checkpoint_id=out / state)
+        set_optimizer_state_dict(model, optimizer, ours)
+    elif state:
+        optimizer.load_state_dict(state)
 
     # ---- everything else a resumed run has to know
     progress = {

@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,8 @@ class Row:
     def __init__(self, variant, words, vocab_size):
         self.variant, self.words, self.vocab_size = variant, words, vocab_size
         self.config = knobs.load([*words, f"--ablation={ABLATION[variant]}"])
+        names = set(GPTNeoConfig.__dataclass_fields__) & knobs.FIELDS.keys()
+        self.geometry = GPTNeoConfig(vocab_size=vocab_size, **{name: getattr(self.config, name) for name in names})
 
     def build(self):
         config = self.config
@@ -59,9 +62,7 @@ class Row:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
         self.dtype = "bfloat16" if bfloat16 else "float32"
         torch.manual_seed(config.seed)
-        names = set(GPTNeoConfig.__dataclass_fields__) & knobs.FIELDS.keys()
-        self.model = GPTNeo(GPTNeoConfig(vocab_size=self.vocab_size, **{name: getattr(config, name) for name in names}))
-        self.model.to(self.device)
+        self.model = GPTNeo(self.geometry).to(self.device)
         if self.compile_mode:
             self.model.compile(mode=self.compile_mode)
         self.optimizer = make_optimizer(self.model, config, self.device)
@@ -111,12 +112,12 @@ def resident(peak):
     return 1024 * int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0])
 
 
-def cpu_memory(row, queue):
+def cpu_memory(row):
     before = resident(peak=False)
     row.build()
     for _ in range(2):
         row.step()
-    queue.put(before and resident(peak=True) - before)
+    return before and resident(peak=True) - before
 
 
 def build_and_warm(row, steps):
@@ -124,12 +125,9 @@ def build_and_warm(row, steps):
     if row.config.device == "cpu" or knobs.pick_device(row.config.device).type == "cpu":
         row.memory = None
         if row.config.compile in ("auto", "False"):  # to compile it twice would take minutes
-            context = multiprocessing.get_context("spawn")  # a fresh heap: what others have freed would hide what it takes
-            queue = context.Queue()
-            process = context.Process(target=cpu_memory, args=(row, queue))
-            process.start()
-            row.memory = queue.get()
-            process.join()
+            fresh = multiprocessing.get_context("spawn")  # a heap of its own: what others have freed would hide what it takes
+            with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+                row.memory = pool.submit(cpu_memory, row).result()
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

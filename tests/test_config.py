@@ -11,12 +11,14 @@ import tokenize
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import config as knobs
 from config import Config, load
-from model import GPTNeoConfig
+from model import GPTNeo, GPTNeoConfig
 
 FILES = sorted(path for path in (ROOT / "config").glob("*.py") if path.stem != "__init__")
 NAMES = [field.name for field in dataclasses.fields(Config)]
@@ -93,7 +95,7 @@ def test_config_files_may_calculate_and_import(tmp_path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_config_files_are_short_and_load(path):
     assert load([str(path)]).out == f"out/{path.stem}"
-    assert len(path.read_text().splitlines()) < 15
+    assert len(path.read_text().splitlines()) < 30
 
 
 def test_there_is_one_config_file_for_every_row_of_the_papers_table():
@@ -107,6 +109,23 @@ def test_a_files_name_says_what_it_changes_and_nothing_else_changes(path):
     kind, _, k = path.stem.partition("_k")
     changes = {"ablation": "none"} if kind == "baseline" else {"ablation": kind, "k_attn": int(k), "k_mlp": int(k)}
     assert load([str(path)]) == Config(out=f"out/{path.stem}", **changes)
+
+
+@pytest.mark.parametrize("name, geometry", [
+    ("gptneo_125m", dict(hidden_size=768, num_layers=12, num_heads=12, attention_types=[[["global", "local"], 6]])),
+    ("gptneo_1p3b", {})])  # transformers' defaults
+def test_the_big_configs_are_gpt_neos_geometries(name, geometry):
+    config, expected = load([str(ROOT / "config" / f"{name}.py")]), transformers.GPTNeoConfig(**geometry)
+    names = {field.name for field in dataclasses.fields(GPTNeoConfig)} & set(NAMES)
+    with torch.device("meta"):
+        model = GPTNeo(GPTNeoConfig(vocab_size=50257, **{name: getattr(config, name) for name in names}))
+        theirs = transformers.GPTNeoForCausalLM(expected)
+    ours = transformers.GPTNeoConfig(**model.hf_config())
+    for name in ("hidden_size", "num_heads", "attention_layers", "max_position_embeddings", "window_size", "vocab_size"):
+        assert getattr(ours, name) == getattr(expected, name)
+    assert ({name: value.shape for name, value in model.clean_state_dict().items()}
+            == {name: value.shape for name, value in theirs.state_dict().items()})
+    assert config.batch_size % (8 * config.grad_accum) == 0  # on the eight processes of its header
 
 
 # ---- mistakes

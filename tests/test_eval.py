@@ -196,9 +196,9 @@ def seeds(run, name="tiny", of=(1, 2, 3), ablation="local", data="abc", **knobs)
         model = tiny(ablation)
         for p in model.parameters():
             p.data.mul_(1 + seed / 50)
-        save_checkpoint(out / "best.pt", model, step=10 * seed, tokenizer=template["tokenizer"], data=data, optimizer={},
-                        train_config={**template["train_config"], "seed": seed, "ablation": ablation,
-                                      "out": str(out), **knobs})
+        save_checkpoint(out / "best.pt", model.config, model.state_dict(), step=10 * seed, tokenizer=template["tokenizer"],
+                        data=data, optimizer={}, train_config={**template["train_config"], "seed": seed,
+                                                               "ablation": ablation, "out": str(out), **knobs})
         yield out
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "bench")]
 import config
@@ -26,7 +27,7 @@ COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```sh\n(.*?)`
 def flags():
     """{program: the flags its --help lists}."""
     helps = {name: subprocess.run([sys.executable, name, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-             for name in ("prepare.py", "eval.py")}
+             for name in ("prepare.py", "eval.py", "bench/speed.py", "bench/alternatives.py", "bench/check.py")}
     return {name: set(re.findall(r"--\w+", text)) for name, text in helps.items()}
 
 
@@ -40,9 +41,8 @@ def test_every_command_is_one_that_works(flags, monkeypatch):
         if program in ("pip", "python3"):
             assert command in ("pip install -r requirements.txt", "python3 -m venv .venv && . .venv/bin/activate"), command
             continue
-        if program == "torchrun":
-            assert words[0].startswith("--nproc_per_node="), command
-            words = words[1:]
+        if program == "torchrun":  # its own parser
+            words = (lambda known: [known.training_script, *known.training_script_args])(torch.distributed.run.parse_args(words))
         script, *words = words
         assert (ROOT / script).is_file(), command
         if script == "train.py":
@@ -52,8 +52,11 @@ def test_every_command_is_one_that_works(flags, monkeypatch):
             monkeypatch.chdir(ROOT)
             runs, _ = sweep.plan(words)
             assert len(runs) >= 2 and all(isinstance(settings, config.Config) for _, settings in runs), command
+        elif program == "bash":
+            assert (script, words) in [("bench/gpu.sh", []), ("bench/gpu.sh", ["--device", "cpu"])], command
         else:
-            assert {word for word in words if word.startswith("--")} <= flags[script], command
+            rest = [word for word in words if word.split("=")[0] not in flags[script]]
+            assert not any(word.startswith("--") for word in rest) or script == "bench/speed.py" and config.load(rest), command
 
 
 def test_quoted_code_is_the_code():

@@ -1,0 +1,105 @@
+"""bench/: the tools run, their arithmetic is the blueprint's, and what they compare computes the same.
+
+    python -m pytest tests/test_bench.py
+"""
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+import alternatives
+import check
+import config as knobs
+import speed
+
+TINY = ["--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16"]
+
+
+def bench(script, *words):
+    ended = subprocess.run([sys.executable, f"bench/{script}", *words], cwd=ROOT, text=True, capture_output=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+def test_the_arithmetic_is_that_of_the_blueprint():
+    """Both streams of the paper's step are 0.634 TFLOP, and two streams with gates 2.08 times the baseline at 1,024 tokens."""
+    step = {variant: speed.Row(variant, ["--device=cpu"], 50257).flops() for variant in ("baseline", "local", "global")}
+    assert step["local"] == step["global"] == pytest.approx(0.634e12, rel=1e-3)
+    assert step["local"] / step["baseline"] == pytest.approx(2.08, abs=0.005)
+
+
+def test_a_step_is_timed_for_every_combination():
+    out = json.loads(bench("speed.py", *TINY, "--vocab_size=300", "--batch_size=1,2", "--variants=baseline,local", "--rounds=2", "--parts", "--json"))
+    rows = {(row["variant"], row["batch"]): row for row in out["rows"]}
+    assert rows.keys() == {(variant, f"{batch} x 16") for variant in ("baseline", "local") for batch in (1, 2)}
+    for (_, batch), row in rows.items():
+        assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"] and row["memory_mb"] > 0
+        assert row["tokens_per_s"] == pytest.approx(16e3 * int(batch[0]) / row["ms"])
+        assert row["hours_400k"] == pytest.approx(row["ms"] / 9)
+        assert row["ratio"] == pytest.approx(row["ms"] / rows["baseline", batch]["ms"])
+    assert out["environment"]["torch"] == torch.__version__ and len(out["environment"]["commit"]) >= 7
+    assert out["parts_ms"].keys() == {"baseline", "local"}
+    assert out["parts_ms"]["baseline"].keys() < out["parts_ms"]["local"].keys()
+
+
+@pytest.mark.parametrize("reference, variant", [("plain", "baseline"), ("whole", "local")])
+def test_the_references_are_the_same_step(reference, variant):
+    """What baseline and local are compared with computes what they compute."""
+    results = []
+    for name in (reference, variant):
+        row = speed.Row(name, TINY, 300).build()
+        for _ in range(2):
+            row.step()
+        results.append(torch.cat([p.detach().flatten() for p in row.model.parameters()]))
+    assert (results[0] - results[1]).abs().max() < 1e-4  # two updates of 1.4e-3 each; near-ties may fall the other way
+    assert (results[0] - results[1]).abs().mean() < 1e-6
+
+
+def test_alternatives_compute_the_same():
+    out = bench("alternatives.py", "--device=cpu", "--batch_size=2", "--tokens=48", "--vocab_size=300", "--rounds=1")
+    lines = [line for line in out.splitlines() if "error" in line and "(plain causal)" not in line]
+    assert len(lines) >= 9
+    assert all(float(re.search(r"error (\S+)", line)[1]) < 1e-4 for line in lines), out
+
+
+def test_the_device_check_passes_here():
+    assert bench("check.py", "--device=cpu", "--compile=False").count("ok  ") == 12
+
+
+@pytest.mark.parametrize("script, word, expected", [
+    (speed, "--variants=locale", "--variants=locale must be"), (speed, "--vocab_size=70000", "--vocab_size=70000"),
+    (speed, "--n_head=3", "n_embd=128 is not divisible"), (speed, "--batchsize=3", "did you mean 'batch_size'"),
+    (speed, "--batch_size=", "batch_size= is not a whole number"), (speed, "--dtype=half", "dtype=half is not one of"),
+    (alternatives, "--what=all", "--what=all must be some of"), (check, "--compile=yes", "--compile=yes must be")])
+def test_a_mistake_is_one_line(script, word, expected, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--device=cpu", word])
+    with pytest.raises(SystemExit, match=f"^error: .*{re.escape(expected)}[^\n]*$"):
+        knobs.cli(script.main)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_gpu_script_runs_every_part_and_goes_on_after_a_failure(tmp_path, device):
+    """With a stand-in for python that fails in one part: what the parts do is tested above and in test_train.py."""
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/calls\ncase $* in *check.py*) exit 3;; esac\n")
+    (tmp_path / "python").chmod(0o700 | stat.S_IRUSR)
+    out, environment = tmp_path / "out", {"PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path / "out"), "DATA": str(tmp_path)}
+    ended = subprocess.run(["bash", "bench/gpu.sh", "--device", device], cwd=ROOT, env={**os.environ, **environment},
+                           text=True, capture_output=True)
+    assert ended.returncode == 1 and "!!! check: exit code 3" in ended.stdout
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [re.search(r"(\w+\.py)", call)[1] for call in calls] == [
+        "prepare.py", "check.py", "speed.py", "speed.py", "train.py", "eval.py", "train.py", "alternatives.py", "alternatives.py"]
+    assert all(f"--device={device}" in call for call in calls[1:])
+    (out / "local_k2").mkdir()
+    again = subprocess.run(["bash", "bench/gpu.sh"], cwd=ROOT, env={**os.environ, **environment}, text=True, capture_output=True)
+    assert again.returncode == 1 and "OUT=" in again.stderr  # results are never overwritten

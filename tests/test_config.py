@@ -95,7 +95,7 @@ def test_config_files_may_calculate_and_import(tmp_path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_config_files_are_short_and_load(path):
     assert load([str(path)]).out == f"out/{path.stem}"
-    assert len(path.read_text().splitlines()) < 30
+    assert len(path.read_text().splitlines()) < 15
 
 
 def test_there_is_one_config_file_for_every_row_of_the_papers_table():

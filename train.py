@@ -107,6 +107,12 @@ def sum_over_ranks(array, device, world):
     return array
 
 
+def model_config(config, vocab_size):
+    """The GPTNeoConfig that the knobs describe. Raises ValueError on what cannot work."""
+    shared = {field.name for field in dataclasses.fields(GPTNeoConfig)} & knobs.FIELDS.keys()
+    return GPTNeoConfig(vocab_size=vocab_size, **{name: getattr(config, name) for name in shared})
+
+
 def choose_machine(config, local_rank):
     """(device, whether to autocast to bfloat16, how to compile or None) from the knobs device, dtype, compile."""
     device = knobs.pick_device(config.device, local_rank)
@@ -241,8 +247,7 @@ def train(config):
 
     # ---- model
     torch.manual_seed(config.seed)  # weights are made on the CPU, so every device starts from the same ones
-    shared = {field.name for field in dataclasses.fields(GPTNeoConfig)} & knobs.FIELDS.keys()
-    model = GPTNeo(GPTNeoConfig(vocab_size=meta["vocab_size"], **{name: getattr(config, name) for name in shared}))
+    model = GPTNeo(model_config(config, meta["vocab_size"]))
     if config.resume:
         model.load_state_dict(checkpoint["model"])
     if world > 1 or config.fsdp:

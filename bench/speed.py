@@ -35,8 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # python puts bench/ there
 import config as knobs
 import model as model_file
-from model import GPTNeo, GPTNeoConfig, gate
-from train import batch_at, choose_machine, make_optimizer, place_tokens, update
+from model import GPTNeo, gate
+from train import batch_at, choose_machine, make_optimizer, model_config, place_tokens, update
 
 ABLATION = {"plain": "none", "baseline": "none", "whole": "local", "local": "local", "global": "global"}
 
@@ -53,8 +53,7 @@ class Row:
     def __init__(self, variant, words, vocab_size):
         self.variant, self.words, self.vocab_size = variant, words, vocab_size
         self.config = knobs.load([*words, f"--ablation={ABLATION[variant]}"])
-        names = set(GPTNeoConfig.__dataclass_fields__) & knobs.FIELDS.keys()
-        self.geometry = GPTNeoConfig(vocab_size=vocab_size, **{name: getattr(self.config, name) for name in names})
+        self.model_config = model_config(self.config, vocab_size)
 
     def build(self):
         config = self.config
@@ -62,7 +61,7 @@ class Row:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
         self.dtype = "bfloat16" if bfloat16 else "float32"
         torch.manual_seed(config.seed)
-        self.model = GPTNeo(self.geometry).to(self.device)
+        self.model = GPTNeo(self.model_config).to(self.device)
         if self.compile_mode:
             self.model.compile(mode=self.compile_mode)
         self.optimizer = make_optimizer(self.model, config, self.device)

@@ -19,6 +19,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import alternatives
 import check
 import config as knobs
+import prepare
+import same
 import speed
 
 TINY = ["--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16"]
@@ -74,6 +76,31 @@ def test_alternatives_compute_the_same():
 
 def test_the_device_check_passes_here():
     assert bench("check.py", "--device=cpu", "--compile=False").count("ok  ") == 12
+
+
+@pytest.mark.parametrize("old, new, code", [("torch.mm(grad, weight,", "torch.mm(grad, 1.0 * weight,", None),
+                                            ("u.div_(T)", "u.div_(T * 1.000001)", "more than rounding")])
+def test_a_changed_step_is_told_from_rounding(old, new, code, tmp_path, monkeypatch, capsys):
+    """Against a commit whose model.py is this one but for a product by 1, or for a gate's gradient off by a millionth."""
+    before = (ROOT / "model.py").read_text()
+    assert old in before
+    (tmp_path / "model.py").write_text(before.replace(old, new))
+    for words in ("init", "add model.py", "-c user.name=t -c user.email=t commit -m t"):
+        subprocess.run(["git", *words.split()], cwd=tmp_path, check=True, capture_output=True)
+    prepare.main(["toy", "--stories", "60", "--out", str(tmp_path / "data")])
+    capsys.readouterr()
+    words = [*TINY, "--batch_size=2", f"--data={tmp_path / 'data'}", "--updates=2", "--precision=float64"]
+    monkeypatch.setattr(same, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["same.py", "HEAD", *words])
+    if code:
+        with pytest.raises(SystemExit, match=code):
+            knobs.cli(same.main)
+    else:
+        knobs.cli(same.main)
+    assert capsys.readouterr().out.count("\n") == 2
+    monkeypatch.setattr(sys, "argv", ["same.py", "nocommit", *words])
+    with pytest.raises(SystemExit, match="^error: git knows no model.py at 'nocommit'"):
+        knobs.cli(same.main)
 
 
 @pytest.mark.parametrize("script, word, expected", [

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 import config as knobs
 from config import Config, load
 from model import GPTNeo, GPTNeoConfig
+from train import model_config
 
 FILES = sorted(path for path in (ROOT / "config").glob("*.py") if path.stem != "__init__")
 NAMES = [field.name for field in dataclasses.fields(Config)]
@@ -116,9 +117,8 @@ def test_a_files_name_says_what_it_changes_and_nothing_else_changes(path):
     ("gptneo_1p3b", {})])  # transformers' defaults
 def test_the_big_configs_are_gpt_neos_geometries(name, geometry):
     config, expected = load([str(ROOT / "config" / f"{name}.py")]), transformers.GPTNeoConfig(**geometry)
-    names = {field.name for field in dataclasses.fields(GPTNeoConfig)} & set(NAMES)
     with torch.device("meta"):
-        model = GPTNeo(GPTNeoConfig(vocab_size=50257, **{name: getattr(config, name) for name in names}))
+        model = GPTNeo(model_config(config, 50257))
         theirs = transformers.GPTNeoForCausalLM(expected)
     ours = transformers.GPTNeoConfig(**model.hf_config())
     for name in ("hidden_size", "num_heads", "attention_layers", "max_position_embeddings", "window_size", "vocab_size"):

@@ -250,24 +250,6 @@ def train(config):
     model = GPTNeo(model_config(config, meta["vocab_size"]))
     if config.resume:
         model.load_state_dict(checkpoint["model"])
-    if world > 1 or config.fsdp:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if config.fsdp:
-        shard(model, device)
-    model.to(device)
-    if compile_mode:
-        model.compile(mode=compile_mode)  # in place: no _orig_mod. in the checkpoint's names
-    replica = DistributedDataParallel(model) if world > 1 and not config.fsdp else model
-
-    # ---- optimizer
-    optimizer = make_optimizer(model, config, device)
-    state = checkpoint["optimizer"] if config.resume else None
-    if state and config.fsdp:  # the name of a folder of shards, see save()
-        ours = get_optimizer_state_dict(model, optimizer)  # of this world size, to be filled from shards of any other
-        dcp.load(ours, checkpoint_id=out / state)
-        set_optimizer_state_dict(model, optimizer, ours)
-    elif state:
-        optimizer.load_state_dict(state)
 
     # ---- everything else a resumed run has to know
     progress = {
@@ -288,6 +270,31 @@ def train(config):
         except OSError as error:
             raise ValueError(f"cannot write to the run folder {out}: {error.strerror}: choose another --out") from None
 
+    # ---- the processes meet
+    if world > 1 or config.fsdp:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if config.fsdp:
+        shard(model, device)
+    model.to(device)
+    if compile_mode:
+        model.compile(mode=compile_mode)  # in place: no _orig_mod. in the checkpoint's names
+    replica = DistributedDataParallel(model) if world > 1 and not config.fsdp else model
+
+    # ---- optimizer
+    optimizer = make_optimizer(model, config, device)
+    shards = checkpoint["optimizer"] if config.resume and config.fsdp else None  # the folder in out that last.pt names
+    if shards:
+        state = get_optimizer_state_dict(model, optimizer)  # of this world size, to be filled from shards of any other
+        try:
+            dcp.FileSystemReader(out / shards).read_metadata()  # here, since dcp.load would print tracebacks of its own
+            dcp.load(state, checkpoint_id=out / shards)
+        except (Exception, dcp.CheckpointException) as error:  # damage shows as almost any kind; the last is no Exception
+            raise ValueError(f"{out / shards}, which holds the optimizer of {out / 'last.pt'}, is missing or damaged "
+                             f"({type(error).__name__}): bring it back, or start again with another --out") from None
+        set_optimizer_state_dict(model, optimizer, state)
+    elif config.resume and not config.fsdp:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+
     n_params = sum(p.numel() for p in model.parameters())
     say(json.dumps(dataclasses.asdict(config)))
     say(f"{config.ablation} ablation, {n_params:,} parameters | {meta['train']['tokens']:,} training tokens, vocabulary "
@@ -297,20 +304,26 @@ def train(config):
         wandb.init(project="self-ablating-transformers", name=out.name, config=dataclasses.asdict(config))
 
     def save(name):
-        weights, state = model.state_dict(), None
         if config.fsdp:  # whole weights in one file, as ever; the optimizer's shards in a folder that last.pt names
             weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-            if name == "last.pt" and optimizer.state:  # before the first update, asking for it would make it, one step old
-                state = f"optimizer-{progress['step']}"
-                dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=out / state)
-        elif rank == 0:
-            state = optimizer.state_dict()
+            optimizer_state = save_shards() if name == "last.pt" else None
+        else:
+            weights, optimizer_state = model.state_dict(), optimizer.state_dict()
         if rank == 0:
-            save_checkpoint(out / name, model.config, weights, optimizer=state, train_config=dataclasses.asdict(config),
-                            tokenizer=meta["tokenizer"], data=meta["checksum"], metrics=metrics, **progress)
-            for old in out.glob("optimizer-*") if name == "last.pt" else ():
-                if old.name != state:
+            save_checkpoint(out / name, model.config, weights, optimizer=optimizer_state, metrics=metrics, data=meta["checksum"],
+                            train_config=dataclasses.asdict(config), tokenizer=meta["tokenizer"], **progress)
+            for old in out.glob("optimizer-[0-9]*") if config.fsdp and name == "last.pt" else ():
+                if old.name != optimizer_state:
                     shutil.rmtree(old)
+
+    def save_shards():
+        """Write the folder that the next last.pt names. Never into the one that last.pt names now: a kill would cost both."""
+        nonlocal shards
+        folder = f"optimizer-{progress['step']}"
+        if optimizer.state and folder != shards:  # before the first update, asking for the state would make it, one step old
+            dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=out / folder)
+            shards = folder
+        return shards
 
     # ---- stop on request: the handler only raises a flag, so an update is never cut in half
     stop_requested = False
@@ -318,8 +331,8 @@ def train(config):
     def request_stop(number, _):
         nonlocal stop_requested
         stop_requested = True
-        if world == 1:  # torchrun may pass on a signal that came here too
-            signal.signal(number, signal.SIG_DFL)  # the second time means it
+        if world == 1:  # the second time means it; of several, torchrun may pass on a signal that came here too
+            signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, request_stop)
@@ -417,8 +430,9 @@ def main():
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, to those whose peer is gone: nothing is left to save
-        raise ValueError(f"this run has lost one of its processes: torchrun's report names the first failure; the same "
-                         f"command with --resume=True goes on from {Path(config.out, 'last.pt')}") from None
+        last = Path(config.out, "last.pt")
+        raise ValueError("this run has lost one of its processes: torchrun's report names the first failure; the same command "
+                         + (f"with --resume=True goes on from {last}" if last.exists() else "starts it again")) from None
 
 
 if __name__ == "__main__":

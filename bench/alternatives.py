@@ -132,6 +132,9 @@ def main():
     parser.add_argument("--vocab_size", type=int, default=50257)
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
+    for name in ("batch_size", "tokens", "vocab_size", "rounds"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name}={getattr(args, name)} must be at least 1")
     device, dtype = knobs.pick_device(args.device), getattr(torch, args.dtype)
     paper, B, T = GPTNeoConfig(), args.batch_size, args.tokens
     C, H = paper.n_embd, paper.n_head

@@ -7,10 +7,13 @@
 set -u
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/gpu} PYTHON=${PYTHON:-python3} DATA=${DATA:-data/toy}
-device=cuda
-[ "${1:-}" = --device ] && device=$2
+case "$*" in
+    "") device=cuda ;;
+    "--device cuda" | "--device cpu") device=$2 ;;
+    *) echo "error: $* is not understood: bash bench/gpu.sh [--device cpu]" >&2; exit 1 ;;
+esac
 if [ -e "$OUT/local_k2" ]; then echo "error: $OUT holds results already: name another folder with OUT=" >&2; exit 1; fi
-mkdir -p "$OUT"
+mkdir -p "$OUT" || exit 1
 failed=0
 
 part() {  # part NAME SECONDS COMMAND...
@@ -22,6 +25,7 @@ part() {  # part NAME SECONDS COMMAND...
     code=$?
     tail -n 30 "$OUT/$name.txt"
     if [ "$name" = train ] && [ $code -eq 124 ]; then code=0; fi  # out of time, it has saved and --resume=True goes on
+    if [ $code -eq 124 ]; then echo "!!! $name: its time limit has passed"; fi
     if [ $code -ne 0 ]; then echo "!!! $name: exit code $code"; tail -n 5 "$OUT/$name.err"; failed=1; fi
     echo "--- $name took $((SECONDS - begun)) s"
 }
@@ -37,7 +41,7 @@ run=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=1 train.py
 
 [ -f "$DATA/meta.json" ] || part data 60 "$PYTHON" prepare.py toy
 part check 120 "$PYTHON" bench/check.py --device="$device" "${check[@]}"
-part speed_eager 50 "$PYTHON" bench/speed.py --device="$device" --parts "${eager[@]}" "${size[@]}" "${few[@]}"
+part speed_eager 90 "$PYTHON" bench/speed.py --device="$device" --parts "${eager[@]}" "${size[@]}" "${few[@]}"
 part speed 180 "$PYTHON" bench/speed.py --device="$device" --variants=baseline,local,global "${compiled[@]}" "${size[@]}" "${few[@]}"
 part train 120 "${run[@]}" --out="$OUT/local_k2" --max_iters="$updates"
 part eval 30 "$PYTHON" eval.py "$OUT/local_k2" --device="$device"

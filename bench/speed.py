@@ -10,8 +10,7 @@ Commas make lists of --dtype, --compile, --batch_size and --vocab_size. Every co
 a figure is the median of the rounds, and ratios are those of medians within one run. Two references, eager and with whole
 logits: `plain`, the baseline as a first draft would write it, and `whole`, the local variant with both logit tensors.
 
-FLOP/s: the products of DESIGN section 5 (6 FLOP per token and weight of a matrix, causal attention counted half), over the
-time. Floor: these over the rate of a large matrix product here; on CUDA at least the bytes of seven passes over
+FLOP/s: 6 FLOP per token and weight of each matrix, with causal attention counted half, over the time. Floor: these over the rate of a large matrix product here; on CUDA at least the bytes of seven passes over
 the 2-byte logits, over the rate of a large copy. Memory: peak of a step above what was there before the
 model, weights and optimizer included; on a CPU resident memory, of a process of its own.
 """
@@ -26,6 +25,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -54,6 +54,9 @@ class Row:
         self.variant, self.words, self.vocab_size = variant, words, vocab_size
         self.config = knobs.load([*words, f"--ablation={ABLATION[variant]}"])
         self.model_config = model_config(self.config, vocab_size)
+        if self.config.fsdp or self.config.batch_size % self.config.grad_accum:
+            raise ValueError(f"batch_size={self.config.batch_size} must be a multiple of grad_accum={self.config.grad_accum}, "
+                             f"and this is one process: --fsdp=False")
 
     def build(self):
         config = self.config
@@ -70,14 +73,10 @@ class Row:
         return self
 
     def step(self):
-        head_losses = model_file.head_losses
-        try:
-            if self.variant in ("plain", "whole"):
-                model_file.head_losses = whole_head_losses
+        head_losses = whole_head_losses if self.variant in ("plain", "whole") else model_file.head_losses
+        with mock.patch.object(model_file, "head_losses", head_losses):
             rows = batch_at(self.tokens, self.steps, self.config, device=self.device)
             update(self.model, self.optimizer, rows, self.config, self.autocast)
-        finally:
-            model_file.head_losses = head_losses
         self.steps += 1
 
     def time(self, steps):
@@ -93,7 +92,7 @@ class Row:
 
 def clock(function, device, times=1):
     """Seconds that one call takes, the work it leaves to a GPU included."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
     wait()
     begun = time.perf_counter()
     for _ in range(times):
@@ -257,9 +256,11 @@ def main():
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     args, words = parser.parse_known_args()
     variants = args.variants.split(",")
-    if set(variants) - ABLATION.keys() or args.rounds < 1 or (args.steps or 1) < 1:
-        raise ValueError(f"--variants={args.variants} must be some of {', '.join(ABLATION)}; --rounds and --steps at least 1")
-    if not all(text.isdigit() and 1 < int(text) < 65536 for text in args.vocab_size.split(",")):
+    if set(variants) - ABLATION.keys():
+        raise ValueError(f"--variants={args.variants} must be some of {', '.join(ABLATION)}")
+    if args.rounds < 1 or args.steps is not None and args.steps < 1:
+        raise ValueError(f"--rounds={args.rounds} and --steps={args.steps} must be at least 1")
+    if not all(text.isdecimal() and 1 < int(text) < 65536 for text in args.vocab_size.split(",")):
         raise ValueError(f"--vocab_size={args.vocab_size} must be whole numbers from 2 to 65,535, with commas")
     rows = []
     for dtype, mode, vocab_size, batch in itertools.product(*(value.split(",") for value in
@@ -278,8 +279,7 @@ def main():
     for _ in range(args.rounds):
         for row in rows:
             row.time(steps)
-    ceiling = {row.dtype: None for row in rows}
-    ceiling = {dtype: ceilings(device, getattr(torch, dtype)) for dtype in ceiling}
+    ceiling = {dtype: ceilings(device, getattr(torch, dtype)) for dtype in dict.fromkeys(row.dtype for row in rows)}
     result = {"environment": environment(device), "rounds": args.rounds, "steps": steps,
               "ceilings": {dtype: {"gflops": rate / 1e9, "copy_gb_per_s": copy / 1e9} for dtype, (rate, copy) in ceiling.items()},
               "rows": [report(row, rows, ceiling) for row in rows]}

@@ -40,8 +40,10 @@ def plan(argv):
     paths, passed = [word for word in words if word[:1] != "-"], [word for word in words if word[:1] == "-"]
     if not paths:
         raise ValueError("which runs? Name at least one config file, such as config/local_k2.py")
-    if args.per_gpu < 1 or not args.out:
-        raise ValueError(f"--per_gpu={args.per_gpu} must be at least 1 and --out={args.out} must name a folder")
+    if args.per_gpu < 1:
+        raise ValueError(f"--per_gpu={args.per_gpu} must be at least 1")
+    if not args.out:
+        raise ValueError("--out= must name a folder")
     if {word.split("=")[0] for word in passed} & {"--seed", "--resume"}:
         raise ValueError("leave out --seed and --resume: --seeds=1,2 names the seeds, and what was begun is continued")
     runs = {}
@@ -52,6 +54,8 @@ def plan(argv):
                 raise ValueError(f"two of these runs would be {out}: give every config and every seed once")
             words = [path, *passed, f"--seed={seed}", f"--out={out}"]
             runs[out] = words, knobs.load(words)
+            if runs[out][1].fsdp:
+                raise ValueError(f"{path}: a run here is one process, which cannot shard: add --fsdp=False or use torchrun")
     return list(runs.values()), args.per_gpu
 
 

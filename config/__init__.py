@@ -80,7 +80,8 @@ class Config:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
-# where a run computes and what it prints, never what it computes: these may differ when it is resumed
+# where a run computes and what it prints, never what it computes: these may differ when it is resumed. (fsdp may not,
+# although it computes the same: it keeps the optimizer's state in files of its own.)
 MACHINE = ("resume", "data", "out", "device", "dtype", "compile", "grad_accum", "log_interval", "wandb")
 
 
@@ -151,6 +152,8 @@ def usage_error(message):
 
 def read_file(path):
     """The knobs that a config file assigns. Raises ValueError when it cannot be run or names an unknown one."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no config file {path}")
     try:
         values = runpy.run_path(path)
     except Exception as error:  # whatever is wrong with the user's Python

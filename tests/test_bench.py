@@ -107,6 +107,8 @@ def test_a_changed_step_is_told_from_rounding(old, new, code, tmp_path, monkeypa
     (speed, "--variants=locale", "--variants=locale must be"), (speed, "--vocab_size=70000", "--vocab_size=70000"),
     (speed, "--n_head=3", "n_embd=128 is not divisible"), (speed, "--batchsize=3", "did you mean 'batch_size'"),
     (speed, "--batch_size=", "batch_size= is not a whole number"), (speed, "--dtype=half", "dtype=half is not one of"),
+    (speed, "--vocab_size=\u00b2", "must be whole numbers"), (speed, "--rounds=0", "--rounds=0"), (speed, "--fsdp=True", "--fsdp=False"),
+    (speed, "--grad_accum=5", "multiple of grad_accum=5"), (alternatives, "--rounds=0", "--rounds=0 must be"),
     (alternatives, "--what=all", "--what=all must be some of"), (check, "--compile=yes", "--compile=yes must be")])
 def test_a_mistake_is_one_line(script, word, expected, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script.__file__, "--device=cpu", word])
@@ -130,3 +132,6 @@ def test_the_gpu_script_runs_every_part_and_goes_on_after_a_failure(tmp_path, de
     (out / "local_k2").mkdir()
     again = subprocess.run(["bash", "bench/gpu.sh"], cwd=ROOT, env={**os.environ, **environment}, text=True, capture_output=True)
     assert again.returncode == 1 and "OUT=" in again.stderr  # results are never overwritten
+    for words in (["cpu"], ["--device"], ["--device", "gpu"]):
+        ended = subprocess.run(["bash", "bench/gpu.sh", *words], cwd=ROOT, env={**os.environ, **environment}, text=True, capture_output=True)
+        assert ended.returncode == 1 and ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1

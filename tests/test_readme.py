@@ -1,9 +1,11 @@
 """README.md is true: its commands are ones the programs take, its code is the code, its figures are of this tree."""
 
+import contextlib
 import glob
+import importlib
+import io
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,15 +25,15 @@ COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```sh\n(.*?)`
             for line in block.splitlines() if line.strip()]
 
 
-@pytest.fixture(scope="module")
-def flags():
-    """{program: the flags its --help lists}."""
-    helps = {name: subprocess.run([sys.executable, name, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-             for name in ("prepare.py", "eval.py", "bench/speed.py", "bench/alternatives.py", "bench/check.py")}
-    return {name: set(re.findall(r"--\w+", text)) for name, text in helps.items()}
+def flags(script):
+    """What its --help lists."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as text, pytest.raises(SystemExit):
+        patch.setattr(sys, "argv", [script, "--help"])
+        importlib.import_module(Path(script).stem).main()
+    return set(re.findall(r"--\w+", text.getvalue()))
 
 
-def test_every_command_is_one_that_works(flags, monkeypatch):
+def test_every_command_is_one_that_works(monkeypatch):
     assert len(COMMANDS) > 15
     for command in COMMANDS:
         program, *words = shlex.split(command)
@@ -42,7 +44,8 @@ def test_every_command_is_one_that_works(flags, monkeypatch):
             assert command in ("pip install -r requirements.txt", "python3 -m venv .venv && . .venv/bin/activate"), command
             continue
         if program == "torchrun":  # its own parser
-            words = (lambda known: [known.training_script, *known.training_script_args])(torch.distributed.run.parse_args(words))
+            known = torch.distributed.run.parse_args(words)
+            words = [known.training_script, *known.training_script_args]
         script, *words = words
         assert (ROOT / script).is_file(), command
         if script == "train.py":
@@ -55,8 +58,8 @@ def test_every_command_is_one_that_works(flags, monkeypatch):
         elif program == "bash":
             assert (script, words) in [("bench/gpu.sh", []), ("bench/gpu.sh", ["--device", "cpu"])], command
         else:
-            rest = [word for word in words if word.split("=")[0] not in flags[script]]
-            assert not any(word.startswith("--") for word in rest) or script == "bench/speed.py" and config.load(rest), command
+            knobs = {f"--{name}" for name in config.FIELDS} if script in ("bench/speed.py", "bench/same.py") else set()
+            assert {word.split("=")[0] for word in words if word.startswith("--")} <= flags(script) | knobs, command
 
 
 def test_quoted_code_is_the_code():

@@ -257,11 +257,11 @@ def test_mistakes_are_one_line_before_anything_starts(work, tmp_path, capsys, mo
     (tmp_path / "file").write_text("")
     out, good = f"--out={tmp_path / 'out'}", configs(work)
     for words, expected in [
-        ([], "at least one config file"), ([*good, str(work / "nowhere.py")], "nowhere.py does not run"),
+        ([], "at least one config file"), ([*good, str(work / "nowhere.py")], "there is no config file"),
         ([*good, "--max_itres=5"], "did you mean 'max_iters'"), ([*good, "--seeds=1,two"], "seed=two is not a whole number"),
         ([*good, "--seeds="], "seed= is not"), ([*good, "--seeds=1,2,1"], "plain_seed1"),
         ([*good, good[0]], "plain_seed1337"), ([*good, "--seed=5"], "--seeds"), ([*good, "--resume=True"], "--resume"), ([*good, "--per_gpu=0"], "--per_gpu=0"),
-        ([*good, "--per_gpu=two"], "--per_gpu"), ([*good, "--out="], "--out="), ([*good, "--device=gpu"], "--device=gpu"),
+        ([*good, "--per_gpu=two"], "--per_gpu"), ([*good, "--fsdp=True"], "--fsdp=False"), ([*good, "--out="], "--out="), ([*good, "--device=gpu"], "--device=gpu"),
         ([*good, "--data=nowhere"], "nowhere"), ([*good, f"--out={tmp_path / 'file' / 'out'}"], "choose another --out"),
     ]:
         message, lines = call(capsys, *([] if any("--out=" in word for word in words) else [out]), *words)

@@ -765,14 +765,17 @@ def script(folder, send="pass", patience=0, victim=0):
         import config, torch, train
         torch.set_default_dtype(torch.float64)
         train.draw_losses = lambda *_: None
-        batch_at, compile_module = train.batch_at, torch.nn.Module.compile
+        batch_at, compile_module, save_shards = train.batch_at, torch.nn.Module.compile, train.dcp.save
         torch.nn.Module.compile = lambda self, mode: compile_module(self, backend="aot_eager")
         def and_signal(tokens, step, *rest):
             if step == 6 and os.environ["RANK"] == "{victim}":
                 {send}
             time.sleep({patience} if step > 6 else 0)
             return batch_at(tokens, step, *rest)
-        train.batch_at = and_signal
+        def into_new_folder(state, checkpoint_id):
+            assert os.environ["WORLD_SIZE"] != "1" or not checkpoint_id.exists()  # of several, another may have made it just now
+            save_shards(state, checkpoint_id=checkpoint_id)
+        train.batch_at, train.dcp.save = and_signal, into_new_folder
         config.cli(train.main)
     """)
     return str(folder / "script.py")
@@ -797,6 +800,13 @@ def test_two_processes_train_like_one(data, tmp_path, launcher, changes, double)
     assert (tmp_path / "log").read_text().count("step 12: validation") == 1
     assert state(folders[0])["model"].keys() == model_of(configured(**changes)).state_dict().keys()  # no "module."
     assert_close_run(folders[0], start(data, tmp_path / "one", **{**changes, "grad_accum": 1}))
+
+
+@pytest.fixture(scope="module")
+def sharded(data, launcher, tmp_path_factory):
+    """A short run of one process that shards."""
+    folder = tmp_path_factory.mktemp("sharded")
+    return several(launcher, 1, folder, data, folder / "run", fsdp=True, max_iters=2)
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
@@ -835,10 +845,34 @@ def test_a_sharded_run_goes_on_in_another_number_of_processes(data, tmp_path, la
     assert_close_run(out, start(data, tmp_path / "whole"))
 
 
-def test_sharding_without_processes_and_going_on_without_sharding_are_refused(data, tmp_path, launcher):
+def test_shards_that_last_pt_names_are_never_written_again(data, tmp_path, launcher, double):
+    """Stopped after update 7, where the resumed run begins with a checkpoint: killed in it, it must not lose the old one.
+    What else lies in the folder is the user's."""
+    out, log, chosen = tmp_path / "run", tmp_path / "log", dict(fsdp=True, eval_interval=7, max_iters=8)
+    told = script(tmp_path, send="os.kill(os.getpid(), signal.SIGTERM)")
+    launcher.start(*((words(data, out, **chosen), rank) for rank in ranks(1)), log=log, script=told)
+    assert launcher.wait() == [0], log.read_text()
+    assert load_checkpoint(out / "last.pt")["optimizer"] == "optimizer-7"
+    (out / "optimizer-notes").mkdir()
+    several(launcher, 1, tmp_path, data, out, **chosen, resume=True)
+    assert {path.name for path in out.glob("optimizer-*")} == {"optimizer-8", "optimizer-notes"}
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, lambda path: (path / ".metadata").write_bytes(b"no"),
+                                    lambda path: os.truncate(path / "__0_0.distcp", 100)], ids=["gone", "metadata", "cut"])
+def test_damaged_shards_are_refused_in_one_line(data, tmp_path, launcher, sharded, damage):
+    out, log = tmp_path / "run", tmp_path / "log"
+    shutil.copytree(sharded, out)
+    damage(out / "optimizer-2")
+    launcher.start(*((words(data, out, fsdp=True, max_iters=2, resume=True), rank) for rank in ranks(1)), log=log, script=script(tmp_path))
+    assert launcher.wait() == [1]
+    complaint = [line for line in log.read_text().splitlines() if "rror" in line or "Traceback" in line]
+    assert len(complaint) == 1 and complaint[0].startswith(f"error: {out}/optimizer-2") and "missing or damaged" in complaint[0]
+
+
+def test_sharding_without_processes_and_going_on_without_sharding_are_refused(data, tmp_path, sharded):
     assert "torchrun" in refused(data, tmp_path / "run", fsdp=True)
-    several(launcher, 1, tmp_path, data, tmp_path / "run", fsdp=True)
-    assert "--fsdp=True" in refused(data, tmp_path / "run", resume=True)
+    assert "--fsdp=True" in refused(data, sharded, max_iters=2, resume=True)
 
 
 @pytest.mark.parametrize("parts", [2, 4])

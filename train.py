@@ -114,7 +114,11 @@ def model_config(config, vocab_size):
 
 
 def choose_machine(config, local_rank):
-    """(device, whether to autocast to bfloat16, how to compile or None) from the knobs device, dtype, compile."""
+    """(device, whether to autocast to bfloat16, how to compile or None) from the knobs device, dtype, compile. Raises
+    ValueError on CUDA graphs where they would compute something else."""
+    if config.compile == "reduce-overhead" and (config.grad_accum > 1 or config.fsdp):
+        # a graph's gradients live in its own memory until its next run, and p.grad is not a copy (pytorch issue 96693)
+        raise ValueError("--compile=reduce-overhead goes with neither --grad_accum nor --fsdp: take --compile=True")
     device = knobs.pick_device(config.device, local_rank)
     # emulated bfloat16 on GPUs before Ampere is slower than fp32
     has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

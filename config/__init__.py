@@ -58,7 +58,7 @@ class Config:
     # machine
     device: str = "auto"  # auto takes cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto is bfloat16 on GPUs that have it
-    compile: Literal["auto", "False", "True", "reduce-overhead"] = "auto"  # auto is True on cuda; the last adds CUDA graphs
+    compile: Literal["auto", "False", "True", "reduce-overhead"] = "auto"  # auto is True on cuda; the last adds CUDA graphs, without grad_accum
     fsdp: bool = False  # shard weights, gradients and optimizer over the processes, for models past one GPU's memory
 
     def __post_init__(self):

@@ -966,6 +966,11 @@ def test_a_compiled_run_gives_the_same_losses_and_plain_names(data, tmp_path, mo
 # ---- refused, in one line
 
 
+def test_cuda_graphs_are_refused_where_they_lose_gradients(data, tmp_path):
+    for changes in ({"grad_accum": 2}, {"fsdp": True}):
+        assert "--compile=True" in refused(data, tmp_path / "run", compile="reduce-overhead", **changes)
+
+
 def test_a_new_run_never_overwrites_an_old_one(data, whole):
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
     message = refused(data, whole)

@@ -912,7 +912,7 @@ def test_a_run_of_torchrun_that_is_told_to_stop_goes_on_in_one_process(data, tmp
 
 
 @pytest.mark.parametrize("changes", [{}, {"fsdp": True}], ids=str)
-def test_the_death_of_one_process_ends_all_and_the_run_goes_on(data, tmp_path, double, changes):
+def test_the_death_of_one_process_ends_all_and_the_run_goes_on(data, tmp_path, launcher, double, changes):
     """kill -9, as when memory runs out. torchrun would kill the others after 30 seconds, but they notice by themselves."""
     chosen, out = dict(eval_interval=3, log_interval=1000, **changes), tmp_path / "run"
     begun = time.monotonic()
@@ -923,8 +923,7 @@ def test_the_death_of_one_process_ends_all_and_the_run_goes_on(data, tmp_path, d
         assert f"error: this run has lost one of its processes" in ended.stderr and f"from {out / 'last.pt'}" in ended.stderr
         assert "Error: [" not in ended.stderr  # gloo's own words, with its traceback
     assert load_checkpoint(out / "last.pt")["step"] == 6
-    resumed = torchrun(script(tmp_path), *words(data, out, **chosen, resume=True))
-    assert resumed.returncode == 0, resumed.stderr
+    several(launcher, 2, tmp_path, data, out, **chosen, resume=True)
     assert_close_run(out, start(data, tmp_path / "one", **{**chosen, "fsdp": False}))
 
 

@@ -36,7 +36,7 @@ def flags(script):
 def test_every_command_is_one_that_works(monkeypatch):
     assert len(COMMANDS) > 15
     for command in COMMANDS:
-        program, *words = shlex.split(command)
+        (program, *words), processes = shlex.split(command), 1
         if program == "make":
             assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
             continue
@@ -45,11 +45,12 @@ def test_every_command_is_one_that_works(monkeypatch):
             continue
         if program == "torchrun":  # its own parser
             known = torch.distributed.run.parse_args(words)
-            words = [known.training_script, *known.training_script_args]
+            words, processes = [known.training_script, *known.training_script_args], int(known.nnodes.split(":")[-1]) * int(known.nproc_per_node)
         script, *words = words
         assert (ROOT / script).is_file(), command
         if script == "train.py":
-            assert isinstance(config.load([word if "=" in word else str(ROOT / word) for word in words]), config.Config)
+            settings = config.load([word if "=" in word else str(ROOT / word) for word in words])
+            assert settings.batch_size % (processes * settings.grad_accum) == 0, command
         elif script == "bench/sweep.py":
             words = [path for word in words for path in glob.glob(word, root_dir=ROOT) or [word]]
             monkeypatch.chdir(ROOT)

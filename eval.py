@@ -15,9 +15,14 @@ is the sample standard deviation over the runs of a row: how much another seed c
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
+import shlex
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +135,53 @@ def open_run(path, data):
     if load_meta(data)["tokenizer"] != checkpoint["tokenizer"]:
         raise ValueError(f"{data} has another tokenizer than the one {path} was trained with: give its data with --data")
     return path, checkpoint, data
+
+
+# ---- results of the experiments in interp/: a JSON file beside the checkpoint, with all it takes to make it again
+
+def environment(device):
+    def git(*words):
+        root = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return {"device": name, "torch": torch.__version__, "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + changed}
+
+
+def fingerprint(checkpoint):
+    """16 hex digits that name the weights of the clean stream: a run that goes on makes its results stale."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(checkpoint["model"].items()):
+        if "_gate." not in name:
+            digest.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def result_path(run, name):
+    """out/x -> out/x/acdc.json and out/x/last.pt -> out/x/last.acdc.json for the name acdc.json."""
+    return Path(run, name) if Path(run).is_dir() else Path(run).with_suffix(f".{name}")
+
+
+def result_head(run, checkpoint, settings, device):
+    """What a result begins with. settings: everything, JSON can hold it, that decides the numbers beside the model."""
+    return {"run": str(run), "checkpoint": fingerprint(checkpoint), "step": checkpoint["step"], "settings": settings,
+            "command": shlex.join(sys.argv), "date": time.strftime("%Y-%m-%d %H:%M"), **environment(device)}
+
+
+def write_json(path, result):
+    """Atomically: the file is whole or the old one."""
+    Path(f"{path}.tmp").write_text(json.dumps(result, indent=1))
+    Path(f"{path}.tmp").replace(path)
+
+
+def refuse_mixed(results):
+    """Raises ValueError when two results of one experiment were made with different settings, and names the first."""
+    for result in results[1:]:
+        ours, others = result["settings"], results[0]["settings"]
+        for name in {**others, **ours}:
+            if ours.get(name) != others.get(name):
+                raise ValueError(f"{results[0]['run']} was measured with {name}={others.get(name)}, {result['run']} with "
+                                 f"{ours.get(name)}: make them alike, then tabulate them")
 
 
 def evaluate(path, checkpoint, data, batch_size, device):

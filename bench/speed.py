@@ -20,7 +20,6 @@ import itertools
 import json
 import multiprocessing
 import statistics
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -35,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # python puts bench/ there
 import config as knobs
 import model as model_file
+from eval import environment
 from model import GPTNeo, gate
 from train import batch_at, choose_machine, make_optimizer, model_config, place_tokens, update
 
@@ -205,14 +205,6 @@ def parts(row, rounds):
 
 def label(row):
     return f"{row.variant} {row.config.dtype} compile={row.config.compile} V={row.vocab_size} B={row.config.batch_size}"
-
-
-def environment(device):
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    return {"device": name, "torch": torch.__version__, "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + changed}
 
 
 def report(row, rows, ceiling):

@@ -124,13 +124,19 @@ def l1_norms(model):
     return {"l1": mean_abs(lens), "l1_all": mean_abs(embeddings + blocks), "l1_blocks": mean_abs(blocks)}
 
 
-def open_run(path, data):
-    """A run's path, checkpoint and data folder, checked against each other. Raises ValueError when they do not fit."""
+def open_checkpoint(path):
+    """What load_checkpoint returns of a run of train.py, without the optimizer. Raises ValueError on any other file."""
     checkpoint = load_checkpoint(path)
     checkpoint.pop("optimizer", None)  # two thirds of the file, and a sweep has many
     for key in ("train_config", "tokenizer", "step", "data"):
         if key not in checkpoint:
             raise ValueError(f"{path} was not written by train.py: it has no {key!r}")
+    return checkpoint
+
+
+def open_run(path, data):
+    """A run's path, checkpoint and data folder, checked against each other. Raises ValueError when they do not fit."""
+    checkpoint = open_checkpoint(path)
     data = data or checkpoint["train_config"]["data"]
     if load_meta(data)["tokenizer"] != checkpoint["tokenizer"]:
         raise ValueError(f"{data} has another tokenizer than the one {path} was trained with: give its data with --data")

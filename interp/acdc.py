@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python puts interp/ there
 import config as knobs
-from eval import open_run, print_table, refuse_mixed, result_head, result_path, write_json
+from eval import open_checkpoint, print_table, refuse_mixed, result_head, result_path, write_json
 from model import GPTNeo
 from prepare import load_tokenizer
 
@@ -518,9 +518,11 @@ def measure(run, checkpoint, args, settings, tokens, device):
             continue
         edges = circuit.graph.sweep(args.order) if order == args.order else circuit.graph.sweep(
             rng=random.Random(f"{args.seed} {order}"))
-        def save(state):
-            write_json(resume, progress | {"state": state})
-        state = discover(circuit, edges, tau, progress["state"], save)
+        save = lambda state: write_json(resume, progress | {"state": state})
+        try:
+            state = discover(circuit, edges, tau, progress["state"], save)
+        except KeyboardInterrupt:
+            raise SystemExit("stopped: the same command goes on where it was") from None
         row = describe(circuit, edges, state, tau, order, answers, heldout, random.Random(args.seed))
         if order != args.order:  # of random orders the numbers alone: a sweep of 8 x 16 has 23,981 edges
             del row["circuit"], row["removed"]
@@ -650,19 +652,19 @@ def main():
 
     jobs = []
     for run in args.runs:  # all of them, before the first takes its minutes
-        path, checkpoint, _ = open_run(run, None)
+        checkpoint = open_checkpoint(run)
         tokenizer = load_tokenizer(checkpoint["tokenizer"])
         prompts = read_prompts(args.prompts) if args.prompts else make_prompts(tokenizer, 2 * args.count, args.seed)
         tokens = tokenize(prompts, tokenizer, checkpoint["config"]["block_size"])
         digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tokens)).hexdigest()[:16]
         settings = {"tau": args.tau, "order": args.order, "orders": args.orders, "prompts": digest, "seed": args.seed,
                     "count": min(args.count, len(prompts)), "heldout": max(0, len(prompts) - args.count), "dtype": args.dtype}
-        jobs.append((path, checkpoint, settings, tokens))
-    refuse_mixed([{"run": path, "settings": settings} for path, _, settings, _ in jobs])
+        jobs.append((run, checkpoint, settings, tokens))
+    refuse_mixed([{"run": run, "settings": settings} for run, _, settings, _ in jobs])
     results = []
-    for path, checkpoint, settings, tokens in jobs:
-        result = measure(path, checkpoint, args, settings, tokens, device)
-        draw(result_path(path, "acdc.png"), result, Graph(checkpoint["config"]["n_layer"], checkpoint["config"]["n_head"]))
+    for run, checkpoint, settings, tokens in jobs:
+        result = measure(run, checkpoint, args, settings, tokens, device)
+        draw(result_path(run, "acdc.png"), result, Graph(checkpoint["config"]["n_layer"], checkpoint["config"]["n_head"]))
         results.append(result)
     print()
     print_table([row for result in results for row in rows_of(result)], COLUMNS)

@@ -1,0 +1,406 @@
+"""interp/acdc.py: circuits against the library's (../shared/oracles) and against one full forward pass per edge."""
+
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "interp")]
+import acdc
+import config
+from model import GPTNeo, GPTNeoConfig, save_checkpoint
+from prepare import load_tokenizer
+
+ORACLES = sorted(ROOT.parent.glob("shared/oracles/interp/acdc_*"))
+NAMES = ["Tom", "Sue", "Ben", "Lily", "Max", "Anna"]
+WORDS = {"name": "words", "pieces": [" " + word for word in [*NAMES, "park", "ball", "and", "gave", "to", "the", "a"]]}
+LENGTHS = [9, 7, 9, 8]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny(**changes):
+    """A model whose biases, LayerNorms and scores all matter."""
+    torch.manual_seed(0)
+    model = GPTNeo(GPTNeoConfig(**{**dict(vocab_size=23, block_size=12, n_layer=2, n_head=3, n_embd=12, ablation="none"), **changes}))
+    for p in model.parameters():
+        p.data.add_(torch.randn_like(p), alpha=0.4)
+    return model.double()
+
+
+def pairs(lengths=LENGTHS, vocab_size=23):
+    """Clean and corrupt prompts, left-padded with token 0, and their lengths."""
+    generator, T = torch.Generator().manual_seed(1), max(lengths)
+    rows = torch.randint(1, vocab_size, (2, len(lengths), T), generator=generator)
+    for row, length in enumerate(lengths):
+        rows[:, row, : T - length] = 0
+    return *rows, torch.tensor(lengths)
+
+
+def circuit_of(model, prompts, dtype=torch.float64):
+    c = model.config
+    windows = [c.window_size if c.attention_pattern[layer % len(c.attention_pattern)] == "local" else c.block_size
+               for layer in range(c.n_layer)]
+    return acdc.Circuit(model.clean_state_dict(), c.n_head, windows, *prompts, dtype)
+
+
+def kept_of(edges, state):
+    return [edge for edge, (kept, _) in zip(edges, state["decided"]) if kept]
+
+
+class OneByOne:
+    """The patched model by its definition, one prompt at a time, unpadded: every destination's input is the sum of all its
+    sources, each of this pass or, over a removed edge, of the corrupt one; every edge costs a full pass."""
+
+    def __init__(self, model, prompts):
+        self.model, self.graph = model, acdc.Graph(model.config.n_layer, model.config.n_head)
+        clean, corrupt, lengths = prompts
+        self.rows = [(c[-n:], k[-n:]) for c, k, n in zip(clean, corrupt, lengths.tolist())]
+        self.log_p = [model(c[None])[0, -1].log_softmax(-1) for c, _ in self.rows]
+        self.spoilt = [self.outputs(k, set(), None)[0] for _, k in self.rows]
+
+    def outputs(self, idx, removed, spoilt):
+        """Outputs of all sources, (T, C) each, and the input of Resid End."""
+        graph, transformer, C = self.graph, self.model.transformer, self.model.config.n_embd
+        D, T = C // graph.n_head, len(idx)
+        out, biases = {0: transformer["wte"](idx) + transformer["wpe"](torch.arange(T))}, torch.zeros(C).double()
+
+        def read(dest):
+            return biases + sum(spoilt[s] if (s, dest) in removed else out[s] for s in graph.sources(dest[0]))
+
+        for number, block in enumerate(transformer["h"]):
+            attn = block.attn["attention"]
+            first = 1 + number * (graph.n_head + 1)
+            heads = {}
+            for head in range(graph.n_head):
+                columns = slice(head * D, (head + 1) * D)
+                q, k, v = (F.linear(block.ln_1(read((first + head, part))), proj.weight[columns])
+                           for part, proj in (("Q", attn.q_proj), ("K", attn.k_proj), ("V", attn.v_proj)))
+                at = torch.arange(T)
+                seen = (at <= at[:, None]) & (at > at[:, None] - attn.window)
+                weights = (q @ k.T).masked_fill(~seen, -math.inf).softmax(-1)
+                heads[first + head] = weights @ v @ attn.out_proj.weight[:, columns].T
+            out |= heads
+            biases = biases + attn.out_proj.bias
+            out[first + graph.n_head] = block.mlp(block.ln_2(read((first + graph.n_head, ""))))
+        return out, read((graph.end, ""))
+
+    @torch.no_grad()
+    def kl(self, removed):
+        total = 0
+        for (idx, _), log_p, spoilt in zip(self.rows, self.log_p, self.spoilt):
+            last = self.outputs(idx, set(removed), spoilt)[1][-1]
+            log_q = self.model.lm_head(self.model.transformer["ln_f"](last)).log_softmax(-1)
+            total += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
+        return total / len(self.rows)
+
+    def sweep(self, edges, tau):
+        removed, prev, kept = [], 0.0, []
+        for edge in edges:
+            kl = self.kl([*removed, edge])
+            if kl - prev < tau:
+                removed, prev = [*removed, edge], kl
+            else:
+                kept.append(edge)
+        return kept, prev
+
+
+# ---- the graph
+
+
+def test_the_papers_model_has_23981_edges():
+    graph = acdc.Graph(8, 16)
+    edges = graph.sweep()
+    assert len(edges) == len(set(edges)) == 23_981 and graph.end == 137
+    assert graph.edge_name(edges[0]) == "MLP 7->Resid End" and graph.edge_name(edges[-1]) == "Resid Start->A0.15.V"
+    assert sum(dest == (137, "") for _, dest in edges) == 137
+    assert sum(part == "" for _, (node, part) in edges if node != 137) == 612
+    names = set(map(graph.edge_name, edges))
+    assert "A3.5->MLP 3" in names and "A3.5->A3.6.Q" not in names and "MLP 3->A3.0.V" not in names
+
+
+@pytest.mark.parametrize("rng", [None, 7])
+def test_a_sweep_goes_through_the_stages_from_the_end(rng):
+    graph = acdc.Graph(3, 2)
+    edges = graph.sweep("ascending", rng and random.Random(rng))
+    stages = [graph.stage(dest[0]) for _, dest in edges]
+    assert stages == sorted(stages, reverse=True) and set(edges) == set(graph.sweep("descending"))
+    assert (edges != graph.sweep("ascending")) == (rng is not None)
+
+
+def test_connected_edges_lie_on_a_path_from_start_to_end():
+    graph = acdc.Graph(2, 2)
+    named = {graph.edge_name(edge): edge for edge in graph.sweep()}
+    path = ["Resid Start->A0.1.K", "A0.1->MLP 1", "MLP 1->Resid End", "Resid Start->A1.0.Q", "A1.0->Resid End"]
+    loose = ["Resid Start->A0.0.V", "MLP 0->Resid End", "A0.0->A1.1.Q"]
+    assert set(graph.connected([named[name] for name in path + loose])) == {named[name] for name in path}
+
+
+@pytest.mark.parametrize("edge, kind", [("Resid Start->A0.1.K", "Resid Start->K"), ("A0.1->MLP 1", "head->MLP"),
+                                        ("MLP 0->Resid End", "MLP->Resid End"), ("A0.1->A1.0.V", "head->V")])
+def test_kinds_of_edges(edge, kind):
+    graph = acdc.Graph(2, 2)
+    assert graph.kind({graph.edge_name(e): e for e in graph.sweep()}[edge]) == kind
+
+
+# ---- the circuits
+
+
+@pytest.mark.parametrize("folder", ORACLES, ids=lambda folder: folder.name)
+def test_circuits_are_those_of_the_library_that_the_paper_used(folder):
+    c, prompts = json.loads((folder / "config.json").read_text()), np.load(folder / "prompts.npz")
+    clean, corrupt = (torch.from_numpy(prompts[key]) for key in ("clean", "corrupt"))
+    circuit = acdc.Circuit(torch.load(folder / "model.pt", weights_only=True), c["n_head"], [c["n_ctx"]] * c["n_layer"],
+                           clean, corrupt, torch.full((len(clean),), clean.size(1)))
+    edges = {circuit.graph.edge_name(edge): edge for edge in circuit.graph.sweep()}
+    runs = [run for run in json.loads((folder / "expected.json").read_text()) if run["min_margin"] >= 1e-5]
+    assert len(runs) >= 12
+    for run in runs:
+        order = [edges[name] for name in run["edge_order"]]
+        if run["order"].startswith("canonical"):
+            assert order == circuit.graph.sweep("descending" if run["order"].endswith("desc") else "ascending")
+        state = acdc.discover(circuit, order, run["tau"])
+        assert [circuit.graph.edge_name(edge) for edge in kept_of(order, state)] == run["kept_edges"]
+        kl, seen = 0.0, []
+        for kept, rise in state["decided"]:
+            seen.append(kl + rise)
+            kl += 0 if kept else rise
+        assert seen == pytest.approx(run["kl"], abs=1e-5)
+        assert state["kl"] == pytest.approx(run["final_kl"], abs=1e-5) and state["margin"] == pytest.approx(run["min_margin"], abs=1e-5)
+
+
+@pytest.mark.parametrize("tau, changes, order", [
+    (0.003, {}, "descending"), (0.03, {}, "ascending"), (0.03, {}, 1), (0.1, {"attention_layers": "global,local", "window_size": 3}, 2)])
+def test_circuits_are_those_of_a_full_pass_per_edge(tau, changes, order):
+    """Prompts of several lengths, which the fast sweep pads and the slow one does not."""
+    model, prompts = tiny(**changes), pairs()
+    slow, circuit = OneByOne(model, prompts), circuit_of(model, prompts)
+    edges = circuit.graph.sweep(rng=random.Random(order)) if isinstance(order, int) else circuit.graph.sweep(order)
+    state = acdc.discover(circuit, edges, tau)
+    kept, kl = slow.sweep(edges, tau)
+    assert kept_of(edges, state) == kept and 0 < len(kept) < len(edges)
+    assert state["kl"] == pytest.approx(kl, abs=1e-12)
+    circuit.restore([edge for edge in edges if edge not in kept])
+    assert circuit.result()[0] == pytest.approx(kl, abs=1e-12)
+
+
+def test_a_circuit_of_any_edges_is_the_patched_model():
+    """Also circuits that no sweep would reach: sources removed here and there, destinations with all or none of theirs."""
+    model, prompts = tiny(attention_layers="local,global", window_size=4), pairs()
+    slow, circuit = OneByOne(model, prompts), circuit_of(model, prompts)
+    for seed, share in enumerate((0.02, 0.1, 0.3, 0.6, 0.9, 0.99)):
+        rng = random.Random(seed)
+        removed = [edge for edge in circuit.graph.sweep() if rng.random() < share]
+        circuit.restore(removed)
+        assert circuit.result()[0] == pytest.approx(slow.kl(removed), abs=1e-12)
+
+
+def test_all_edges_are_the_clean_model_and_none_the_corrupt_one():
+    model, (clean, corrupt, lengths) = tiny(), pairs()
+    circuit = circuit_of(model, (clean, corrupt, lengths))
+    edges = circuit.graph.sweep()
+    for removed, idx in (([], clean), (edges, corrupt)):
+        circuit.restore(removed)
+        expected = torch.stack([model(row[-n:][None])[0, -1] for row, n in zip(idx, lengths)])
+        torch.testing.assert_close(circuit.result()[1], expected, rtol=0, atol=1e-12)
+
+
+def test_the_smallest_and_the_largest_threshold():
+    model, prompts = tiny(), pairs()
+    circuit = circuit_of(model, prompts)
+    edges = circuit.graph.sweep()
+    state = acdc.discover(circuit, edges, math.inf)
+    assert not kept_of(edges, state)
+    circuit.restore(edges)
+    assert state["kl"] == pytest.approx(circuit.result()[0])
+    # an edge that does not matter: a head that writes nothing; all others do
+    model.transformer["h"][0].attn["attention"].out_proj.weight.data[:, :4] = 0
+    circuit = circuit_of(model, prompts)
+    state = acdc.discover(circuit, edges, 1e-13)
+    gone = {circuit.graph.edge_name(edge) for edge, (kept, _) in zip(edges, state["decided"]) if not kept}
+    idle = {name for name in map(circuit.graph.edge_name, edges) if "A0.0" in name}
+    assert idle <= gone and all(abs(rise) < 1e-6 or rise < 0 for kept, rise in state["decided"] if not kept)
+    state = acdc.discover(circuit, edges, 0.0)  # strictly: what changes nothing stays, only what lowers KL goes
+    assert all(rise < 0 for kept, rise in state["decided"] if not kept)
+
+
+def test_fp32_keeps_the_digits_of_a_small_kl():
+    """Removing next to nothing from a model with large logits: the metric must not drown in its own rounding."""
+    model, prompts = tiny(vocab_size=2000), pairs(vocab_size=2000)
+    model.lm_head.weight.data.mul_(5)
+    exact, rounded = circuit_of(model, prompts), circuit_of(model, prompts, torch.float32)
+    removed = [((0), (exact.graph.inputs(1)[0]))]
+    for circuit in (exact, rounded):
+        circuit.restore(removed)
+    assert rounded.result()[0] == pytest.approx(exact.result()[0], abs=2e-6, rel=1e-4)
+    rounded.restore([])
+    assert abs(rounded.result()[0]) < 1e-6
+
+
+def test_resume_equals_uninterrupted_to_the_last_bit():
+    model, prompts = tiny(), pairs()
+    edges = circuit_of(model, prompts).graph.sweep()
+    saved = []
+    whole = acdc.discover(circuit_of(model, prompts, torch.float32), edges, 0.03, save=saved.append)
+    assert len(saved) == 5  # a stage each: Resid End, MLP 1, heads 1, MLP 0, heads 0
+    for state in saved[:-1]:
+        again = acdc.discover(circuit_of(model, prompts, torch.float32), edges, 0.03, json.loads(json.dumps(state)))
+        assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+
+
+def test_a_diverged_model_is_refused():
+    model = tiny()
+    model.transformer["ln_f"].weight.data.fill_(1)
+    model.transformer["h"][0].mlp.c_proj.bias.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="diverged"):
+        circuit_of(model, pairs())
+
+
+# ---- prompts
+
+
+def test_our_prompts_ask_for_the_friend_who_did_not_give():
+    tokenizer = load_tokenizer({"name": "words", "pieces": [" " + word for word in acdc.NAMES + ["park", "zoo", "ball"]]})
+    prompts = acdc.make_prompts(tokenizer, 60, 0)
+    assert len({prompt["clean"] for prompt in prompts}) == 60
+    first = 0
+    for prompt in prompts:
+        clean, corrupt = prompt["clean"].split(), prompt["corrupt"].split()
+        names = [word.strip(".,") for word in clean if word.strip(".,") in acdc.NAMES]
+        others = [word.strip(".,") for word in corrupt if word.strip(".,") in acdc.NAMES]
+        assert len(names) == len(others) == 3 and len(clean) == len(corrupt)
+        assert [a for a, b in zip(clean, corrupt) if a != b] and not set(names) & set(others)
+        assert prompt["wrong"] == " " + names[2] and prompt["answer"][1:] in names[:2] and prompt["answer"] != prompt["wrong"]
+        first += prompt["answer"][1:] == names[0]
+        assert clean[-1] == "to" and "{" not in prompt["clean"] + prompt["corrupt"]
+    assert 25 <= first <= 35  # both name orders
+    assert acdc.make_prompts(tokenizer, 60, 0) == prompts != acdc.make_prompts(tokenizer, 60, 1)
+
+
+def test_padding_and_errors_of_prompts():
+    tokenizer = load_tokenizer(WORDS)
+    prompts = [{"clean": " Tom and Sue gave to", "corrupt": " Ben and Max gave to", "answer": " Tom", "wrong": " Sue"},
+               {"clean": " Sue gave to", "corrupt": " Max gave to", "answer": " Tom", "wrong": " Sue"}]
+    clean, corrupt, lengths, answers, wrong = acdc.tokenize(prompts, tokenizer, 12)
+    assert lengths.tolist() == [5, 3] and clean[1].tolist() == [0, 0, *tokenizer.encode_ordinary(" Sue gave to")]
+    assert answers.tolist() == tokenizer.encode_ordinary(" Tom") * 2 and corrupt.shape == (2, 5)
+    for changes, message in (({"corrupt": " Ben and gave to"}, "equally long"), ({"answer": " Tommy"}, "single tokens"),
+                             ({"wrong": ""}, "0 tokens"), ({"clean": "", "corrupt": ""}, "equally long")):
+        with pytest.raises(ValueError, match=message):
+            acdc.tokenize([{**prompts[0], **changes}], tokenizer, 12)
+    with pytest.raises(ValueError, match="the model takes 4"):
+        acdc.tokenize(prompts, tokenizer, 4)
+    with pytest.raises(ValueError, match="fewer than 500 different"):
+        acdc.make_prompts(load_tokenizer({"name": "words", "pieces": [" " + w for w in [*NAMES[:5], "park", "ball"]]}), 500, 0)
+    with pytest.raises(ValueError, match="only 0 of our names"):
+        acdc.make_prompts(load_tokenizer({"name": "words", "pieces": [" park"]}), 4, 0)
+
+
+# ---- the command line
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Two run folders as train.py leaves them, with no data at hand: circuits need none."""
+    model = tiny(vocab_size=load_tokenizer(WORDS).n_vocab, block_size=120, n_layer=1, n_head=2, n_embd=8).float()
+    for number in (1, 2):
+        (tmp_path / f"run{number}").mkdir()
+        save_checkpoint(tmp_path / f"run{number}" / "best.pt", model.config, model.state_dict(), step=7, tokenizer=WORDS,
+                        data="abc", train_config={"data": "nowhere", "seed": number})
+    return tmp_path / "run1"
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """interp/acdc.py with these words -> its exit message, what it printed."""
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["acdc.py", *map(str, words), "--device=cpu"])
+        message = None
+        try:
+            config.cli(acdc.main)
+        except SystemExit as stop:
+            message = stop.code
+        return message, capsys.readouterr().out
+    return call
+
+
+def test_the_command_as_a_user_types_it(call, run):
+    other = run.parent / "run2"
+    message, out = call(run, other, "--count=4", "--tau=0.01,0.2", "--orders=2")
+    assert message is None and str(run) in out and "random orders" in out
+    result = json.loads((run / "acdc.json").read_text())
+    assert result["total"] == 13 and result["settings"]["count"] == 4 and len(result["circuits"]) == 6
+    first = result["circuits"][0]
+    assert result["edges"] == first["edges"] == len(first["circuit"]) == sum(first["kinds"].values())
+    assert len(first["circuit"]) + len(first["removed"]) == 13 and first["kl"] >= 0 and first["kl_heldout"] >= 0
+    assert (run / "acdc.png").read_bytes()[:4] == b"\x89PNG" and not list(run.glob("*.tmp")) + list(run.glob("*resume*"))
+
+    before = (run / "acdc.json").read_text()
+    message, out = call(run, other, "--count=4", "--tau=0.01,0.2", "--orders=2")
+    assert message is None and "already" in out and (run / "acdc.json").read_text() == before
+    message, _ = call(run, "--count=4", "--tau=0.5")
+    assert "--force" in message and (run / "acdc.json").read_text() == before
+    message, _ = call(run, "--count=4", "--tau=0.5", "--force")
+    assert message is None and json.loads((run / "acdc.json").read_text())["settings"]["tau"] == [0.5]
+
+
+def test_ctrl_c_and_the_same_command_again(call, run, monkeypatch):
+    words = ("--count=4", "--tau=0.01,0.05")
+    assert call(run, *words)[0] is None
+    whole = json.loads((run / "acdc.json").read_text())
+    (run / "acdc.json").unlink()
+    attempt, calls = acdc.Circuit.attempt, []
+
+    def interrupted(self, edges):
+        calls.append(edges)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return attempt(self, edges)
+    monkeypatch.setattr(acdc.Circuit, "attempt", interrupted)
+    message, _ = call(run, *words)
+    assert "same command" in message and (run / "acdc.resume.json").exists() and not (run / "acdc.json").exists()
+    message, out = call(run, *words)
+    assert message is None and "going on" in out
+    again = json.loads((run / "acdc.json").read_text())
+    strip = lambda result: [{**row, "seconds": 0} for row in result["circuits"]]
+    assert strip(again) == strip(whole)
+
+
+def test_mistakes_get_one_line(call, run, tmp_path):
+    good = [{"clean": " Tom and Sue gave to", "corrupt": " Ben and Max gave to", "answer": " Tom", "wrong": " Sue"}]
+    for number, (prompts, message) in enumerate((
+            ("not json", "cannot read prompts"), ([], "must be a list"), ([{"clean": "a"}], "must be a list"),
+            ([{**good[0], "corrupt": " Ben gave to"}], "equally long"), ([{**good[0], "answer": " Tommy"}], "single tokens"))):
+        path = tmp_path / f"{number}.json"
+        path.write_text(prompts if isinstance(prompts, str) else json.dumps(prompts))
+        assert message in call(run, f"--prompts={path}")[0]
+    path.write_text(json.dumps(good))
+    assert call(run, f"--prompts={path}")[0] is None and "held out" not in call(run, f"--prompts={path}")[1]
+    for words, message in ((["--tau=a"], "--tau"), (["--tau=-1"], "--tau"), (["--tau=0.1,0.1"], "--tau"), (["--count=0"], "--count"),
+                           (["--orders=-1"], "--orders"), (["--prompts=nowhere"], "cannot read"), (["--nonsense"], "nonsense")):
+        assert message in call(run, *words)[0]
+    assert "no checkpoint" in call(tmp_path / "nothing")[0]
+    torch.save({"config": {}, "model": {}}, tmp_path / "foreign.pt")
+    assert "not written by train.py" in call(tmp_path / "foreign.pt")[0]
+    # a run with another tokenizer has other prompts: refused before anything is computed
+    other = tmp_path / "other"
+    other.mkdir()
+    tokenizer = {"name": "words", "pieces": WORDS["pieces"] + [" Jack"]}
+    model = tiny(vocab_size=load_tokenizer(tokenizer).n_vocab, block_size=120, n_layer=1, n_head=2, n_embd=8).float()
+    save_checkpoint(other / "best.pt", model.config, model.state_dict(), step=7, tokenizer=tokenizer, data="abc", train_config={})
+    message, _ = call(run, other, "--force")
+    assert "prompts=" in message and not (other / "acdc.json").exists()

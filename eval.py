@@ -1,7 +1,7 @@
 """Measure trained models: perplexity, bits per byte, L1, unit use; samples and pictures.
 
     python eval.py out/local_k2                           one run folder (its best.pt) or one .pt file
-    python eval.py out/* --paper                          many in one table, the paper's Table 1 beside it
+    python eval.py out/* --table1                         the paper's Table 1: circuits and autoencoders too, beside the paper's
     python eval.py out/sweep/*/ --over_seeds              runs that differ only in the seed as one row: mean ± spread
     python eval.py out/local_k2 --json > local_k2.json    the same for machines, unit by unit
     python eval.py out/local_k2 --sample "Once upon a time"    stories from the clean and the ablated stream
@@ -15,7 +15,9 @@ is the sample standard deviation over the runs of a row: how much another seed c
 """
 
 import argparse
+import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -33,7 +35,10 @@ import config as knobs
 from model import GPTNeo, load_checkpoint
 from prepare import load_meta, load_tokenizer, load_tokens
 
-# Table 1 of the paper: (ablation, k_attn, k_mlp) -> IOI edges, SAE L0, SAE CE score, validation perplexity, L1
+TABLE1 = {  # column of the paper's Table 1: what it is called in a row of ours, how to print it
+    "edges": ("edges", ".1f"), "SAE L0": ("l0", ".2f"), "CE score": ("ce_score", ".2f"), "ppl": ("ppl_clean", ".2f"), "L1": ("l1", ".3f")}
+EXPERIMENTS = {"acdc": ("edges", "connected", "ioi_exact"), "sae": ("l0", "ce_score")}  # what a row takes from their results
+# (ablation, k_attn, k_mlp) -> the columns of TABLE1 in the paper
 PAPER = {
     ("none", 0, 0): (79, 7.22, 0.63, 5.73, 0.44),
     ("global", 8, 8): (70, 5.22, 0.65, 6.97, 0.74), ("local", 8, 8): (36, 5.0, 0.72, 6.47, 0.67),
@@ -174,10 +179,14 @@ def result_head(run, checkpoint, settings, device):
             "command": shlex.join(sys.argv), "date": time.strftime("%Y-%m-%d %H:%M"), **environment(device)}
 
 
-def write_json(path, result):
+def write_text(path, text):
     """Atomically: the file is whole or the old one."""
-    Path(f"{path}.tmp").write_text(json.dumps(result, indent=1))
+    Path(f"{path}.tmp").write_text(text)
     Path(f"{path}.tmp").replace(path)
+
+
+def write_json(path, result):
+    write_text(path, json.dumps(result, indent=1))
 
 
 def refuse_mixed(results):
@@ -217,14 +226,16 @@ def group_seeds(runs):
 
 
 def over_seeds(group):
-    """One row of several: every number that was measured as its mean, with its sample standard deviation as NAME_sd."""
+    """One row of several: every number that was measured as its mean, with its sample standard deviation as NAME_sd. What
+    some of them lack is the mean of the others, NAME_n of them."""
     paths = [row["run"] for row in group]
     merged = {"run": os.path.commonprefix(paths) + "*" if len(group) > 1 else paths[0],
               "n": len(group), "seeds": [row["seed"] for row in group]}
-    for name, value in group[0].items():
+    for name, value in {name: value for row in group for name, value in row.items()}.items():
         if name == "step" or isinstance(value, float) and not name.endswith("_se"):
-            values = [row[name] for row in group]
-            merged |= {name: np.mean(values), f"{name}_sd": np.std(values, ddof=1) if len(group) > 1 else None}
+            values = [row[name] for row in group if row.get(name) is not None]
+            merged |= {name: np.mean(values), f"{name}_sd": np.std(values, ddof=1) if len(values) > 1 else None}
+            merged |= {f"{name}_n": len(values)} if len(values) < len(group) else {}
         elif isinstance(value, (int, str)) and name not in ("run", "seed"):  # the same in all of them
             merged[name] = value
     return merged | {"rows": group}
@@ -234,7 +245,8 @@ def number(name, form):
     """A column of this number, ± its spread over seeds or its standard error over windows where the row has one."""
     def show(row):
         spread = row.get(f"{name}_sd", row.get(f"{name}_se"))
-        return f"{row[name]:{form}}" + (f" ± {spread:{form}}" if spread is not None else "")
+        some = f" ({row[f'{name}_n']} of {row['n']})" if f"{name}_n" in row else ""
+        return f"{row[name]:{form}}" + (f" ± {spread:{form}}" if spread is not None else "") + some
     return show
 
 
@@ -257,11 +269,17 @@ COLUMNS = [  # heading, how to print it; a column that no row has is left out
     ("attn/story", number("attn_per_story", ".1f")),
     ("mlp/story", number("mlp_per_story", ".1f")),
 ]
-PAPER_COLUMNS = [(f"paper {name}", lambda r, i=i: str(PAPER[r["ablation"], r["k_attn"], r["k_mlp"]][i]))
-                 for i, name in enumerate(("edges", "L0", "CE score", "ppl", "L1"))]
+TABLE1_COLUMNS = [
+    *(column for column in COLUMNS if column[0] in ("run", "ablation", "seeds")),
+    *(column for i, (name, (key, form)) in enumerate(TABLE1.items()) for column in (
+        (name, number(key, form)), (f"paper {name}", lambda r, i=i: str(PAPER[r["ablation"], r["k_attn"], r["k_mlp"]][i])))),
+    ("connected edges", number("connected", ".1f")),
+    ("IOI names exact", number("ioi_exact", ".0%")),
+]
 
 
-def print_table(rows, columns):
+def cells(rows, columns):
+    """The table as text, a list per line, headings first. - is what a row has not; columns of nothing else are left out."""
     def cell(show, row):
         try:
             return show(row)
@@ -269,10 +287,77 @@ def print_table(rows, columns):
             return "-"
 
     table = [[heading, *(cell(show, row) for row in rows)] for heading, show in columns]
-    table = [column for column in table if set(column[1:]) != {"-"}]
-    widths = [max(map(len, column)) for column in table]
-    for line in zip(*table):
+    return list(zip(*(column for column in table if set(column[1:]) != {"-"})))
+
+
+def print_table(rows, columns):
+    lines = cells(rows, columns)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
         print("  ".join([line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:]))]))
+
+
+# ---- Table 1
+
+def read_experiments(runs):
+    """What interp/ has found about these runs: a dict of numbers each. Raises ValueError on what does not belong in one table."""
+    for path, _, data in runs[1:]:
+        if load_meta(data)["checksum"] != load_meta(runs[0][2])["checksum"]:
+            raise ValueError(f"{runs[0][0]} is measured on {runs[0][2]}, {path} on {data}, which are other texts: tabulate them apart")
+    found = [{} for _ in runs]
+    for experiment, names in EXPERIMENTS.items():
+        results = []
+        for numbers, (path, checkpoint, _) in zip(found, runs):
+            file = result_path(path, f"{experiment}.json")
+            if file.exists():
+                results.append(json.loads(file.read_text()))
+                if results[-1]["checkpoint"] != fingerprint(checkpoint):
+                    raise ValueError(f"{file} is not of the checkpoint that {path} has now: python interp/{experiment}.py {path} --force")
+                numbers |= {name: float(results[-1][name]) for name in names if results[-1][name] is not None}
+        refuse_mixed(results)
+    return found
+
+
+def save_table1(table):
+    """table1.md, .csv and .png in the folder that holds the runs, from rows of over_seeds. -> the folder"""
+    folder = Path(os.path.commonpath([Path(row["run"]).absolute().parent for group in table for row in group["rows"]]))
+    heading, *lines = cells(table, TABLE1_COLUMNS)
+    markdown = [heading, ["---"] * len(heading), *lines]
+    write_text(folder / "table1.md", "".join(f"| {' | '.join(line)} |\n" for line in markdown))
+    names = [name for key, _ in TABLE1.values() for name in (key, f"{key}_sd")] + ["connected", "ioi_exact"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", "ablation", "k_attn", "k_mlp", "seeds", *names, *(f"paper {name}" for name in TABLE1)])
+    for row in table:
+        paper = PAPER.get((row["ablation"], row["k_attn"], row["k_mlp"]), [None] * len(TABLE1))
+        writer.writerow([*(row.get(name) for name in ("run", "ablation", "k_attn", "k_mlp", "n", *names)), *paper])
+    write_text(folder / "table1.csv", text.getvalue())
+    draw_table1(folder / "table1.png", table)
+    return folder
+
+
+def draw_table1(path, table):
+    """A column per number, ours above (a dot a seed, a bar their mean), the paper's below; each on its own scale."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [(i, name, key) for i, (name, (key, _)) in enumerate(TABLE1.items()) if any(key in row for row in table)]
+    figure, grid = plt.subplots(2, len(shown), figsize=(2.6 * len(shown) + 1, 5.5), layout="constrained", sharex=True, squeeze=False)
+    labels = [dict(COLUMNS)["ablation"](row).replace("none", "baseline") for row in table]
+    for (i, name, key), (ours, papers) in zip(shown, grid.T):
+        for x, row in enumerate(table):
+            values = [one[key] for one in row["rows"] if one.get(key) is not None]
+            ours.plot([x] * len(values), values, "o", color="tab:blue", alpha=0.5)
+            ours.plot([x - 0.3, x + 0.3], [row.get(key)] * 2, color="tab:blue")
+            papers.plot(x, PAPER.get((row["ablation"], row["k_attn"], row["k_mlp"]), [None] * len(TABLE1))[i], "s", color="0.4")
+        ours.set_title(name, fontsize="medium")
+        papers.set_xticks(range(len(table)), labels, rotation=60, ha="right", fontsize="small")
+    grid[0, 0].set_ylabel("here")
+    grid[1, 0].set_ylabel("paper")
+    figure.savefig(f"{path}.tmp", format="png", dpi=120)
+    plt.close(figure)
+    Path(f"{path}.tmp").replace(path)
 
 
 def print_samples(name, model, tokenizer, args):
@@ -335,9 +420,10 @@ def main():
     parser.add_argument("--data", help="prepared data to measure on (default: the run's own)")
     parser.add_argument("--batch_size", type=int, default=8, help="windows at a time; changes speed and memory only")
     parser.add_argument("--device", default="auto", help="auto takes cuda, else mps, else cpu")
-    parser.add_argument("--paper", action="store_true", help="the paper's Table 1 beside ours")
     parser.add_argument("--over_seeds", action="store_true",
                         help="one row for the runs that differ only in the seed: mean ± sample standard deviation")
+    parser.add_argument("--table1", action="store_true", help="the paper's Table 1, over seeds, with what interp/ found about these "
+                        "runs and the paper's numbers; saves table1.md, .csv and .png in the folder that holds them")
     parser.add_argument("--json", action="store_true", help="print JSON, with every unit's firing rate, and nothing else")
     parser.add_argument("--plot", metavar="FILE", help="save the picture of loss curves and unit use")
     parser.add_argument("--sample", metavar="PROMPT", help="write on from this text, from each stream")
@@ -355,22 +441,29 @@ def main():
         raise ValueError(f"--plot: there is no folder {Path(args.plot).parent} that the picture could be saved in")
     device = knobs.pick_device(args.device)
 
-    if args.json and (args.paper or args.sample is not None):
-        raise ValueError("--json prints our numbers and nothing else: drop --paper and --sample")
+    if args.json and args.sample is not None:
+        raise ValueError("--json prints numbers and nothing else: drop --sample")
     if not args.temperature >= 0 or args.max_new_tokens < 1:
         raise ValueError(f"--temperature={args.temperature} must be at least 0, --max_new_tokens={args.max_new_tokens} at least 1")
+    # out/* also finds what --table1 has saved there
+    args.runs = [path for path in args.runs if Path(path).stem != "table1"] or args.runs
     runs = [open_run(path, args.data) for path in args.runs]  # all of them, before the first takes its minutes
     tokenizers = [load_tokenizer(checkpoint["tokenizer"]) for _, checkpoint, _ in runs] if args.sample is not None else []
-    groups = group_seeds(runs) if args.over_seeds else []
+    groups = group_seeds(runs) if args.over_seeds or args.table1 else []
 
+    found = read_experiments(runs) if args.table1 else [{}] * len(runs)
     rows, models = zip(*(evaluate(*run, args.batch_size, device) for run in runs))
+    rows = [row | numbers for row, numbers in zip(rows, found)]
     table = [over_seeds([rows[i] for i in group]) for group in groups] or rows
+    folder = save_table1(table) if args.table1 else None
     if args.json:
         print(json.dumps(table, indent=1))
     else:
-        print_table(table, COLUMNS + (PAPER_COLUMNS if args.paper else []))
-        if args.over_seeds:
+        print_table(table, TABLE1_COLUMNS if args.table1 else COLUMNS)
+        if groups:
             print("± is the sample standard deviation over the seeds of a row")
+        if args.table1:
+            print(f"the paper's models are of another size and data; its ppl is per GPT-2 token\nsaved as {folder / 'table1.md'}, .csv, .png")
         for path, model, tokenizer in zip(args.runs, models, tokenizers):
             print_samples(path, model, tokenizer, args)
     if args.plot:

@@ -530,7 +530,7 @@ def measure(run, checkpoint, args, settings, tokens, device):
         progress["state"] = None
         write_json(resume, progress)
     result["circuits"] = progress["circuits"]
-    result["edges"] = result["circuits"][0]["edges"]  # what eval.py --table1 reads: the first tau, the fixed order
+    result |= {name: progress["circuits"][0][name] for name in ("edges", "connected")}  # for eval.py --table1
     write_json(path, result)
     resume.unlink(missing_ok=True)
     return result

@@ -1,8 +1,10 @@
 """eval.py: every number against a slower, plainer computation; the command line as a user types it."""
 
+import csv
 import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,15 +167,15 @@ def test_plain_l1_counts_the_tied_embedding_once_and_no_gates():
 # ---- the command line
 
 
-def test_table_sample_paper_and_picture(run):
+def test_table_sample_and_picture(run):
     """As a user types it, in a process of its own."""
     picture = run / "picture.png"
-    done = subprocess.run([sys.executable, "eval.py", run, run / "best.pt", "--paper", "--sample", "ab",
+    done = subprocess.run([sys.executable, "eval.py", run, run / "best.pt", "--sample", "ab",
                            "--max_new_tokens", "5", "--plot", picture], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     head, *rows = done.stdout.splitlines()[:3]
-    assert "ppl clean" in head and "paper ppl" in head
-    assert rows[0].split()[1:5] == ["data", "7", "local", "k=2"] and "±" in rows[0] and rows[0].endswith("0.71")
+    assert "ppl clean" in head
+    assert rows[0].split()[1:5] == ["data", "7", "local", "k=2"] and "±" in rows[0]
     assert "clean stream" in done.stdout and "ablated stream" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -215,10 +217,10 @@ def test_over_seeds_is_the_mean_and_the_spread(run, call):
         values = [one[name] for one in single]
         assert (row[name], row[f"{name}_sd"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
     assert row["step_sd"] == 10 and not {"ppl_clean_se", "mlp_rate", "seed"} & row.keys()
-    message, out = call(*paths, "--over_seeds", "--paper")
+    message, out = call(*paths, "--over_seeds")
     head, line, note = out.splitlines()
     assert message is None and "standard deviation over the seeds" in note and "seeds" in head.split()
-    assert line.startswith(f"{run.parent}/tiny_seed*") and line.endswith("0.71")  # the paper's L1 of local k=2
+    assert line.startswith(f"{run.parent}/tiny_seed*")
     assert f" {row['ppl_clean']:.3f} ± {row['ppl_clean_sd']:.3f} " in line
     assert f" {row['l1']:.4f} ± {row['l1_sd']:.4f} " in line
     assert abs(row["ppl_clean_sd"] - single[0]["ppl_clean_se"]) > 1e-3
@@ -249,6 +251,69 @@ def test_over_seeds_does_not_count_a_seed_twice(run, call, monkeypatch):
     assert message.startswith(f"error: {first} and {first / 'best.pt'} are the same run")
 
 
+def found(run, experiment, settings=0, **numbers):
+    """The result of an experiment of interp/, as far as Table 1 reads it."""
+    evaluation.write_json(run / f"{experiment}.json", {
+        "run": str(run), "checkpoint": evaluation.fingerprint(load_checkpoint(run)), "settings": {"knob": settings}, **numbers})
+
+
+def test_table_1_joins_the_experiments_over_seeds(run, call):
+    paths = [*seeds(run, of=(1, 2)), *seeds(run, "plain", ablation="none", of=(1,))]
+    for path, edges, l0 in zip(paths, (10, 13, 50), (4.0, None, 7.5)):
+        found(path, "acdc", edges=edges, connected=edges - 2, ioi_exact=0.5)
+        if l0:
+            found(path, "sae", l0=l0, ce_score=0.6 if l0 == 4 else None)
+    message, out = call(*paths, "--table1")
+    assert message is None
+    head, local, plain = out.splitlines()[:3]
+    assert "11.5 ± 2.1" in local and "4.00 (1 of 2)" in local and "0.60 (1 of 2)" in local and "0.71" in local
+    assert "50.0" in plain and "7.50" in plain and "79" in plain and "50%" in plain
+    markdown = (run.parent / "table1.md").read_text().splitlines()
+    assert len(markdown) == 4 and [cell.strip() for cell in markdown[0].split("|")][4:6] == ["edges", "paper edges"]
+    assert "| 11.5 ± 2.1 | 54 |" in markdown[2]
+    with open(run.parent / "table1.csv", newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["edges"], first["edges_sd"][:6], first["paper edges"], first["seeds"]) == ("11.5", "2.1213", "54", "2")
+    assert second["ce_score"] == "" and second["paper CE score"] == "0.63"
+    assert (run.parent / "table1.png").read_bytes().startswith(b"\x89PNG")
+    (row, _), again = json.loads(call(*paths, "--table1", "--json")[1]), call(*run.parent.glob("*"), "--table1")
+    assert row["edges"] == 11.5 and row["rows"][1]["edges"] == 13
+    assert again[0] is None and "tiny" in again[1]  # out/* finds the table of the last call too
+
+
+def test_table_1_refuses_what_does_not_belong_together(run, call, tmp_path, monkeypatch):
+    first, second = seeds(run, of=(1, 2))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("too late"))
+    found(first, "acdc", edges=1, connected=1, ioi_exact=1)
+    found(second, "acdc", settings=3, edges=1, connected=1, ioi_exact=1)
+    assert "knob=0" in call(first, second, "--table1")[0]
+    checkpoint = load_checkpoint(first)
+    checkpoint["model"]["lm_head.weight"] += 1
+    torch.save(checkpoint, first / "best.pt")
+    assert f"interp/acdc.py {first} --force" in call(first, "--table1")[0]
+    other = shutil.copytree(tmp_path / "data", tmp_path / "other")
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"checksum": "def"}))
+    checkpoint["train_config"]["data"] = str(other)
+    torch.save(checkpoint, first / "best.pt")
+    assert "other texts" in call(run, first, "--table1")[0]
+
+
+def test_results_lie_beside_their_checkpoint(tmp_path):
+    (tmp_path / "run").mkdir()
+    assert evaluation.result_path(tmp_path / "run", "sae.json") == tmp_path / "run" / "sae.json"
+    assert evaluation.result_path(tmp_path / "run" / "last.pt", "sae.json") == tmp_path / "run" / "last.sae.json"
+
+
+def test_a_fingerprint_is_of_the_clean_weights(run):
+    checkpoint = load_checkpoint(run)
+    before = evaluation.fingerprint(checkpoint)
+    checkpoint["model"]["transformer.h.0.mlp_gate.weight"] += 1
+    assert evaluation.fingerprint(checkpoint) == before and len(before) == 16
+    checkpoint["model"]["transformer.ln_f.bias"] += 1e-6
+    assert evaluation.fingerprint(checkpoint) != before
+
+
 def test_same_seed_same_sample(run, call):
     first, second, other = (call(run, "--sample", "", "--max_new_tokens", 7, "--seed", seed)[1].splitlines()[2:]
                             for seed in (1, 1, 2))
@@ -266,7 +331,7 @@ def test_mistakes_get_one_line(run, call, tmp_path):
         ((run, "--data", tmp_path / "nowhere"), "no prepared data"), ((run, "--data", other), "another tokenizer"),
         ((run, "--batch_size", "0"), "--batch_size=0"), ((run, "--batch_size", "many"), "--batch_size"),
         ((run, "--top_k", "0", "--sample", "a"), "top_k=0"), ((), "runs"), ((run, "--frobnicate"), "--frobnicate"),
-        ((run, "--json", "--paper"), "drop --paper"), ((run, "--temperature", "nan"), "--temperature=nan"),
+        ((run, "--json", "--sample", "a"), "drop --sample"), ((run, "--temperature", "nan"), "--temperature=nan"),
         ((run, "--device", "gpu"), "--device=gpu"), ((run, "--plot", tmp_path / "nowhere" / "a.png"), "--plot"),
     ]:
         message, _ = call(*words)

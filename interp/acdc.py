@@ -480,7 +480,7 @@ def describe(circuit, edges, state, tau, order, answers, heldout, rng):
                      "removed": {graph.edge_name(edge): rise for edge, (keep, rise) in zip(edges, state["decided"]) if not keep}}
 
 
-def measure(run, checkpoint, args, settings, tokens, device):
+def measure(run, checkpoint, args, settings, prompts, tokens, device):
     """One run's result, from its file where it is finished, going on where it was stopped."""
     path, resume = result_path(run, "acdc.json"), result_path(run, "acdc.resume.json")
     head = result_head(run, checkpoint, settings, device)
@@ -529,7 +529,7 @@ def measure(run, checkpoint, args, settings, tokens, device):
         progress["circuits"].append(row)
         progress["state"] = None
         write_json(resume, progress)
-    result["circuits"] = progress["circuits"]
+    result |= {"prompts": prompts, "circuits": progress["circuits"]}
     result |= {name: progress["circuits"][0][name] for name in ("edges", "connected")}  # for eval.py --table1
     write_json(path, result)
     resume.unlink(missing_ok=True)
@@ -608,8 +608,9 @@ def draw(path, result, graph):
     axes.plot([], [], color="0.35", ls=":", label="dangling: on no path from start to end")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     axes.set_yticks([2 * block + 1 for block in range(graph.n_layer)], [f"block {block}" for block in range(graph.n_layer)])
-    axes.set(xticks=[], title=f"{result['run']}: {row['edges']} of {result['total']:,} edges at tau {row['tau']:g}, KL {row['kl']:.2f}\n"
-             f"names exact: model {result['ioi_exact']:.0%}, circuit {row['ioi_exact']:.0%}")
+    axes.set_xticks([])
+    axes.set_title(f"{result['run']}\n{row['edges']} of {result['total']:,} edges at tau {row['tau']:g}, KL {row['kl']:.2f}\n"
+                   f"names exact: model {result['ioi_exact']:.0%}, circuit {row['ioi_exact']:.0%}", loc="left", fontsize="medium")
     for side in axes.spines.values():
         side.set_visible(False)
     figure.savefig(f"{path}.tmp", format="png", dpi=130)
@@ -637,7 +638,7 @@ def main():
     parser.add_argument("--count", type=int, default=64, help="prompts to discover on; as many more are held out (64)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts, the random orders and the random circuits (0)")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    parser.add_argument("--device", default="auto", help="auto takes cuda, else mps, else cpu")
+    parser.add_argument("--device", default="auto", help="auto takes cuda, else cpu")
     parser.add_argument("--force", action="store_true", help="replace a result of other settings")
     args = parser.parse_args()
     try:
@@ -646,9 +647,9 @@ def main():
         raise ValueError(f"--tau={args.tau} is not a threshold in nats, or several different ones: --tau=0.03,0.1") from None
     if args.count < 1 or args.orders < 0:
         raise ValueError(f"--count={args.count} must be at least 1, --orders={args.orders} at least 0")
-    device = knobs.pick_device(args.device)
-    if device.type == "mps" and args.dtype == "float64":
-        raise ValueError("mps has no float64: add --device=cpu")
+    device = knobs.pick_device("cpu" if args.device == "auto" and not torch.cuda.is_available() else args.device)
+    if device.type == "mps":
+        raise ValueError("KL is summed in float64, which mps has not: add --device=cpu")
 
     jobs = []
     for run in args.runs:  # all of them, before the first takes its minutes
@@ -659,11 +660,11 @@ def main():
         digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tokens)).hexdigest()[:16]
         settings = {"tau": args.tau, "order": args.order, "orders": args.orders, "prompts": digest, "seed": args.seed,
                     "count": min(args.count, len(prompts)), "heldout": max(0, len(prompts) - args.count), "dtype": args.dtype}
-        jobs.append((run, checkpoint, settings, tokens))
-    refuse_mixed([{"run": run, "settings": settings} for run, _, settings, _ in jobs])
+        jobs.append((run, checkpoint, settings, prompts, tokens))
+    refuse_mixed([{"run": run, "settings": settings} for run, _, settings, *_ in jobs])
     results = []
-    for run, checkpoint, settings, tokens in jobs:
-        result = measure(run, checkpoint, args, settings, tokens, device)
+    for run, checkpoint, settings, prompts, tokens in jobs:
+        result = measure(run, checkpoint, args, settings, prompts, tokens, device)
         draw(result_path(run, "acdc.png"), result, Graph(checkpoint["config"]["n_layer"], checkpoint["config"]["n_head"]))
         results.append(result)
     print()

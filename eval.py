@@ -189,14 +189,42 @@ def write_json(path, result):
     write_text(path, json.dumps(result, indent=1))
 
 
+def difference(ours, others):
+    """The first setting that differs between two dicts of them, in words, or None."""
+    for name in {**others, **ours}:
+        if ours.get(name) != others.get(name):
+            return f"{name}={others.get(name)}, not {ours.get(name)}"
+    return None
+
+
+def mismatch(head, result):
+    """What keeps a result from being of the same checkpoint and settings as head, in words, or None."""
+    if result["checkpoint"] != head["checkpoint"]:
+        return "weights that this run no longer has"
+    return difference(head["settings"], result["settings"])
+
+
+def earlier_result(path, head, force):
+    """The result in this file, when it is of the same checkpoint and settings as head. None when there is none or when it is
+    to be replaced. Raises ValueError where another is in the way."""
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text())
+        other = mismatch(head, result)
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged: delete it") from None
+    if other and not force:
+        raise ValueError(f"{path} was made with {other}: --force replaces it")
+    return None if other else result
+
+
 def refuse_mixed(results):
     """Raises ValueError when two results of one experiment were made with different settings, and names the first."""
     for result in results[1:]:
-        ours, others = result["settings"], results[0]["settings"]
-        for name in {**others, **ours}:
-            if ours.get(name) != others.get(name):
-                raise ValueError(f"{results[0]['run']} was measured with {name}={others.get(name)}, {result['run']} with "
-                                 f"{ours.get(name)}: make them alike, then tabulate them")
+        other = difference(result["settings"], results[0]["settings"])
+        if other:
+            raise ValueError(f"{results[0]['run']} was measured with {other} as {result['run']}: make them alike, then tabulate them")
 
 
 def evaluate(path, checkpoint, data, batch_size, device):

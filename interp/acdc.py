@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python puts interp/ there
 import config as knobs
-from eval import open_checkpoint, print_table, refuse_mixed, result_head, result_path, write_json
+from eval import earlier_result, open_checkpoint, print_table, refuse_mixed, result_head, result_path, write_json
 from model import GPTNeo
 from prepare import load_tokenizer
 
@@ -404,7 +404,7 @@ def discover(circuit, edges, tau, state=None, save=lambda state: None):
     state: what save was given between two stages of an earlier sweep, to go on from there, to the last bit. Nodes without
     kept edges reach nothing: their in-edges would raise KL by exactly 0, so they are decided unseen.
     """
-    first, most = (1, WINDOW) if circuit.clean.device.type == "cpu" else (4 * WINDOW, 4 * WINDOW)
+    first, most = (1, WINDOW) if circuit.clean.device.type == "cpu" else (2 * WINDOW, 2 * WINDOW)
     state = state or {"decided": [], "kl": 0.0, "margin": None, "evaluations": 0, "batches": 0, "seconds": 0.0}
     with tqdm(total=len(edges), initial=len(state["decided"]), unit=" edges", desc=f"tau {tau:g}", mininterval=1) as bar:
         while len(state["decided"]) < len(edges):
@@ -480,21 +480,14 @@ def describe(circuit, edges, state, tau, order, answers, heldout, rng):
                      "removed": {graph.edge_name(edge): rise for edge, (keep, rise) in zip(edges, state["decided"]) if not keep}}
 
 
-def measure(run, checkpoint, args, settings, prompts, tokens, device):
-    """One run's result, from its file where it is finished, going on where it was stopped."""
+def measure(run, checkpoint, args, head, prompts, tokens, device):
+    """Finds the circuits of one run, or goes on with it -> its result, which is written."""
     path, resume = result_path(run, "acdc.json"), result_path(run, "acdc.resume.json")
-    head = result_head(run, checkpoint, settings, device)
-    same = lambda other: all(other.get(name) == head[name] for name in ("checkpoint", "settings"))
-    if path.exists() and not args.force:
-        result = json.loads(path.read_text())
-        if same(result):
-            print(f"{path} has this result already")
-            return result
-        raise ValueError(f"{path} is of another checkpoint or other settings: --force replaces it")
-    progress = {"checkpoint": head["checkpoint"], "settings": settings, "circuits": [], "state": None}
-    if resume.exists() and same(json.loads(resume.read_text())):
-        progress = json.loads(resume.read_text())
-        print(f"going on from {resume}")
+    progress = {"checkpoint": head["checkpoint"], "settings": head["settings"], "circuits": [], "state": None}
+    if resume.exists():
+        found = earlier_result(resume, head, True)
+        progress = found or progress
+        print(f"{'going on from' if found else 'not of these settings, so not used:'} {resume}", file=sys.stderr)
 
     config = GPTNeo.from_checkpoint(checkpoint).config
     weights = {name: weight for name, weight in checkpoint["model"].items() if "_gate." not in name}
@@ -660,11 +653,15 @@ def main():
         digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tokens)).hexdigest()[:16]
         settings = {"tau": args.tau, "order": args.order, "orders": args.orders, "prompts": digest, "seed": args.seed,
                     "count": min(args.count, len(prompts)), "heldout": max(0, len(prompts) - args.count), "dtype": args.dtype}
-        jobs.append((run, checkpoint, settings, prompts, tokens))
-    refuse_mixed([{"run": run, "settings": settings} for run, _, settings, *_ in jobs])
+        head = result_head(run, checkpoint, settings, device)
+        jobs.append((run, checkpoint, head, prompts, tokens, earlier_result(result_path(run, "acdc.json"), head, args.force)))
+    refuse_mixed([head for _, _, head, *_ in jobs])
     results = []
-    for run, checkpoint, settings, prompts, tokens in jobs:
-        result = measure(run, checkpoint, args, settings, prompts, tokens, device)
+    for run, checkpoint, head, prompts, tokens, result in jobs:
+        if result:
+            print(f"{result_path(run, 'acdc.json')} has it already, of {result['date']}", file=sys.stderr)
+        else:
+            result = measure(run, checkpoint, args, head, prompts, tokens, device)
         draw(result_path(run, "acdc.png"), result, Graph(checkpoint["config"]["n_layer"], checkpoint["config"]["n_head"]))
         results.append(result)
     print()

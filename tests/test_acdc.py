@@ -326,7 +326,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """interp/acdc.py with these words -> its exit message, what it printed."""
+    """interp/acdc.py with these words -> its exit message, what it printed and its notes."""
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["acdc.py", *map(str, words), "--device=cpu"])
         message = None
@@ -334,7 +334,7 @@ def call(monkeypatch, capsys):
             config.cli(acdc.main)
         except SystemExit as stop:
             message = stop.code
-        return message, capsys.readouterr().out
+        return message, "".join(capsys.readouterr())
     return call
 
 
@@ -352,8 +352,8 @@ def test_the_command_as_a_user_types_it(call, run):
     before = (run / "acdc.json").read_text()
     message, out = call(run, other, "--count=4", "--tau=0.01,0.2", "--orders=2")
     assert message is None and "already" in out and (run / "acdc.json").read_text() == before
-    message, _ = call(run, "--count=4", "--tau=0.5")
-    assert "--force" in message and (run / "acdc.json").read_text() == before
+    message, _ = call(other, run, "--count=4", "--tau=0.5")
+    assert "tau=[0.01, 0.2], not [0.5]: --force" in message and (run / "acdc.json").read_text() == before
     message, _ = call(run, "--count=4", "--tau=0.5", "--force")
     assert message is None and json.loads((run / "acdc.json").read_text())["settings"]["tau"] == [0.5]
 

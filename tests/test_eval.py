@@ -286,7 +286,7 @@ def test_table_1_refuses_what_does_not_belong_together(run, call, tmp_path, monk
     monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("too late"))
     found(first, "acdc", edges=1, connected=1, ioi_exact=1)
     found(second, "acdc", settings=3, edges=1, connected=1, ioi_exact=1)
-    assert "knob=0" in call(first, second, "--table1")[0]
+    assert "knob=0, not 3" in call(first, second, "--table1")[0]
     checkpoint = load_checkpoint(first)
     checkpoint["model"]["lm_head.weight"] += 1
     torch.save(checkpoint, first / "best.pt")

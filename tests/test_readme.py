@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed.run
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "bench")]
+sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("", "bench", "interp")]
 import config
 import sweep
 from model import GPTNeo, GPTNeoConfig, save_checkpoint

@@ -66,6 +66,12 @@ class GPTNeoConfig:
         return self.attention_layers.split(",")
 
     @property
+    def windows(self):
+        """How many tokens each layer sees, the current one included."""
+        pattern = self.attention_pattern * (self.n_layer // len(self.attention_pattern))
+        return [self.window_size if kind == "local" else self.block_size for kind in pattern]
+
+    @property
     def attn_units(self):
         """Attention units of one layer that compete in its gate."""
         return self.n_embd if self.attn_unit == "dim" else self.n_head
@@ -217,12 +223,11 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        C, pattern = config.n_embd, config.attention_pattern
-        window = config.window_size if pattern[layer % len(pattern)] == "local" else config.block_size
+        C = config.n_embd
         self.config = config
         self.ln_1 = nn.LayerNorm(C)
         # the extra level is Hugging Face's: transformer.h.0.attn.attention.q_proj.weight
-        self.attn = nn.ModuleDict({"attention": Attention(config, window)})
+        self.attn = nn.ModuleDict({"attention": Attention(config, config.windows[layer])})
         self.ln_2 = nn.LayerNorm(C)
         self.mlp = MLP(config)
         if config.ablation == "local":

@@ -28,6 +28,7 @@ import hashlib
 import json
 import math
 import random
+import statistics
 import sys
 import time
 from collections import Counter, defaultdict
@@ -39,7 +40,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python puts interp/ there
 import config as knobs
-from eval import earlier_result, open_checkpoint, print_table, refuse_mixed, result_head, result_path, write_json
+from eval import earlier_result, number, open_checkpoint, print_table, refuse_mixed, result_head, result_path, write_json
 from model import GPTNeo
 from prepare import load_tokenizer
 
@@ -399,7 +400,8 @@ class Circuit:
 
 
 def discover(circuit, edges, tau, state=None, save=lambda state: None):
-    """ACDC's sweep over these edges, in this order -> a list with an entry per edge: [kept, by how much its removal raised KL].
+    """ACDC's sweep over these edges, in this order -> its state, a dict with "decided", an entry per edge: [kept, by how much
+    its removal raised KL]; "kl" of what is left; "margin", how close a decision came to tau; and what it took.
 
     state: what save was given between two stages of an earlier sweep, to go on from there, to the last bit. Nodes without
     kept edges reach nothing: their in-edges would raise KL by exactly 0, so they are decided unseen.
@@ -489,12 +491,9 @@ def measure(run, checkpoint, args, head, prompts, tokens, device):
         progress = found or progress
         print(f"{'going on from' if found else 'not of these settings, so not used:'} {resume}", file=sys.stderr)
 
-    config = GPTNeo.from_checkpoint(checkpoint).config
-    weights = {name: weight for name, weight in checkpoint["model"].items() if "_gate." not in name}
-    pattern = config.attention_pattern
-    windows = [config.window_size if pattern[layer % len(pattern)] == "local" else config.block_size
-               for layer in range(config.n_layer)]
-    build = lambda rows: Circuit(weights, config.n_head, windows, *(t[rows] for t in tokens[:3]), getattr(torch, args.dtype), device)
+    model = GPTNeo.from_checkpoint(checkpoint)
+    build = lambda rows: Circuit(model.clean_state_dict(), model.config.n_head, model.config.windows,
+                                 *(t[rows] for t in tokens[:3]), getattr(torch, args.dtype), device)
     circuit = build(slice(args.count))
     heldout = build(slice(args.count, None)) if len(tokens[0]) > args.count else None
     answers = [names[: args.count].to(device) for names in tokens[3:]]
@@ -512,10 +511,7 @@ def measure(run, checkpoint, args, head, prompts, tokens, device):
         edges = circuit.graph.sweep(args.order) if order == args.order else circuit.graph.sweep(
             rng=random.Random(f"{args.seed} {order}"))
         save = lambda state: write_json(resume, progress | {"state": state})
-        try:
-            state = discover(circuit, edges, tau, progress["state"], save)
-        except KeyboardInterrupt:
-            raise SystemExit("stopped: the same command goes on where it was") from None
+        state = discover(circuit, edges, tau, progress["state"], save)
         row = describe(circuit, edges, state, tau, order, answers, heldout, random.Random(args.seed))
         if order != args.order:  # of random orders the numbers alone: a sweep of 8 x 16 has 23,981 edges
             del row["circuit"], row["removed"]
@@ -529,27 +525,21 @@ def measure(run, checkpoint, args, head, prompts, tokens, device):
     return result
 
 
-def mean_sd(numbers):
-    """(mean, sample standard deviation or None)"""
-    mean = sum(numbers) / len(numbers)
-    return mean, math.sqrt(sum((x - mean) ** 2 for x in numbers) / (len(numbers) - 1)) if len(numbers) > 1 else None
-
-
 def rows_of(result):
-    """A row per tau: its circuit of the fixed order, and the edges of the random ones."""
+    """A row per tau: its circuit of the fixed order, and mean and spread of the edges of the random ones."""
     for tau in result["settings"]["tau"]:
         first, *others = [row for row in result["circuits"] if row["tau"] == tau]
-        yield result | {key: value for key, value in first.items() if not key.startswith("ioi")} | {
-            "circuit_exact": first["ioi_exact"], "circuit_right": first["ioi_right"],
-            "random_orders": mean_sd([row["edges"] for row in others]) if others else None}
+        counts = [row["edges"] for row in others]
+        row = result | {name: value for name, value in first.items() if not name.startswith("ioi")}
+        row |= {"circuit_exact": first["ioi_exact"], "circuit_right": first["ioi_right"]}
+        yield row | ({"orders": statistics.mean(counts), "orders_sd": statistics.stdev(counts) if counts[1:] else None} if counts else {})
 
 
 COLUMNS = [  # heading, how to print it; a column that no row has is left out
     ("run", lambda r: r["run"]),
     ("tau", lambda r: f"{r['tau']:g}"),
     ("edges", lambda r: f"{r['edges']:,}"),
-    ("random orders", lambda r: "-" if not r["random_orders"] else f"{r['random_orders'][0]:.1f}" + (
-        f" ± {r['random_orders'][1]:.1f}" if r["random_orders"][1] is not None else "")),
+    ("random orders", number("orders", ".1f")),
     ("connected", lambda r: f"{r['connected']:,}"),
     ("heads", lambda r: str(r["heads"])),
     ("KL", lambda r: f"{r['kl']:.3f}"),
@@ -614,7 +604,7 @@ def draw(path, result, graph):
 def numbers(text):
     """--tau: one or more thresholds."""
     values = [float(word) for word in text.split(",")]
-    if not all(value >= 0 for value in values) or len(set(values)) < len(values):
+    if not all(0 <= value < math.inf for value in values) or len(set(values)) < len(values):
         raise ValueError
     return values
 
@@ -666,6 +656,8 @@ def main():
         results.append(result)
     print()
     print_table([row for result in results for row in rows_of(result)], COLUMNS)
+    print("found on {count} prompts, {heldout} held out, seed {seed}; sources {order}".format(**results[0]["settings"])
+          + ("; ± is the sample standard deviation over random orders" if args.orders > 1 else ""))
     for result in results:
         kinds = sorted(result["circuits"][0]["kinds"].items(), key=lambda item: -item[1])
         print(f"\n{result['run']}, tau {result['circuits'][0]['tau']:g}: " + ", ".join(f"{count} {kind}" for kind, count in kinds))
@@ -674,4 +666,7 @@ def main():
 
 
 if __name__ == "__main__":
-    knobs.cli(main)
+    try:
+        knobs.cli(main)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: the same command goes on from the last stage that was done") from None

@@ -628,8 +628,8 @@ def main():
         args.tau = numbers(args.tau)
     except ValueError:
         raise ValueError(f"--tau={args.tau} is not a threshold in nats, or several different ones: --tau=0.03,0.1") from None
-    if args.count < 1 or args.orders < 0:
-        raise ValueError(f"--count={args.count} must be at least 1, --orders={args.orders} at least 0")
+    if not 1 <= args.count <= 10_000 or not 0 <= args.orders <= 1000:
+        raise ValueError(f"--count={args.count} must be from 1 to 10,000, --orders={args.orders} from 0 to 1,000")
     device = knobs.pick_device("cpu" if args.device == "auto" and not torch.cuda.is_available() else args.device)
     if device.type == "mps":
         raise ValueError("KL is summed in float64, which mps has not: add --device=cpu")

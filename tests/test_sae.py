@@ -22,8 +22,7 @@ import config as knobs
 import sae
 from model import GPTNeo, GPTNeoConfig, load_checkpoint, save_checkpoint
 
-ORACLES = ROOT.parent / "shared" / "oracles" / "interp"
-needs_oracles = pytest.mark.skipif(not ORACLES.is_dir(), reason="no ../shared/oracles/interp")
+ORACLES = sorted(ROOT.parent.glob("shared/oracles/interp"))
 EOT, V, T = 258, 259, 8
 KINDS = [("relu", "saelens5"), ("relu", "saelens6"), ("topk", "saelens5"), ("batchtopk", "saelens5")]
 
@@ -96,10 +95,11 @@ def settings(**changes):
 # ---- the autoencoder
 
 
-@needs_oracles
-def test_ten_steps_are_those_of_saelens_5():
+@pytest.mark.parametrize("oracles", ORACLES, ids=lambda folder: folder.name)
+def test_ten_steps_are_those_of_saelens_5(oracles):
     """Its code in float64: the scale, losses, gradient norms, weights after 1, 5 and 10 steps, the folded weights."""
-    log, z = json.loads((ORACLES / "sae_v51.json").read_text()), np.load(ORACLES / "sae_v51.npz")
+    log, z = json.loads((oracles / "sae_v51.json").read_text()), np.load(oracles / "sae_v51.npz")
+    worst = 0
     x = torch.from_numpy(z["x"])  # (15, 32, 16): for the scale, for training, held out
     scale = log["scaling_factor"]
     assert math.sqrt(16) / x[:3].norm(dim=-1).mean().item() == pytest.approx(scale, abs=1e-12)
@@ -113,10 +113,12 @@ def test_ten_steps_are_those_of_saelens_5():
         assert one.W_dec.norm(dim=1).mean().item() == pytest.approx(row["W_dec_row_norm_mean_after"], abs=1e-9)
         for name, p in one.named_parameters():
             if step + 1 in (1, 5, 10):
-                assert (p - torch.from_numpy(z[f"after{step + 1}_{name}"])).abs().max() < 1e-9
                 clipped = torch.from_numpy(z[f"grad{step + 1}_{name}"]) / max(1, row["grad_norm_before_clip"] + 1e-6)
-                assert (p.grad - clipped).abs().max() < 1e-9
+                for ours, theirs in ((p, torch.from_numpy(z[f"after{step + 1}_{name}"])), (p.grad, clipped)):
+                    worst = max(worst, (ours - theirs).abs().max().item())
     held_out = x[13:].flatten(0, 1)
+    assert worst < 1e-9
+    print(f"ten steps: gradients and weights within {worst:.0e} of SAELens 5.1.0's")
     assert (one(held_out * scale) / scale - torch.from_numpy(z["eval_unfolded_xhat"])).abs().max() < 1e-9
     one.fold(scale)
     for name, p in one.named_parameters():
@@ -294,10 +296,10 @@ def test_the_text_is_read_in_another_order_every_epoch_and_every_window_once():
 # ---- the evaluation
 
 
-@needs_oracles
+@pytest.mark.parametrize("oracles", ORACLES, ids=lambda folder: folder.name)
 @pytest.mark.parametrize("name", ["centered", "raw"])
-def test_ce_scores_are_those_of_the_published_evaluation(name):
-    z, expected = np.load(ORACLES / "ce_oracle.npz"), json.loads((ORACLES / "ce_oracle.json").read_text())[name]
+def test_ce_scores_are_those_of_the_published_evaluation(oracles, name):
+    z, expected = np.load(oracles / "ce_oracle.npz"), json.loads((oracles / "ce_oracle.json").read_text())[name]
     model = GPTNeo(GPTNeoConfig(vocab_size=61, block_size=12, n_layer=3, n_head=4, n_embd=16, ablation="none")).double()
     model.load_state_dict({key: torch.from_numpy(z[key]) for key in model.state_dict()})
     one = sae.SAE(16, 48).double()
@@ -310,6 +312,7 @@ def test_ce_scores_are_those_of_the_published_evaluation(name):
                          "ce_score": "ce_loss_score", "kl_zero": "kl_div_with_ablation", "kl_sae": "kl_div_with_sae",
                          "kl_score": "kl_div_score", "l0": "l0", "explained_variance": "explained_variance"}.items():
         assert row[ours] == pytest.approx(expected[theirs], abs=1e-6), ours
+        print(f"{name} {ours}: {row[ours]:.9f}, theirs {expected[theirs]:.9f}")
 
 
 @pytest.mark.parametrize("site", list(sae.SITES))

@@ -129,6 +129,16 @@ def l1_norms(model):
     return {"l1": mean_abs(lens), "l1_all": mean_abs(embeddings + blocks), "l1_blocks": mean_abs(blocks)}
 
 
+def run_paths(paths):
+    """Those of the paths that are checkpoints or folders with one: out/* finds tables and folders of other things too. A path
+    that does not exist, or where none is left, stays in: opening it says what is wrong."""
+    runs = [path for path in paths if not Path(path).exists() or Path(path).suffix == ".pt" or Path(path, "best.pt").exists()]
+    for path in paths if runs else ():
+        if path not in runs:
+            print(f"{path} is no run: left out", file=sys.stderr)
+    return runs or paths
+
+
 def open_checkpoint(path):
     """What load_checkpoint returns of a run of train.py, without the optimizer. Raises ValueError on any other file."""
     checkpoint = load_checkpoint(path)
@@ -204,19 +214,30 @@ def mismatch(head, result):
     return difference(head["settings"], result["settings"])
 
 
+def read_result(path):
+    """A result file as a dict. Raises ValueError when it is none."""
+    try:
+        result = json.loads(path.read_text())
+        complete = {"checkpoint", "settings"} <= result.keys() and result.keys() & {"circuits", "saes"}
+    except (ValueError, AttributeError):
+        complete = False
+    if not complete:
+        raise ValueError(f"{path} is damaged: delete it, and make it again")
+    return result
+
+
 def earlier_result(path, head, force):
     """The result in this file, when it is of the same checkpoint and settings as head. None when there is none or when it is
     to be replaced. Raises ValueError where another is in the way."""
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"results go beside the checkpoint, and {path.parent} cannot be written: copy the run to another folder")
     if not path.exists():
         return None
-    try:
-        result = json.loads(path.read_text())
-        other = mismatch(head, result)
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged: delete it") from None
+    result = read_result(path)
+    other = mismatch(head, result)
     if other and not force:
         raise ValueError(f"{path} was made with {other}: --force replaces it")
-    return None if other else result
+    return None if other else result | {"run": head["run"]}  # the folder may have been renamed since
 
 
 def refuse_mixed(results):
@@ -283,7 +304,8 @@ COLUMNS = [  # heading, how to print it; a column that no row has is left out
     ("data", lambda r: Path(r["data"]).name),
     ("step", number("step", ",.0f")),
     ("ablation", lambda r: r["ablation"] if not r["k_mlp"] else f"{r['ablation']} k={r['k_attn']}"
-     + (f",{r['k_mlp']}" if r["k_mlp"] != r["k_attn"] else "")),
+     + (f",{r['k_mlp']}" if r["k_mlp"] != r["k_attn"] else "")
+     + (", heads" if r["attn_unit"] == "head" else "") + (", sigmoid" if r["gate"] == "sigmoid" else "")),
     ("seeds", lambda r: str(r["n"])),
     ("ppl clean", number("ppl_clean", ".3f")),
     ("ppl ablated", number("ppl_ablated", ".3f")),
@@ -300,10 +322,16 @@ COLUMNS = [  # heading, how to print it; a column that no row has is left out
 TABLE1_COLUMNS = [
     *(column for column in COLUMNS if column[0] in ("run", "ablation", "seeds")),
     *(column for i, (name, (key, form)) in enumerate(TABLE1.items()) for column in (
-        (name, number(key, form)), (f"paper {name}", lambda r, i=i: str(PAPER[r["ablation"], r["k_attn"], r["k_mlp"]][i])))),
+        (name, number(key, form)), (f"paper {name}", lambda r, i=i, key=key: str(in_paper(r)[i] or "-") if key in r else "-"))),
     ("connected edges", number("connected", ".1f")),
-    ("IOI names exact", number("ioi_exact", ".0%")),
+    ("IOI answers exact", number("ioi_exact", ".0%")),
 ]
+
+
+def in_paper(row):
+    """The paper's numbers for such a model, in the order of TABLE1, or Nones."""
+    other = row["ablation"] != "none" and (row["attn_unit"], row["gate"]) != ("dim", "softmax")
+    return [None] * len(TABLE1) if other else PAPER.get((row["ablation"], row["k_attn"], row["k_mlp"]), [None] * len(TABLE1))
 
 
 def cells(rows, columns):
@@ -328,37 +356,41 @@ def print_table(rows, columns):
 # ---- Table 1
 
 def read_experiments(runs):
-    """What interp/ has found about these runs: a dict of numbers each. Raises ValueError on what does not belong in one table."""
+    """What interp/ has found about these runs: a dict of numbers each, and lines that say how it was found and what is wrong
+    with it. Raises ValueError on what does not belong in one table."""
     for path, _, data in runs[1:]:
         if load_meta(data)["checksum"] != load_meta(runs[0][2])["checksum"]:
             raise ValueError(f"{runs[0][0]} is measured on {runs[0][2]}, {path} on {data}, which are other texts: tabulate them apart")
-    found = [{} for _ in runs]
+    found, notes = [{} for _ in runs], []
     for experiment, names in EXPERIMENTS.items():
         results = []
         for numbers, (path, checkpoint, _) in zip(found, runs):
             file = result_path(path, f"{experiment}.json")
             if file.exists():
-                results.append(json.loads(file.read_text()))
+                results.append(read_result(file) | {"run": path})
                 if results[-1]["checkpoint"] != fingerprint(checkpoint):
-                    raise ValueError(f"{file} is not of the checkpoint that {path} has now: python interp/{experiment}.py {path} --force")
+                    raise ValueError(f"{file} is not of the checkpoint that {path} has now: make it again with --force; it came from "
+                                     f"python {results[-1]['command']}")
                 numbers |= {name: float(results[-1][name]) for name in names if results[-1][name] is not None}
         refuse_mixed(results)
-    return found
+        notes += [f"{experiment}: {', '.join(f'{name} {value}' for name, value in results[0]['settings'].items() if value is not None)}"
+                  + "; of a list, the first"] if results else []
+        notes += [f"warning: {result['run']}: {warning}" for result in results for warning in result["warnings"]]
+    return found, notes
 
 
-def save_table1(table):
-    """table1.md, .csv and .png in the folder that holds the runs, from rows of over_seeds. -> the folder"""
-    folder = Path(os.path.commonpath([Path(row["run"]).absolute().parent for group in table for row in group["rows"]]))
+def save_table1(table, notes):
+    """table1.md, .csv and .png in the folder that holds the first run, from rows of over_seeds. -> the folder"""
+    folder = Path(table[0]["rows"][0]["run"]).absolute().parent
     heading, *lines = cells(table, TABLE1_COLUMNS)
     markdown = [heading, ["---"] * len(heading), *lines]
-    write_text(folder / "table1.md", "".join(f"| {' | '.join(line)} |\n" for line in markdown))
+    write_text(folder / "table1.md", "".join(f"| {' | '.join(line)} |\n" for line in markdown) + "".join(f"\n{note}\n" for note in notes))
     names = [name for key, _ in TABLE1.values() for name in (key, f"{key}_sd")] + ["connected", "ioi_exact"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["run", "ablation", "k_attn", "k_mlp", "seeds", *names, *(f"paper {name}" for name in TABLE1)])
     for row in table:
-        paper = PAPER.get((row["ablation"], row["k_attn"], row["k_mlp"]), [None] * len(TABLE1))
-        writer.writerow([*(row.get(name) for name in ("run", "ablation", "k_attn", "k_mlp", "n", *names)), *paper])
+        writer.writerow([*(row.get(name) for name in ("run", "ablation", "k_attn", "k_mlp", "n", *names)), *in_paper(row)])
     write_text(folder / "table1.csv", text.getvalue())
     draw_table1(folder / "table1.png", table)
     return folder
@@ -377,8 +409,9 @@ def draw_table1(path, table):
         for x, row in enumerate(table):
             values = [one[key] for one in row["rows"] if one.get(key) is not None]
             ours.plot([x] * len(values), values, "o", color="tab:blue", alpha=0.5)
-            ours.plot([x - 0.3, x + 0.3], [row.get(key)] * 2, color="tab:blue")
-            papers.plot(x, PAPER.get((row["ablation"], row["k_attn"], row["k_mlp"]), [None] * len(TABLE1))[i], "s", color="0.4")
+            if key in row:
+                ours.plot([x - 0.3, x + 0.3], [row[key]] * 2, color="tab:blue")
+            papers.plot(x, in_paper(row)[i] or math.nan, "s", color="0.4")
         ours.set_title(name, fontsize="medium")
         papers.set_xticks(range(len(table)), labels, rotation=60, ha="right", fontsize="small")
     grid[0, 0].set_ylabel("here")
@@ -451,7 +484,7 @@ def main():
     parser.add_argument("--over_seeds", action="store_true",
                         help="one row for the runs that differ only in the seed: mean ± sample standard deviation")
     parser.add_argument("--table1", action="store_true", help="the paper's Table 1, over seeds, with what interp/ found about these "
-                        "runs and the paper's numbers; saves table1.md, .csv and .png in the folder that holds them")
+                        "runs and the paper's numbers; saves table1.md, .csv and .png in the folder that holds the first")
     parser.add_argument("--json", action="store_true", help="print JSON, with every unit's firing rate, and nothing else")
     parser.add_argument("--plot", metavar="FILE", help="save the picture of loss curves and unit use")
     parser.add_argument("--sample", metavar="PROMPT", help="write on from this text, from each stream")
@@ -473,17 +506,16 @@ def main():
         raise ValueError("--json prints numbers and nothing else: drop --sample")
     if not args.temperature >= 0 or args.max_new_tokens < 1:
         raise ValueError(f"--temperature={args.temperature} must be at least 0, --max_new_tokens={args.max_new_tokens} at least 1")
-    # out/* also finds what --table1 has saved there
-    args.runs = [path for path in args.runs if Path(path).stem != "table1"] or args.runs
+    args.runs = run_paths(args.runs)
     runs = [open_run(path, args.data) for path in args.runs]  # all of them, before the first takes its minutes
     tokenizers = [load_tokenizer(checkpoint["tokenizer"]) for _, checkpoint, _ in runs] if args.sample is not None else []
     groups = group_seeds(runs) if args.over_seeds or args.table1 else []
 
-    found = read_experiments(runs) if args.table1 else [{}] * len(runs)
+    found, notes = read_experiments(runs) if args.table1 else ([{}] * len(runs), [])
     rows, models = zip(*(evaluate(*run, args.batch_size, device) for run in runs))
     rows = [row | numbers for row, numbers in zip(rows, found)]
     table = [over_seeds([rows[i] for i in group]) for group in groups] or rows
-    folder = save_table1(table) if args.table1 else None
+    folder = save_table1(table, notes) if args.table1 else None
     if args.json:
         print(json.dumps(table, indent=1))
     else:
@@ -491,7 +523,8 @@ def main():
         if groups:
             print("± is the sample standard deviation over the seeds of a row")
         if args.table1:
-            print(f"the paper's models are of another size and data; its ppl is per GPT-2 token\nsaved as {folder / 'table1.md'}, .csv, .png")
+            print("the paper's models are of another size and data; its ppl is per GPT-2 token", *notes, sep="\n")
+            print(f"saved as {folder / 'table1.md'}, .csv, .png")
         for path, model, tokenizer in zip(args.runs, models, tokenizers):
             print_samples(path, model, tokenizer, args)
     if args.plot:

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python puts interp/ there
 import config as knobs
-from eval import earlier_result, number, open_checkpoint, print_table, refuse_mixed, result_head, result_path, write_json
+from eval import earlier_result, number, open_checkpoint, print_table, refuse_mixed, result_head, result_path, run_paths, write_json
 from model import GPTNeo
 from prepare import load_tokenizer
 
@@ -99,8 +99,8 @@ def make_prompts(tokenizer, count, seed):
 def read_prompts(path):
     """A --prompts file -> its list of dicts. Raises ValueError."""
     try:
-        prompts = json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        prompts = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read prompts from {path}: {' '.join(str(error).split())}") from None
     keys = ("clean", "corrupt", "answer", "wrong")
     if not isinstance(prompts, list) or not prompts or not all(
@@ -111,14 +111,16 @@ def read_prompts(path):
 
 def tokenize(prompts, tokenizer, block_size):
     """Texts -> tokens clean and corrupt (B, T), left-padded to the longest, lengths (B), answers and wrong ones (B), each
-    int64. Raises ValueError on a pair of unequal length, a prompt that is too long, an answer of several tokens."""
+    int64. Raises ValueError on a pair of unequal length or of equals, a prompt that is too long, an answer of several tokens."""
     rows = {key: [tokenizer.encode_ordinary(prompt[key]) for prompt in prompts] for key in ("clean", "corrupt", "answer", "wrong")}
     for prompt, clean, corrupt, *names in zip(prompts, *rows.values()):
-        if len(clean) != len(corrupt) or not clean:
-            raise ValueError(f"{prompt['clean']!r} has {len(clean)} tokens and {prompt['corrupt']!r} has {len(corrupt)}: "
-                             f"both prompts of a pair must be equally long")
+        shown = repr(prompt["clean"] if len(prompt["clean"]) < 200 else prompt["clean"][:200] + "...")
+        if len(clean) != len(corrupt):
+            raise ValueError(f"{shown} has {len(clean)} tokens and its corrupt prompt {len(corrupt)}: both must be equally long")
+        if clean == corrupt or prompt["answer"] == prompt["wrong"]:
+            raise ValueError(f"{shown}: the corrupt prompt must differ from the clean one, and the wrong answer from the right one")
         if len(clean) > block_size:
-            raise ValueError(f"{prompt['clean']!r} has {len(clean)} tokens, the model takes {block_size}")
+            raise ValueError(f"{shown} has {len(clean)} tokens, the model takes {block_size}")
         for key, name in zip(("answer", "wrong"), names):
             if len(name) != 1:
                 raise ValueError(f"{prompt[key]!r} is {len(name)} tokens of this tokenizer, not one: names must be single "
@@ -460,7 +462,7 @@ def describe(circuit, edges, state, tau, order, answers, heldout, rng):
     connected = graph.connected(kept)
     heads = {node for source, dest in connected for node in (source, dest[0]) if graph.is_head(node)}
     result = {"tau": tau, "order": order, "edges": len(kept), "connected": len(connected), "heads": len(heads), "kl": kl,
-              "ioi_exact": exact, "ioi_right": right, "margin": state["margin"], "evaluations": state["evaluations"],
+              "circuit_exact": exact, "circuit_right": right, "margin": state["margin"], "evaluations": state["evaluations"],
               "batches": state["batches"], "seconds": state["seconds"],
               "kinds": Counter(graph.kind(edge) for edge in kept)}
     random_circuits = []
@@ -477,7 +479,7 @@ def describe(circuit, edges, state, tau, order, answers, heldout, rng):
         for missing in random_circuits:
             where.restore(missing)
             kls.append(where.result()[0])
-        result[f"kl_random{name}"] = sum(kls) / len(kls)
+        result |= {f"kl_random{name}": statistics.mean(kls), f"kl_random{name}_sd": statistics.stdev(kls)}
     return result | {"circuit": {graph.edge_name(edge): rise for edge, (keep, rise) in zip(edges, state["decided"]) if keep},
                      "removed": {graph.edge_name(edge): rise for edge, (keep, rise) in zip(edges, state["decided"]) if not keep}}
 
@@ -486,10 +488,10 @@ def measure(run, checkpoint, args, head, prompts, tokens, device):
     """Finds the circuits of one run, or goes on with it -> its result, which is written."""
     path, resume = result_path(run, "acdc.json"), result_path(run, "acdc.resume.json")
     progress = {"checkpoint": head["checkpoint"], "settings": head["settings"], "circuits": [], "state": None}
-    if resume.exists():
-        found = earlier_result(resume, head, True)
-        progress = found or progress
-        print(f"{'going on from' if found else 'not of these settings, so not used:'} {resume}", file=sys.stderr)
+    found = earlier_result(resume, head, True)  # one of other settings has been refused by main, or is to be replaced
+    if found:
+        print(f"going on from {resume}", file=sys.stderr)
+        progress = found
 
     model = GPTNeo.from_checkpoint(checkpoint)
     build = lambda rows: Circuit(model.clean_state_dict(), model.config.n_head, model.config.windows,
@@ -502,8 +504,8 @@ def measure(run, checkpoint, args, head, prompts, tokens, device):
     everything = circuit.graph.sweep()
     circuit.restore(everything)
     result = head | {"total": len(everything), "ioi_exact": exact, "ioi_right": right, "kl_corrupt": circuit.result()[0]}
-    print(f"{run}: {len(everything):,} edges, the model names {exact:.0%} exactly, the right name beats the wrong one in {right:.0%}, "
-          f"KL(clean || corrupt) {result['kl_corrupt']:.3f}")
+    print(f"{run}: {len(everything):,} edges; the model's likeliest token is the answer in {exact:.0%}, the answer beats the wrong one "
+          f"in {right:.0%}; KL(clean || corrupt) {result['kl_corrupt']:.3f}", flush=True)
 
     for number, (tau, order) in enumerate((tau, order) for tau in args.tau for order in (args.order, *range(args.orders))):
         if number < len(progress["circuits"]):
@@ -519,8 +521,14 @@ def measure(run, checkpoint, args, head, prompts, tokens, device):
         progress["state"] = None
         write_json(resume, progress)
     result |= {"prompts": prompts, "circuits": progress["circuits"]}
-    result |= {name: progress["circuits"][0][name] for name in ("edges", "connected")}  # for eval.py --table1
-    write_json(path, result)
+    first = progress["circuits"][0]
+    result |= {name: first[name] for name in ("edges", "connected")} | {"warnings": []}  # for eval.py --table1
+    if exact < 0.5:
+        result["warnings"].append("gives the right answer in under half of the prompts: its circuit is not one for that task")
+    if first["margin"] is not None and first["margin"] < 1e-5 and args.dtype == "float32":
+        result["warnings"].append("a decision came as close to tau as rounding: --dtype float64 settles it")
+    draw(result_path(run, "acdc.png"), result, circuit.graph)
+    write_json(path, result)  # last: where it is, the picture is too
     resume.unlink(missing_ok=True)
     return result
 
@@ -530,9 +538,7 @@ def rows_of(result):
     for tau in result["settings"]["tau"]:
         first, *others = [row for row in result["circuits"] if row["tau"] == tau]
         counts = [row["edges"] for row in others]
-        row = result | {name: value for name, value in first.items() if not name.startswith("ioi")}
-        row |= {"circuit_exact": first["ioi_exact"], "circuit_right": first["ioi_right"]}
-        yield row | ({"orders": statistics.mean(counts), "orders_sd": statistics.stdev(counts) if counts[1:] else None} if counts else {})
+        yield result | first | ({"orders": statistics.mean(counts), "orders_sd": statistics.stdev(counts) if counts[1:] else None} if counts else {})
 
 
 COLUMNS = [  # heading, how to print it; a column that no row has is left out
@@ -544,9 +550,9 @@ COLUMNS = [  # heading, how to print it; a column that no row has is left out
     ("heads", lambda r: str(r["heads"])),
     ("KL", lambda r: f"{r['kl']:.3f}"),
     ("held out", lambda r: f"{r['kl_heldout']:.3f}"),
-    ("random circuit", lambda r: f"{r['kl_random']:.3f}"),
+    ("random circuits", number("kl_random", ".3f")),
     ("corrupt", lambda r: f"{r['kl_corrupt']:.3f}"),
-    ("names exact", lambda r: f"{r['ioi_exact']:.0%}"),
+    ("answer exact", lambda r: f"{r['ioi_exact']:.0%}"),
     ("right > wrong", lambda r: f"{r['ioi_right']:.0%}"),
     ("by the circuit", lambda r: f"{r['circuit_exact']:.0%}, {r['circuit_right']:.0%}"),
     ("evaluations", lambda r: f"{r['evaluations']:,}"),
@@ -582,7 +588,7 @@ def draw(path, result, graph):
     for node in range(graph.end + 1):
         x, y = spot(node)
         if node in used:
-            axes.text(x, y, graph.name(node).removeprefix("A"), ha="center", va="center", fontsize=8, zorder=3,
+            axes.text(x, y, graph.name(node), ha="center", va="center", fontsize=8, zorder=3,
                       bbox={"boxstyle": "round", "fc": "white", "ec": "black", "lw": 0.8})
         else:
             axes.plot(x, y, "o", color="0.85", ms=4, zorder=2)
@@ -593,7 +599,7 @@ def draw(path, result, graph):
     axes.set_yticks([2 * block + 1 for block in range(graph.n_layer)], [f"block {block}" for block in range(graph.n_layer)])
     axes.set_xticks([])
     axes.set_title(f"{result['run']}\n{row['edges']} of {result['total']:,} edges at tau {row['tau']:g}, KL {row['kl']:.2f}\n"
-                   f"names exact: model {result['ioi_exact']:.0%}, circuit {row['ioi_exact']:.0%}", loc="left", fontsize="medium")
+                   f"answer exact: model {result['ioi_exact']:.0%}, circuit {row['circuit_exact']:.0%}", loc="left", fontsize="medium")
     for side in axes.spines.values():
         side.set_visible(False)
     figure.savefig(f"{path}.tmp", format="png", dpi=130)
@@ -616,9 +622,9 @@ def main():
     parser.add_argument("--tau", default="0.03", help="an edge stays out when its removal raises KL by less (0.03); a list: 0.03,0.1")
     parser.add_argument("--order", choices=("descending", "ascending"), default="descending",
                         help="of the sources of a destination: later or earlier ones first (descending)")
-    parser.add_argument("--orders", type=int, default=0, help="so many random orders beside that one")
+    parser.add_argument("--orders", type=int, default=0, help="so many random orders beside that one (0)")
     parser.add_argument("--prompts", metavar="FILE", help="JSON list of clean, corrupt, answer, wrong (our templates)")
-    parser.add_argument("--count", type=int, default=64, help="prompts to discover on; as many more are held out (64)")
+    parser.add_argument("--count", type=int, default=64, help="prompts to find it on (64); as many more, or what is left of a file, are held out")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts, the random orders and the random circuits (0)")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--device", default="auto", help="auto takes cuda, else cpu")
@@ -635,15 +641,16 @@ def main():
         raise ValueError("KL is summed in float64, which mps has not: add --device=cpu")
 
     jobs = []
-    for run in args.runs:  # all of them, before the first takes its minutes
+    for run in run_paths(args.runs):  # all of them, before the first takes its minutes
         checkpoint = open_checkpoint(run)
         tokenizer = load_tokenizer(checkpoint["tokenizer"])
         prompts = read_prompts(args.prompts) if args.prompts else make_prompts(tokenizer, 2 * args.count, args.seed)
         tokens = tokenize(prompts, tokenizer, checkpoint["config"]["block_size"])
         digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tokens)).hexdigest()[:16]
-        settings = {"tau": args.tau, "order": args.order, "orders": args.orders, "prompts": digest, "seed": args.seed,
+        settings = {"tau": args.tau, "order": args.order, "orders": args.orders, "prompts": f"{args.prompts or 'templates'}, tokens {digest}", "seed": args.seed,
                     "count": min(args.count, len(prompts)), "heldout": max(0, len(prompts) - args.count), "dtype": args.dtype}
         head = result_head(run, checkpoint, settings, device)
+        earlier_result(result_path(run, "acdc.resume.json"), head, args.force)
         jobs.append((run, checkpoint, head, prompts, tokens, earlier_result(result_path(run, "acdc.json"), head, args.force)))
     refuse_mixed([head for _, _, head, *_ in jobs])
     results = []
@@ -652,7 +659,6 @@ def main():
             print(f"{result_path(run, 'acdc.json')} has it already, of {result['date']}", file=sys.stderr)
         else:
             result = measure(run, checkpoint, args, head, prompts, tokens, device)
-        draw(result_path(run, "acdc.png"), result, Graph(checkpoint["config"]["n_layer"], checkpoint["config"]["n_head"]))
         results.append(result)
     print()
     print_table([row for result in results for row in rows_of(result)], COLUMNS)
@@ -661,8 +667,8 @@ def main():
     for result in results:
         kinds = sorted(result["circuits"][0]["kinds"].items(), key=lambda item: -item[1])
         print(f"\n{result['run']}, tau {result['circuits'][0]['tau']:g}: " + ", ".join(f"{count} {kind}" for kind, count in kinds))
-        if result["ioi_exact"] < 0.5:
-            print("  this model names the right friend in under half of the prompts: its circuit is not one for that task")
+        for warning in result["warnings"]:
+            print(f"warning: {result['run']}: {warning}")
 
 
 if __name__ == "__main__":

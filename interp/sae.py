@@ -38,7 +38,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # python puts interp/ there
 import config as knobs
-from eval import earlier_result, fingerprint, mismatch, number, open_run, print_table, refuse_mixed, result_head, result_path, write_json
+from eval import earlier_result, fingerprint, mismatch, number, open_run, print_table, refuse_mixed, result_head, result_path, run_paths, write_json
 from model import GPTNeo
 from prepare import load_meta, load_tokenizer, load_tokens
 
@@ -124,7 +124,7 @@ def load_saes(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         return [restore(row, content["settings"]) for row in content["saes"]]
     except Exception as error:  # absent, cut off, of another program: torch.load raises almost any kind
-        raise ValueError(f"{path} does not hold autoencoders of interp/sae.py ({type(error).__name__})") from None
+        raise ValueError(f"{path} does not hold autoencoders of interp/sae.py ({type(error).__name__}): delete it, and make it again") from None
 
 
 def lr_at(step, steps, lr):
@@ -352,7 +352,7 @@ def train(site, tokens, settings, seed, saved, save, title):
         if logged:
             bar.set_postfix_str(", ".join(f"L0 {past['l0'][-1]:.1f} dead {past['dead'][-1]}" for past in history), False)
     common = {"seed": seed, "features": F, "scale": batches.scale, "seconds": round(seconds + time.time() - clock, 1)}
-    return [{**common, swept: value, "dead": past["dead"][-1] / F, "history": past,
+    return [{**common, swept: value, "dead": past["dead"][-1] / F if steps > DEAD_AFTER else None, "history": past,
              "weights": sae.fold(batches.scale).cpu().state_dict()}
             for sae, value, past in zip(saes, settings[swept], history)]
 
@@ -424,9 +424,9 @@ def evaluate(site, saes, idx, progress=False):
 
 
 def warnings(row):
-    if row["l0"] > row["features"] / 20:
+    if "l1" in row and row["l0"] > row["features"] / 20:
         yield (f"L0 {row['l0']:.0f} is more than a twentieth of {row['features']} features: "
-               "not converged, take more --steps or a larger --lr")
+               "not converged (take more --steps or a larger --lr) or a small --l1")
     if row["ce_zero"] - row["ce_clean"] < 0.05:
         yield (f"without this place the model loses only {row['ce_zero'] - row['ce_clean']:.4f} nats: "
                "the CE score divides by that and means little")
@@ -602,9 +602,9 @@ def measure(run, checkpoint, model, data, settings, device, title):
     result["saes"] = [{**row, **measured} for row, measured in zip(rows, evaluate(site, saes, idx, progress=True))]
     for row in result["saes"]:
         del row["weights"]
-        row["warnings"] = list(warnings(row))
     first = next(table_rows(result))
-    result |= {"l0": first["l0"], "ce_score": first.get("ce_score")}
+    result |= {"l0": first["l0"], "ce_score": first.get("ce_score"),  # for eval.py --table1
+               "warnings": [f"{coefficient(row)}, seed {row['seed']}: {warning}" for row in result["saes"] for warning in warnings(row)]}
     rows = [{name: row[name] for name in ("seed", "l1", "k", "weights") if name in row} for row in rows]
     save_torch(result_path(run, "sae.pt"), {**head, "saes": rows})
     draw(result_path(run, "sae.png"), [result])
@@ -668,8 +668,8 @@ def parse(argv):
     args.l1 = numbers("--l1", "5" if args.l1 is None else args.l1, float) if args.activation == "relu" else None
     args.k = None if args.activation == "relu" else numbers("--k", "8" if args.k is None else args.k, int)
     args.seeds = numbers("--seeds", args.seeds, int)
-    if args.plot and (Path(args.plot).suffix not in (".png", ".pdf", ".svg") or not Path(args.plot).absolute().parent.is_dir()):
-        raise ValueError(f"--plot={args.plot} must end in .png, .pdf or .svg and lie in a folder that exists")
+    if args.plot and (Path(args.plot).suffix not in (".png", ".pdf", ".svg") or not os.access(Path(args.plot).absolute().parent, os.W_OK)):
+        raise ValueError(f"--plot={args.plot} must end in .png, .pdf or .svg and lie in a folder that can be written")
     return args
 
 
@@ -677,7 +677,7 @@ def main():
     args = parse(sys.argv[1:])
     device = knobs.pick_device(args.device)
     jobs = []
-    for path in args.runs:  # all of them are looked at before the first takes its minutes
+    for path in run_paths(args.runs):  # all of them are looked at before the first takes its minutes
         run, checkpoint, data = open_run(path, args.data)
         model = GPTNeo.from_checkpoint(checkpoint)
         layer = max(0, model.config.n_layer - 2) if args.layer is None else args.layer
@@ -686,7 +686,7 @@ def main():
             raise ValueError(f"--k: keep from 1 to all {args.expansion * site.d} features of {path}")
         settings = {"data": load_meta(data)["checksum"], "layer": layer, "site": args.site, "center": site.center,
                     **{name: getattr(args, name) for name in ("recipe", "activation", "l1", "k", "seeds", "expansion", *PAPER)}}
-        head = {"settings": settings, "checkpoint": fingerprint(checkpoint)}
+        head = {"run": str(run), "settings": settings, "checkpoint": fingerprint(checkpoint)}
         jobs.append((run, checkpoint, model, data, settings, finished(run, head, args.force)))
     refuse_mixed([{"run": run, "settings": settings} for run, _, _, _, settings, _ in jobs])
 
@@ -718,9 +718,8 @@ def main():
     if any(row["n"] > 1 for result in results for row in table_rows(result)):
         print("± is the sample standard deviation over seeds")
     for result in results:
-        for row in result["saes"]:
-            for warning in row["warnings"]:
-                print(f"warning: {result['run']}, {coefficient(row)}, seed {row['seed']}: {warning}")
+        for warning in result["warnings"]:
+            print(f"warning: {result['run']}: {warning}")
     if args.plot:
         draw(args.plot, results)
 

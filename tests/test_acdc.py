@@ -298,7 +298,8 @@ def test_padding_and_errors_of_prompts():
     assert lengths.tolist() == [5, 3] and clean[1].tolist() == [0, 0, *tokenizer.encode_ordinary(" Sue gave to")]
     assert answers.tolist() == tokenizer.encode_ordinary(" Tom") * 2 and corrupt.shape == (2, 5)
     for changes, message in (({"corrupt": " Ben and gave to"}, "equally long"), ({"answer": " Tommy"}, "single tokens"),
-                             ({"wrong": ""}, "0 tokens"), ({"clean": "", "corrupt": ""}, "equally long")):
+                             ({"wrong": ""}, "0 tokens"), ({"clean": "", "corrupt": ""}, "must differ"),
+                             ({"corrupt": prompts[0]["clean"]}, "must differ"), ({"wrong": " Tom"}, "must differ")):
         with pytest.raises(ValueError, match=message):
             acdc.tokenize([{**prompts[0], **changes}], tokenizer, 12)
     with pytest.raises(ValueError, match="the model takes 4"):
@@ -344,15 +345,21 @@ def test_the_command_as_a_user_types_it(call, run):
     result = json.loads((run / "acdc.json").read_text())
     assert result["total"] == 13 and result["settings"]["count"] == 4 and len(result["circuits"]) == 6
     first = result["circuits"][0]
+    assert result["warnings"] and "warning" in out  # an untrained model
     assert result["edges"] == first["edges"] == len(first["circuit"]) == sum(first["kinds"].values())
     assert len(first["circuit"]) + len(first["removed"]) == 13 and first["kl"] >= 0 and first["kl_heldout"] >= 0
     assert (run / "acdc.png").read_bytes()[:4] == b"\x89PNG" and not list(run.glob("*.tmp")) + list(run.glob("*resume*"))
 
     before = (run / "acdc.json").read_text()
-    message, out = call(run, other, "--count=4", "--tau=0.01,0.2", "--orders=2")
-    assert message is None and "already" in out and (run / "acdc.json").read_text() == before
+    (run.parent / "table1.csv").write_text("what eval.py --table1 leaves")
+    (run.parent / "notes").mkdir()
+    message, out = call(*sorted(run.parent.glob("*")), "--count=4", "--tau=0.01,0.2", "--orders=2")
+    assert message is None and "already" in out and "notes is no run" in out and (run / "acdc.json").read_text() == before
     message, _ = call(other, run, "--count=4", "--tau=0.5")
     assert "tau=[0.01, 0.2], not [0.5]: --force" in message and (run / "acdc.json").read_text() == before
+    (run / "acdc.resume.json").write_text(json.dumps({**json.loads(before), "circuits": []}))  # an interrupted sweep counts too
+    (run / "acdc.json").unlink()
+    assert "resume" in call(run, "--count=4", "--tau=0.5")[0]
     message, _ = call(run, "--count=4", "--tau=0.5", "--force")
     assert message is None and json.loads((run / "acdc.json").read_text())["settings"]["tau"] == [0.5]
 

@@ -254,7 +254,8 @@ def test_over_seeds_does_not_count_a_seed_twice(run, call, monkeypatch):
 def found(run, experiment, settings=0, **numbers):
     """The result of an experiment of interp/, as far as Table 1 reads it."""
     evaluation.write_json(run / f"{experiment}.json", {
-        "run": str(run), "checkpoint": evaluation.fingerprint(load_checkpoint(run)), "settings": {"knob": settings}, **numbers})
+        "run": str(run), "checkpoint": evaluation.fingerprint(load_checkpoint(run)), "settings": {"knob": settings}, "circuits": [],
+        "command": f"interp/{experiment}.py somewhere", "warnings": [], **numbers})
 
 
 def test_table_1_joins_the_experiments_over_seeds(run, call):
@@ -262,14 +263,16 @@ def test_table_1_joins_the_experiments_over_seeds(run, call):
     for path, edges, l0 in zip(paths, (10, 13, 50), (4.0, None, 7.5)):
         found(path, "acdc", edges=edges, connected=edges - 2, ioi_exact=0.5)
         if l0:
-            found(path, "sae", l0=l0, ce_score=0.6 if l0 == 4 else None)
+            found(path, "sae", l0=l0, ce_score=0.6 if l0 == 4 else None, warnings=["do not believe it"] if l0 == 7.5 else [])
     message, out = call(*paths, "--table1")
     assert message is None
     head, local, plain = out.splitlines()[:3]
     assert "11.5 ± 2.1" in local and "4.00 (1 of 2)" in local and "0.60 (1 of 2)" in local and "0.71" in local
     assert "50.0" in plain and "7.50" in plain and "79" in plain and "50%" in plain
     markdown = (run.parent / "table1.md").read_text().splitlines()
-    assert len(markdown) == 4 and [cell.strip() for cell in markdown[0].split("|")][4:6] == ["edges", "paper edges"]
+    for note in ("acdc: knob 0; of a list, the first", f"warning: {paths[2]}: do not believe it"):  # settings and doubts go with it
+        assert note in out.splitlines() and note in markdown
+    assert len(markdown) == 4 + 2 * 3 and [cell.strip() for cell in markdown[0].split("|")][4:6] == ["edges", "paper edges"]
     assert "| 11.5 ± 2.1 | 54 |" in markdown[2]
     with open(run.parent / "table1.csv", newline="") as file:
         first, second = csv.DictReader(file)
@@ -281,6 +284,24 @@ def test_table_1_joins_the_experiments_over_seeds(run, call):
     assert again[0] is None and "tiny" in again[1]  # out/* finds the table of the last call too
 
 
+def test_table_1_has_the_papers_row_for_the_papers_models_only(run, call):
+    rows = {"dim": {}, "head": {"attn_unit": "head", "k_attn": 1, "k_mlp": 1}, "sigmoid": {"gate": "sigmoid"}, "odd": {"k_mlp": 3}}
+    paths = []
+    for name, changes in rows.items():
+        (path,) = seeds(run, name, of=(1,), **changes)
+        checkpoint = load_checkpoint(path)
+        checkpoint["config"] |= changes
+        if name == "head":
+            checkpoint["model"] = tiny(**changes).state_dict()
+        torch.save(checkpoint, path / "best.pt")
+        paths.append(path)
+    message, out = call(*paths, "--table1")
+    assert message is None
+    dim, head, sigmoid, odd = out.splitlines()[1:5]
+    assert "6.55" in dim and "local k=1, heads" in head and "local k=2, sigmoid" in sigmoid and "local k=2,3" in odd
+    assert dim.split()[-1] == "0.71" and [line.split()[-1] for line in (head, sigmoid, odd)] == ["-"] * 3
+
+
 def test_table_1_refuses_what_does_not_belong_together(run, call, tmp_path, monkeypatch):
     first, second = seeds(run, of=(1, 2))
     monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("too late"))
@@ -290,7 +311,10 @@ def test_table_1_refuses_what_does_not_belong_together(run, call, tmp_path, monk
     checkpoint = load_checkpoint(first)
     checkpoint["model"]["lm_head.weight"] += 1
     torch.save(checkpoint, first / "best.pt")
-    assert f"interp/acdc.py {first} --force" in call(first, "--table1")[0]
+    assert "with --force; it came from python interp/acdc.py somewhere" in call(first, "--table1")[0]
+    for text in ("", "[]", "{}", '{"checkpoint": 1, "settings": {}}'):
+        (second / "acdc.json").write_text(text)
+        assert "acdc.json is damaged: delete it" in call(second, "--table1")[0]
     other = shutil.copytree(tmp_path / "data", tmp_path / "other")
     meta = json.loads((other / "meta.json").read_text())
     (other / "meta.json").write_text(json.dumps(meta | {"checksum": "def"}))

@@ -333,8 +333,9 @@ def test_nothing_lost_scores_1_and_everything_lost_0(site):
 
 
 def test_warnings():
-    row = {"l0": 60, "features": 1000, "ce_zero": 3.04, "ce_clean": 3.0}
+    row = {"l0": 60, "l1": 5.0, "features": 1000, "ce_zero": 3.04, "ce_clean": 3.0}
     assert [w.split()[0] for w in sae.warnings(row)] == ["L0", "without"]
+    assert [w.split()[0] for w in sae.warnings({name: row[name] for name in row if name != "l1"})] == ["without"]  # topk: as asked
     assert not list(sae.warnings(row | {"l0": 40, "ce_zero": 3.1}))
 
 

@@ -36,7 +36,8 @@ from model import GPTNeo, load_checkpoint
 from prepare import load_meta, load_tokenizer, load_tokens
 
 TABLE1 = {  # column of the paper's Table 1: what it is called in a row of ours, how to print it
-    "edges": ("edges", ".1f"), "SAE L0": ("l0", ".2f"), "CE score": ("ce_score", ".2f"), "ppl": ("ppl_clean", ".2f"), "L1": ("l1", ".3f")}
+    "edges": ("edges", ".1f"), "SAE L0": ("l0", ".2f"), "CE score": ("ce_score", ".2f"), "ppl": ("ppl_clean", ".2f"),
+    "L1": ("l1", ".3f")}
 EXPERIMENTS = {"acdc": ("edges", "connected", "ioi_exact"), "sae": ("l0", "ce_score")}  # what a row takes from their results
 # (ablation, k_attn, k_mlp) -> the columns of TABLE1 in the paper
 PAPER = {
@@ -360,7 +361,8 @@ def read_experiments(runs):
     with it. Raises ValueError on what does not belong in one table."""
     for path, _, data in runs[1:]:
         if load_meta(data)["checksum"] != load_meta(runs[0][2])["checksum"]:
-            raise ValueError(f"{runs[0][0]} is measured on {runs[0][2]}, {path} on {data}, which are other texts: tabulate them apart")
+            raise ValueError(f"{runs[0][0]} is measured on {runs[0][2]}, {path} on {data}, which are other texts: "
+                             f"tabulate them apart")
     found, notes = [{} for _ in runs], []
     for experiment, names in EXPERIMENTS.items():
         results = []
@@ -373,8 +375,9 @@ def read_experiments(runs):
                                      f"python {results[-1]['command']}")
                 numbers |= {name: float(results[-1][name]) for name in names if results[-1][name] is not None}
         refuse_mixed(results)
-        notes += [f"{experiment}: {', '.join(f'{name} {value}' for name, value in results[0]['settings'].items() if value is not None)}"
-                  + "; of a list, the first"] if results else []
+        if results:
+            settings = [f"{name} {value}" for name, value in results[0]["settings"].items() if value is not None]
+            notes.append(f"{experiment}: {', '.join(settings)}; of a list, the first")
         notes += [f"warning: {result['run']}: {warning}" for result in results for warning in result["warnings"]]
     return found, notes
 
@@ -384,7 +387,8 @@ def save_table1(table, notes):
     folder = Path(table[0]["rows"][0]["run"]).absolute().parent
     heading, *lines = cells(table, TABLE1_COLUMNS)
     markdown = [heading, ["---"] * len(heading), *lines]
-    write_text(folder / "table1.md", "".join(f"| {' | '.join(line)} |\n" for line in markdown) + "".join(f"\n{note}\n" for note in notes))
+    lines = [f"| {' | '.join(line)} |\n" for line in markdown] + [f"\n{note}\n" for note in notes]
+    write_text(folder / "table1.md", "".join(lines))
     names = [name for key, _ in TABLE1.values() for name in (key, f"{key}_sd")] + ["connected", "ioi_exact"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

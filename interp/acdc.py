@@ -13,9 +13,9 @@ Graph, all positions of an edge together. Sources: `Resid Start` (token + positi
 input of every head, the input of every MLP, `Resid End` (what ln_f reads). Every earlier source has an edge to every
 destination; a block's heads feed its own MLP. LayerNorm acts on each destination's own sum.
 
-Sweep (ACDC, Conmy et al. 2023, as the paper ran it): prev = 0; for each edge, from the end to the start: remove it; if KL(clean model ||
-circuit) at the last position, mean over prompts, rose by less than tau over prev, it stays removed and prev is the new KL; else
-it is put back. What is kept depends on the order within a stage (all heads of a block are one stage, an MLP another), which
+Sweep (ACDC, Conmy et al. 2023, as the paper ran it): prev = 0; for each edge, from the end to the start: remove it; if
+KL(clean model || circuit) at the last position, mean over prompts, rose by less than tau over prev, it stays removed and prev
+is the new KL; else it is put back. What is kept depends on the order within a stage (all heads of a block are one stage, an MLP another), which
 in the paper's library hangs on a hash seed: here heads ascend, Q, K, V, and sources descend (or --order ascending).
 
 Exact and fast: one edge's removal changes only its destination and what that still reaches, so only this is recomputed; a node
@@ -76,10 +76,10 @@ def make_prompts(tokenizer, count, seed):
         raise ValueError(f"only {len(names)} of our names, {len(places)} places and {len(objects)} objects are single tokens "
                          f"of this tokenizer: give prompts of its own with --prompts FILE")
     prompts, seen = [], set()
-    for number in range(100 * count):
+    for turn in range(100 * count):
         if len(prompts) == count:
             return prompts
-        template = TEMPLATES[number % len(TEMPLATES)]
+        template = TEMPLATES[turn % len(TEMPLATES)]
         A, B = rng.sample(names, 2)
         words = {"place": rng.choice(places), "object": rng.choice(objects)}
         clean = template.format(A=A, B=B, **words)
@@ -468,7 +468,7 @@ def describe(circuit, edges, state, tau, order, answers, heldout, rng):
     random_circuits = []
     for _ in range(RANDOM):
         chosen = set(rng.sample(range(len(edges)), len(kept)))
-        random_circuits.append([edge for number, edge in enumerate(edges) if number not in chosen])
+        random_circuits.append([edge for at, edge in enumerate(edges) if at not in chosen])
     for name, where in (("", circuit), ("_heldout", heldout)):
         if where is None:
             continue
@@ -504,11 +504,11 @@ def measure(run, checkpoint, args, head, prompts, tokens, device):
     everything = circuit.graph.sweep()
     circuit.restore(everything)
     result = head | {"total": len(everything), "ioi_exact": exact, "ioi_right": right, "kl_corrupt": circuit.result()[0]}
-    print(f"{run}: {len(everything):,} edges; the model's likeliest token is the answer in {exact:.0%}, the answer beats the wrong one "
-          f"in {right:.0%}; KL(clean || corrupt) {result['kl_corrupt']:.3f}", flush=True)
+    print(f"{run}: {len(everything):,} edges; the model's likeliest token is the answer in {exact:.0%}, the answer beats the "
+          f"wrong one in {right:.0%}; KL(clean || corrupt) {result['kl_corrupt']:.3f}", flush=True)
 
-    for number, (tau, order) in enumerate((tau, order) for tau in args.tau for order in (args.order, *range(args.orders))):
-        if number < len(progress["circuits"]):
+    for done, (tau, order) in enumerate((tau, order) for tau in args.tau for order in (args.order, *range(args.orders))):
+        if done < len(progress["circuits"]):
             continue
         edges = circuit.graph.sweep(args.order) if order == args.order else circuit.graph.sweep(
             rng=random.Random(f"{args.seed} {order}"))
@@ -538,7 +538,8 @@ def rows_of(result):
     for tau in result["settings"]["tau"]:
         first, *others = [row for row in result["circuits"] if row["tau"] == tau]
         counts = [row["edges"] for row in others]
-        yield result | first | ({"orders": statistics.mean(counts), "orders_sd": statistics.stdev(counts) if counts[1:] else None} if counts else {})
+        spread = {"orders": statistics.mean(counts), "orders_sd": statistics.stdev(counts) if counts[1:] else None} if counts else {}
+        yield result | first | spread
 
 
 COLUMNS = [  # heading, how to print it; a column that no row has is left out
@@ -624,7 +625,8 @@ def main():
                         help="of the sources of a destination: later or earlier ones first (descending)")
     parser.add_argument("--orders", type=int, default=0, help="so many random orders beside that one (0)")
     parser.add_argument("--prompts", metavar="FILE", help="JSON list of clean, corrupt, answer, wrong (our templates)")
-    parser.add_argument("--count", type=int, default=64, help="prompts to find it on (64); as many more, or what is left of a file, are held out")
+    parser.add_argument("--count", type=int, default=64,
+                        help="prompts to find it on (64); as many more, or what is left of a file, are held out")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts, the random orders and the random circuits (0)")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--device", default="auto", help="auto takes cuda, else cpu")
@@ -647,8 +649,8 @@ def main():
         prompts = read_prompts(args.prompts) if args.prompts else make_prompts(tokenizer, 2 * args.count, args.seed)
         tokens = tokenize(prompts, tokenizer, checkpoint["config"]["block_size"])
         digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tokens)).hexdigest()[:16]
-        settings = {"tau": args.tau, "order": args.order, "orders": args.orders, "prompts": f"{args.prompts or 'templates'}, tokens {digest}", "seed": args.seed,
-                    "count": min(args.count, len(prompts)), "heldout": max(0, len(prompts) - args.count), "dtype": args.dtype}
+        settings = {"tau": args.tau, "order": args.order, "orders": args.orders, "seed": args.seed,
+                    "prompts": f"{args.prompts or 'templates'}, tokens {digest}", "count": min(args.count, len(prompts)), "heldout": max(0, len(prompts) - args.count), "dtype": args.dtype}
         head = result_head(run, checkpoint, settings, device)
         earlier_result(result_path(run, "acdc.resume.json"), head, args.force)
         jobs.append((run, checkpoint, head, prompts, tokens, earlier_result(result_path(run, "acdc.json"), head, args.force)))

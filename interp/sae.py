@@ -22,7 +22,6 @@ Shape letters: n activations, d their size, F features; B windows of T tokens, V
 
 import argparse
 import html
-import json
 import math
 import os
 import signal
@@ -38,7 +37,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # python puts interp/ there
 import config as knobs
-from eval import earlier_result, fingerprint, mismatch, number, open_run, print_table, refuse_mixed, result_head, result_path, run_paths, write_json
+from eval import (earlier_result, fingerprint, mismatch, number, open_run, print_table, refuse_mixed, result_head, result_path,
+                  run_paths, write_json)
 from model import GPTNeo
 from prepare import load_meta, load_tokenizer, load_tokens
 
@@ -124,7 +124,8 @@ def load_saes(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         return [restore(row, content["settings"]) for row in content["saes"]]
     except Exception as error:  # absent, cut off, of another program: torch.load raises almost any kind
-        raise ValueError(f"{path} does not hold autoencoders of interp/sae.py ({type(error).__name__}): delete it, and make it again") from None
+        raise ValueError(f"{path} does not hold autoencoders of interp/sae.py ({type(error).__name__}): delete it, and "
+                         f"make it again") from None
 
 
 def lr_at(step, steps, lr):
@@ -604,7 +605,8 @@ def measure(run, checkpoint, model, data, settings, device, title):
         del row["weights"]
     first = next(table_rows(result))
     result |= {"l0": first["l0"], "ce_score": first.get("ce_score"),  # for eval.py --table1
-               "warnings": [f"{coefficient(row)}, seed {row['seed']}: {warning}" for row in result["saes"] for warning in warnings(row)]}
+               "warnings": [f"{coefficient(row)}, seed {row['seed']}: {warning}"
+                            for row in result["saes"] for warning in warnings(row)]}
     rows = [{name: row[name] for name in ("seed", "l1", "k", "weights") if name in row} for row in rows]
     save_torch(result_path(run, "sae.pt"), {**head, "saes": rows})
     draw(result_path(run, "sae.png"), [result])
@@ -668,7 +670,8 @@ def parse(argv):
     args.l1 = numbers("--l1", "5" if args.l1 is None else args.l1, float) if args.activation == "relu" else None
     args.k = None if args.activation == "relu" else numbers("--k", "8" if args.k is None else args.k, int)
     args.seeds = numbers("--seeds", args.seeds, int)
-    if args.plot and (Path(args.plot).suffix not in (".png", ".pdf", ".svg") or not os.access(Path(args.plot).absolute().parent, os.W_OK)):
+    if args.plot and (Path(args.plot).suffix not in (".png", ".pdf", ".svg")
+                      or not os.access(Path(args.plot).absolute().parent, os.W_OK)):
         raise ValueError(f"--plot={args.plot} must end in .png, .pdf or .svg and lie in a folder that can be written")
     return args
 

@@ -8,7 +8,6 @@ The runs of `swept` are real ones of tiny models; elsewhere a few lines stand in
 import collections
 import dataclasses
 import json
-import os
 import re
 import shlex
 import signal
@@ -150,7 +149,7 @@ def test_its_last_line_makes_the_table(work, swept, capsys, monkeypatch):
     program, script, *words = shlex.split(swept[-1])
     assert [program, script, words[-1]] == ["python", "eval.py", "--over_seeds"]
     tables = []
-    for more in (["--json"], []), (words[-1:], ["--json"]), (words[-1:], ["--paper"]):
+    for more in (["--json"], []), (words[-1:], ["--json"]), (words[-1:], []):
         monkeypatch.setattr(sys, "argv", ["eval.py", "--device=cpu", *words[:-1], *more[0], *more[1]])
         knobs.cli(evaluation.main)
         tables.append(capsys.readouterr().out)

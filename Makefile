@@ -10,8 +10,8 @@ demo: .venv/core.stamp  # toy corpus -> train -> evaluate, sample, picture: unde
 	$(BIN)/python eval.py out/demo --sample "Once upon a time" --plot out/demo/units.png
 	@echo "pictures: out/demo/loss.png and out/demo/units.png"
 
-test: .venv/dev.stamp
-	$(BIN)/python -m pytest -q test_gate.py tests
+test: .venv/dev.stamp  # one thread: in tensors this small a second one only waits
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q test_gate.py tests
 
 .venv/core.stamp: requirements.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11")'

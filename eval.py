@@ -162,9 +162,12 @@ def open_run(path, data):
 # ---- results of the experiments in interp/: a JSON file beside the checkpoint, with all it takes to make it again
 
 def environment(device):
+    """Where and by which code a figure was made, a dict; commit is "unknown" outside a git checkout or without git."""
     def git(*words):
-        root = Path(__file__).parent
-        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        except OSError:  # git is not installed
+            return ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
     return {"device": name, "torch": torch.__version__, "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + changed}
@@ -192,7 +195,7 @@ def result_head(run, checkpoint, settings, device):
 
 def write_text(path, text):
     """Atomically: the file is whole or the old one."""
-    Path(f"{path}.tmp").write_text(text)
+    Path(f"{path}.tmp").write_text(text, encoding="utf-8")  # tables have a ±, which not every locale has
     Path(f"{path}.tmp").replace(path)
 
 

@@ -269,7 +269,7 @@ def test_table_1_joins_the_experiments_over_seeds(run, call):
     head, local, plain = out.splitlines()[:3]
     assert "11.5 ± 2.1" in local and "4.00 (1 of 2)" in local and "0.60 (1 of 2)" in local and "0.71" in local
     assert "50.0" in plain and "7.50" in plain and "79" in plain and "50%" in plain
-    markdown = (run.parent / "table1.md").read_text().splitlines()
+    markdown = (run.parent / "table1.md").read_text(encoding="utf-8").splitlines()
     for note in ("acdc: knob 0; of a list, the first", f"warning: {paths[2]}: do not believe it"):  # settings and doubts go with it
         assert note in out.splitlines() and note in markdown
     assert len(markdown) == 4 + 2 * 3 and [cell.strip() for cell in markdown[0].split("|")][4:6] == ["edges", "paper edges"]
@@ -327,6 +327,11 @@ def test_results_lie_beside_their_checkpoint(tmp_path):
     (tmp_path / "run").mkdir()
     assert evaluation.result_path(tmp_path / "run", "sae.json") == tmp_path / "run" / "sae.json"
     assert evaluation.result_path(tmp_path / "run" / "last.pt", "sae.json") == tmp_path / "run" / "last.sae.json"
+
+
+def test_results_need_no_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert evaluation.environment(torch.device("cpu"))["commit"] == "unknown"
 
 
 def test_a_fingerprint_is_of_the_clean_weights(run):

@@ -15,16 +15,11 @@ is the sample standard deviation over the runs of a row: how much another seed c
 """
 
 import argparse
-import csv
-import hashlib
-import io
 import json
 import math
 import os
-import shlex
-import subprocess
 import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,21 +27,9 @@ import torch
 import torch.nn.functional as F
 
 import config as knobs
-from model import GPTNeo, load_checkpoint
-from prepare import load_meta, load_tokenizer, load_tokens
+from model import GPTNeo, load_checkpoint, replace_file
+from prepare import UserError, load_meta, load_tokenizer, load_tokens
 
-TABLE1 = {  # column of the paper's Table 1: what it is called in a row of ours, how to print it
-    "edges": ("edges", ".1f"), "SAE L0": ("l0", ".2f"), "CE score": ("ce_score", ".2f"), "ppl": ("ppl_clean", ".2f"),
-    "L1": ("l1", ".3f")}
-EXPERIMENTS = {"acdc": ("edges", "connected", "ioi_exact"), "sae": ("l0", "ce_score")}  # what a row takes from their results
-# (ablation, k_attn, k_mlp) -> the columns of TABLE1 in the paper
-PAPER = {
-    ("none", 0, 0): (79, 7.22, 0.63, 5.73, 0.44),
-    ("global", 8, 8): (70, 5.22, 0.65, 6.97, 0.74), ("local", 8, 8): (36, 5.0, 0.72, 6.47, 0.67),
-    ("global", 4, 4): (41, 4.9, 0.67, 6.73, 0.72), ("local", 4, 4): (30, 4.01, 0.65, 6.58, 0.76),
-    ("global", 2, 2): (30, 4.57, 0.71, 6.66, 0.73), ("local", 2, 2): (54, 4.9, 0.70, 6.55, 0.71),
-    ("global", 1, 1): (38, 5.48, 0.66, 6.49, 0.62), ("local", 1, 1): (36, 5.33, 0.69, 6.58, 0.70),
-}
 STREAMS = ("clean", "ablated")
 
 
@@ -140,116 +123,60 @@ def run_paths(paths):
     return runs or paths
 
 
-def open_checkpoint(path):
-    """What load_checkpoint returns of a run of train.py, without the optimizer. Raises ValueError on any other file."""
+@dataclass
+class Run:
+    """A run of train.py, opened: the model on the CPU and what its checkpoint says about it."""
+
+    path: str  # as the user typed it
+    model: GPTNeo
+    step: int  # updates done
+    train_config: dict  # the Config it was trained with
+    tokenizer: dict  # for prepare.load_tokenizer
+    data_checksum: str  # meta.json's, of the data it was trained on
+
+
+def open_run(path):
+    """The Run of a run folder's best.pt or of a .pt file. Raises UserError or ModelError on any other file."""
     checkpoint = load_checkpoint(path)
-    checkpoint.pop("optimizer", None)  # two thirds of the file, and a sweep has many
-    for key in ("train_config", "tokenizer", "step", "data"):
-        if key not in checkpoint:
-            raise ValueError(f"{path} was not written by train.py: it has no {key!r}")
-    return checkpoint
+    for key, kind in (("train_config", dict), ("tokenizer", dict), ("step", int), ("data", str)):
+        if not isinstance(checkpoint.get(key), kind):
+            raise UserError(f"{path} was not written by train.py: it has no {key!r}")
+    return Run(path, GPTNeo.from_checkpoint(checkpoint).eval(), checkpoint["step"],
+               checkpoint["train_config"], checkpoint["tokenizer"], checkpoint["data"])
 
 
-def open_run(path, data):
-    """A run's path, checkpoint and data folder, checked against each other. Raises ValueError when they do not fit."""
-    checkpoint = open_checkpoint(path)
-    data = data or checkpoint["train_config"]["data"]
-    if load_meta(data)["tokenizer"] != checkpoint["tokenizer"]:
-        raise ValueError(f"{data} has another tokenizer than the one {path} was trained with: give its data with --data")
-    return path, checkpoint, data
+def find_data(run, data=None):
+    """The data folder to measure a run on, data or else the run's own, and its meta.json -> (folder, meta).
+
+    A relative folder is looked for here and then in the folders that the run lies in, so that a project can be
+    used from elsewhere. Raises UserError where there is none, or it has another tokenizer than the run.
+    """
+    data = data or run.train_config["data"]
+    places = [Path(data), *(parent / data for parent in Path(run.path).absolute().parents)]
+    data = next((place for place in places if (place / "meta.json").is_file()), data)
+    meta = load_meta(data)
+    if meta["tokenizer"] != run.tokenizer:
+        raise UserError(f"{data} has another tokenizer than the one {run.path} was trained with: "
+                        f"give its data with --data")
+    return str(data), meta
 
 
-# ---- results of the experiments in interp/: a JSON file beside the checkpoint, with all it takes to make it again
-
-def environment(device):
-    """Where and by which code a figure was made, a dict; commit is "unknown" outside a git checkout or without git."""
-    def git(*words):
-        try:
-            return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-        except OSError:  # git is not installed
-            return ""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    return {"device": name, "torch": torch.__version__, "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + changed}
-
-
-def fingerprint(checkpoint):
-    """16 hex digits that name the weights of the clean stream: a run that goes on makes its results stale."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(checkpoint["model"].items()):
-        if "_gate." not in name:
-            digest.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def result_path(run, name):
-    """out/x -> out/x/acdc.json and out/x/last.pt -> out/x/last.acdc.json for the name acdc.json."""
-    return Path(run, name) if Path(run).is_dir() else Path(run).with_suffix(f".{name}")
-
-
-def result_head(run, checkpoint, settings, device):
-    """What a result begins with. settings: everything, JSON can hold it, that decides the numbers beside the model."""
-    return {"run": str(run), "checkpoint": fingerprint(checkpoint), "step": checkpoint["step"], "settings": settings,
-            "command": shlex.join(sys.argv), "date": time.strftime("%Y-%m-%d %H:%M"), **environment(device)}
-
-
-def write_text(path, text):
-    """Atomically: the file is whole or the old one."""
-    Path(f"{path}.tmp").write_text(text, encoding="utf-8")  # tables have a ±, which not every locale has
-    Path(f"{path}.tmp").replace(path)
-
-
-def write_json(path, result):
-    write_text(path, json.dumps(result, indent=1))
-
-
-def difference(ours, others):
-    """The first setting that differs between two dicts of them, in words, or None."""
-    for name in {**others, **ours}:
-        if ours.get(name) != others.get(name):
-            return f"{name}={others.get(name)}, not {ours.get(name)}"
-    return None
-
-
-def mismatch(head, result):
-    """What keeps a result from being of the same checkpoint and settings as head, in words, or None."""
-    if result["checkpoint"] != head["checkpoint"]:
-        return "weights that this run no longer has"
-    return difference(head["settings"], result["settings"])
-
-
-def read_result(path):
-    """A result file as a dict. Raises ValueError when it is none."""
+def check_writable(path):
+    """Raises UserError when no file could be written to path: now, before the minutes of work whose result it is."""
     try:
-        result = json.loads(path.read_text())
-        complete = {"checkpoint", "settings"} <= result.keys() and result.keys() & {"circuits", "saes"}
-    except (ValueError, AttributeError):
-        complete = False
-    if not complete:
-        raise ValueError(f"{path} is damaged: delete it, and make it again")
-    return result
+        if Path(path).is_dir():
+            raise IsADirectoryError(0, "there is a folder of that name")
+        with open(f"{path}.tmp", "wb"):
+            pass
+        os.remove(f"{path}.tmp")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def earlier_result(path, head, force):
-    """The result in this file, when it is of the same checkpoint and settings as head. None when there is none or when it is
-    to be replaced. Raises ValueError where another is in the way."""
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"results go beside the checkpoint, and {path.parent} cannot be written: copy the run to another folder")
-    if not path.exists():
-        return None
-    result = read_result(path)
-    other = mismatch(head, result)
-    if other and not force:
-        raise ValueError(f"{path} was made with {other}: --force replaces it")
-    return None if other else result | {"run": head["run"]}  # the folder may have been renamed since
-
-
-def refuse_mixed(results):
-    """Raises ValueError when two results of one experiment were made with different settings, and names the first."""
-    for result in results[1:]:
-        other = difference(result["settings"], results[0]["settings"])
-        if other:
-            raise ValueError(f"{results[0]['run']} was measured with {other} as {result['run']}: make them alike, then tabulate them")
+def save_figure(path, figure):
+    """A matplotlib figure, atomically, in the format that path ends in."""
+    with replace_file(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:], dpi=120)
 
 
 def evaluate(path, checkpoint, data, batch_size, device):
@@ -265,7 +192,7 @@ def evaluate(path, checkpoint, data, batch_size, device):
 
 
 def group_seeds(runs):
-    """Lists of indices into runs, of those that are the same but for seed and machine. Raises ValueError on a seed twice."""
+    """Lists of indices into runs, of those that are the same but for seed and machine. Raises UserError on a seed twice."""
     groups = {}
     for i, (path, checkpoint, data) in enumerate(runs):
         values = knobs.decisive(checkpoint["train_config"])
@@ -273,7 +200,7 @@ def group_seeds(runs):
         same = json.dumps([values, checkpoint["data"], load_meta(data)["checksum"]], sort_keys=True)
         group = groups.setdefault(same, {})
         if seed in group:
-            raise ValueError(f"{runs[group[seed]][0]} and {path} are the same run with the same seed: give one of them")
+            raise UserError(f"{runs[group[seed]][0]} and {path} are the same run with the same seed: give one of them")
         group[seed] = i
     return [list(group.values()) for group in groups.values()]
 
@@ -323,21 +250,6 @@ COLUMNS = [  # heading, how to print it; a column that no row has is left out
     ("attn/story", number("attn_per_story", ".1f")),
     ("mlp/story", number("mlp_per_story", ".1f")),
 ]
-TABLE1_COLUMNS = [
-    *(column for column in COLUMNS if column[0] in ("run", "ablation", "seeds")),
-    *(column for i, (name, (key, form)) in enumerate(TABLE1.items()) for column in (
-        (name, number(key, form)), (f"paper {name}", lambda r, i=i, key=key: str(in_paper(r)[i] or "-") if key in r else "-"))),
-    ("connected edges", number("connected", ".1f")),
-    ("IOI answers exact", number("ioi_exact", ".0%")),
-]
-
-
-def in_paper(row):
-    """The paper's numbers for such a model, in the order of TABLE1, or Nones."""
-    other = row["ablation"] != "none" and (row["attn_unit"], row["gate"]) != ("dim", "softmax")
-    return [None] * len(TABLE1) if other else PAPER.get((row["ablation"], row["k_attn"], row["k_mlp"]), [None] * len(TABLE1))
-
-
 def cells(rows, columns):
     """The table as text, a list per line, headings first. - is what a row has not; columns of nothing else are left out."""
     def cell(show, row):
@@ -355,77 +267,6 @@ def print_table(rows, columns):
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join([line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:]))]))
-
-
-# ---- Table 1
-
-def read_experiments(runs):
-    """What interp/ has found about these runs: a dict of numbers each, and lines that say how it was found and what is wrong
-    with it. Raises ValueError on what does not belong in one table."""
-    for path, _, data in runs[1:]:
-        if load_meta(data)["checksum"] != load_meta(runs[0][2])["checksum"]:
-            raise ValueError(f"{runs[0][0]} is measured on {runs[0][2]}, {path} on {data}, which are other texts: "
-                             f"tabulate them apart")
-    found, notes = [{} for _ in runs], []
-    for experiment, names in EXPERIMENTS.items():
-        results = []
-        for numbers, (path, checkpoint, _) in zip(found, runs):
-            file = result_path(path, f"{experiment}.json")
-            if file.exists():
-                results.append(read_result(file) | {"run": path})
-                if results[-1]["checkpoint"] != fingerprint(checkpoint):
-                    raise ValueError(f"{file} is not of the checkpoint that {path} has now: make it again with --force; it came from "
-                                     f"python {results[-1]['command']}")
-                numbers |= {name: float(results[-1][name]) for name in names if results[-1][name] is not None}
-        refuse_mixed(results)
-        if results:
-            settings = [f"{name} {value}" for name, value in results[0]["settings"].items() if value is not None]
-            notes.append(f"{experiment}: {', '.join(settings)}; of a list, the first")
-        notes += [f"warning: {result['run']}: {warning}" for result in results for warning in result["warnings"]]
-    return found, notes
-
-
-def save_table1(table, notes):
-    """table1.md, .csv and .png in the folder that holds the first run, from rows of over_seeds. -> the folder"""
-    folder = Path(table[0]["rows"][0]["run"]).absolute().parent
-    heading, *lines = cells(table, TABLE1_COLUMNS)
-    markdown = [heading, ["---"] * len(heading), *lines]
-    lines = [f"| {' | '.join(line)} |\n" for line in markdown] + [f"\n{note}\n" for note in notes]
-    write_text(folder / "table1.md", "".join(lines))
-    names = [name for key, _ in TABLE1.values() for name in (key, f"{key}_sd")] + ["connected", "ioi_exact"]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["run", "ablation", "k_attn", "k_mlp", "seeds", *names, *(f"paper {name}" for name in TABLE1)])
-    for row in table:
-        writer.writerow([*(row.get(name) for name in ("run", "ablation", "k_attn", "k_mlp", "n", *names)), *in_paper(row)])
-    write_text(folder / "table1.csv", text.getvalue())
-    draw_table1(folder / "table1.png", table)
-    return folder
-
-
-def draw_table1(path, table):
-    """A column per number, ours above (a dot a seed, a bar their mean), the paper's below; each on its own scale."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = [(i, name, key) for i, (name, (key, _)) in enumerate(TABLE1.items()) if any(key in row for row in table)]
-    figure, grid = plt.subplots(2, len(shown), figsize=(2.6 * len(shown) + 1, 5.5), layout="constrained", sharex=True, squeeze=False)
-    labels = [dict(COLUMNS)["ablation"](row).replace("none", "baseline") for row in table]
-    for (i, name, key), (ours, papers) in zip(shown, grid.T):
-        for x, row in enumerate(table):
-            values = [one[key] for one in row["rows"] if one.get(key) is not None]
-            ours.plot([x] * len(values), values, "o", color="tab:blue", alpha=0.5)
-            if key in row:
-                ours.plot([x - 0.3, x + 0.3], [row[key]] * 2, color="tab:blue")
-            papers.plot(x, in_paper(row)[i] or math.nan, "s", color="0.4")
-        ours.set_title(name, fontsize="medium")
-        papers.set_xticks(range(len(table)), labels, rotation=60, ha="right", fontsize="small")
-    grid[0, 0].set_ylabel("here")
-    grid[1, 0].set_ylabel("paper")
-    figure.savefig(f"{path}.tmp", format="png", dpi=120)
-    plt.close(figure)
-    Path(f"{path}.tmp").replace(path)
 
 
 def print_samples(name, model, tokenizer, args):
@@ -502,17 +343,17 @@ def main():
     parser.add_argument("--seed", type=int, default=1337, help="of the samples")
     args = parser.parse_args()
     if args.batch_size < 1:
-        raise ValueError(f"--batch_size={args.batch_size} must be at least 1")
+        raise UserError(f"--batch_size={args.batch_size} must be at least 1")
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--plot={args.plot} must end in .png, .pdf or .svg")
+        raise UserError(f"--plot={args.plot} must end in .png, .pdf or .svg")
     if args.plot and not os.access(Path(args.plot).absolute().parent, os.W_OK):
-        raise ValueError(f"--plot: there is no folder {Path(args.plot).parent} that the picture could be saved in")
+        raise UserError(f"--plot: there is no folder {Path(args.plot).parent} that the picture could be saved in")
     device = knobs.pick_device(args.device)
 
     if args.json and args.sample is not None:
-        raise ValueError("--json prints numbers and nothing else: drop --sample")
+        raise UserError("--json prints numbers and nothing else: drop --sample")
     if not args.temperature >= 0 or args.max_new_tokens < 1:
-        raise ValueError(f"--temperature={args.temperature} must be at least 0, --max_new_tokens={args.max_new_tokens} at least 1")
+        raise UserError(f"--temperature={args.temperature} must be at least 0, --max_new_tokens={args.max_new_tokens} at least 1")
     args.runs = run_paths(args.runs)
     runs = [open_run(path, args.data) for path in args.runs]  # all of them, before the first takes its minutes
     tokenizers = [load_tokenizer(checkpoint["tokenizer"]) for _, checkpoint, _ in runs] if args.sample is not None else []

@@ -14,7 +14,10 @@ neurons, L layers, V vocabulary, N units competing in one gate. Parameter names 
 """
 
 import os
+import zipfile
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -25,9 +28,13 @@ MIN_GAP = 1e-6  # floor under the gate's T: a tie would divide by zero, and belo
 CHUNK = 6_500_000  # logits alive at a time in the loss on a CPU: 26 MB, 129 rows of GPT-2's vocabulary
 
 
+class ModelError(ValueError):
+    """A config, an input or a file that cannot work. The message is one line, for the user."""
+
+
 @dataclass
 class GPTNeoConfig:
-    """Geometry and gate of a model; the defaults are the paper's. Raises ValueError on what cannot work."""
+    """Geometry and gate of a model; the defaults are the paper's. Raises ModelError on what cannot work."""
 
     vocab_size: int = 50257
     block_size: int = 256  # longest sequence, in tokens
@@ -48,17 +55,17 @@ class GPTNeoConfig:
         for name, value in asdict(self).items():
             choices = get_args(self.__annotations__[name])
             if choices and value not in choices:
-                raise ValueError(f"{name}={value!r} is not one of: {', '.join(choices)}")
+                raise ModelError(f"{name}={value!r} is not one of: {', '.join(choices)}")
             if name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "window_size") and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+                raise ModelError(f"{name}={value} must be at least 1")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one of them")
+            raise ModelError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one of them")
         if set(self.attention_pattern) - {"global", "local"} or self.n_layer % len(self.attention_pattern):
-            raise ValueError(f"attention_layers={self.attention_layers!r} must be 'global' and 'local', separated by "
+            raise ModelError(f"attention_layers={self.attention_layers!r} must be 'global' and 'local', separated by "
                              f"commas, in a pattern whose length divides n_layer={self.n_layer}")
         for name, units in (("k_attn", self.attn_units), ("k_mlp", 4 * self.n_embd)):
             if self.ablation != "none" and not 1 <= getattr(self, name) < units:
-                raise ValueError(f"{name}={getattr(self, name)} must be from 1 to {units - 1}: "
+                raise ModelError(f"{name}={getattr(self, name)} must be from 1 to {units - 1}: "
                                  f"a layer has {units} units and at least one must lose")
 
     @property
@@ -106,7 +113,7 @@ def gate(scores, k, form="softmax"):
     Computed and returned in at least fp32: in bf16 a few per cent of rows tie at the k-th place.
     """
     if form not in ("softmax", "sigmoid"):
-        raise ValueError(f"form={form!r} is neither 'softmax' nor 'sigmoid'")
+        raise ModelError(f"form={form!r} is neither 'softmax' nor 'sigmoid'")
     min_gap = max(MIN_GAP, torch.finfo(scores.dtype).eps)  # half precision cannot hold a gradient of 1 / MIN_GAP
     return KWinners.apply(scores.to(torch.promote_types(scores.dtype, torch.float32)), k, form, min_gap)
 
@@ -306,7 +313,7 @@ class GPTNeo(nn.Module):
     def forward(self, idx, targets=None):
         """idx (B, T) -> clean logits (B, T, V), which is inference; with targets (B, T) -> Losses.
 
-        Raises ValueError when T exceeds block_size or, on CPU, when a token is outside the vocabulary.
+        Raises ModelError when T exceeds block_size or, on CPU, when a token is outside the vocabulary.
         """
         config = self.config
         hidden, inputs, caches = self.clean_pass(idx)
@@ -323,7 +330,7 @@ class GPTNeo(nn.Module):
     def ablated(self, idx):
         """Both streams and every mask in one call: idx (B, T) -> Streams. ValueError without ablation."""
         if self.config.ablation == "none":
-            raise ValueError("this model has ablation='none', so it has no ablated stream")
+            raise ModelError("this model has ablation='none', so it has no ablated stream")
         hidden, inputs, caches = self.clean_pass(idx)
         hidden_ablated, masks = self.ablated_pass(hidden, inputs, caches)
         return Streams(self.lm_head(hidden), self.lm_head(hidden_ablated), *(torch.stack(m, 2) for m in zip(*masks)))
@@ -336,15 +343,15 @@ class GPTNeo(nn.Module):
         temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the fewest that together hold
         that probability. stream: "clean" or "ablated", whose logits to sample from. A row that has written
         stop_token writes nothing else; when every row has, the call ends. Past block_size tokens the
-        context is the last block_size ones. Raises ValueError on what cannot be sampled from.
+        context is the last block_size ones. Raises ModelError on what cannot be sampled from.
         """
         block_size, past = self.config.block_size, None
         if stream not in ("clean", "ablated") or (stream == "ablated" and self.config.ablation == "none"):
-            raise ValueError(f"a model with ablation={self.config.ablation!r} cannot write from stream={stream!r}")
+            raise ModelError(f"a model with ablation={self.config.ablation!r} cannot write from stream={stream!r}")
         if idx.size(1) == 0:
-            raise ValueError("the prompt is empty: give at least one token, such as end-of-text")
+            raise ModelError("the prompt is empty: give at least one token, such as end-of-text")
         if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-            raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: sampling wants "
+            raise ModelError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: sampling wants "
                              f"temperature >= 0, top_k >= 1 and 0 < top_p <= 1")
         stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
@@ -374,25 +381,25 @@ class GPTNeo(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint, device="cpu"):
-        """A model from a run folder, a checkpoint file or what load_checkpoint returned. Raises ValueError."""
+        """A model from a run folder, a checkpoint file or what load_checkpoint returned. Raises ModelError."""
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint(checkpoint)
         try:
             model = cls(GPTNeoConfig(**checkpoint["config"]))
             model.load_state_dict(checkpoint["model"])
         except (RuntimeError, TypeError, AttributeError) as error:  # of load_state_dict, of GPTNeoConfig
-            raise ValueError("the checkpoint's config and weights do not fit: " + " ".join(str(error).split())) from None
+            raise ModelError("the checkpoint's config and weights do not fit: " + " ".join(str(error).split())) from None
         return model.to(device)
 
 
 def check_tokens(idx, config, start=0):
     """Refuse what no embedding has. Values only where looking costs nothing: on a CPU, outside torch.compile."""
     if start + idx.size(1) > config.block_size:
-        raise ValueError(f"a sequence of {start + idx.size(1)} tokens is longer than block_size={config.block_size}")
+        raise ModelError(f"a sequence of {start + idx.size(1)} tokens is longer than block_size={config.block_size}")
     if idx.device.type == "cpu" and not torch.compiler.is_compiling() and idx.numel():
         low, high = idx.aminmax()
         if low < 0 or high >= config.vocab_size:
-            raise ValueError(f"token {int(low if low < 0 else high)} is outside the vocabulary of {config.vocab_size}")
+            raise ModelError(f"token {int(low if low < 0 else high)} is outside the vocabulary of {config.vocab_size}")
 
 
 def sample(logits, temperature, top_k, top_p, generator):
@@ -461,27 +468,56 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 # ----------------------------------------------------------------------------------------- checkpoints
 
 
+@contextmanager
+def replace_file(path):
+    """A binary file to write. When it is whole it takes path's place; if that fails, path stays as it was.
+
+    Raises ModelError when it cannot be written.
+    """
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (Exception, KeyboardInterrupt) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise ModelError(f"cannot write {path}: {error.strerror}") from None
+        raise
+
+
 def save_checkpoint(path, config, weights, **state):
-    """Write a GPTNeoConfig, its model's state_dict and state (what weights_only=True can load) to path, atomically:
-    the file is whole or the old one."""
-    with open(f"{path}.tmp", "wb") as file:
+    """Write a GPTNeoConfig, its model's state_dict and state (what weights_only=True can load) to path, atomically."""
+    with replace_file(path) as file:
         torch.save({"config": asdict(config), "model": weights, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+
+
+def load_torch(path):
+    """What torch.save wrote to path, tensors on the CPU, every byte of it checked. Raises ModelError.
+
+    The zip's own CRCs are compared, at which torch.load does not look: one flipped bit is another model.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is None:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        reason = f"{damaged} has changed since it was written"
+    except Exception as error:  # damage shows as almost any kind: OSError where the file was cut, IndexError, TypeError ...
+        reason = type(error).__name__
+    raise ModelError(f"{path} is damaged, or no file of this project ({reason})")
 
 
 def load_checkpoint(path):
-    """The dict of a checkpoint file, or of a run folder's best.pt, on the CPU. Raises ValueError if it is neither."""
+    """The dict of a checkpoint file, or of a run folder's best.pt, on the CPU. Raises ModelError if it is neither."""
     if os.path.isdir(path):
         path = os.path.join(path, "best.pt")
     if not os.path.isfile(path):
-        raise ValueError(f"no checkpoint at {path}: give a run folder that has a best.pt, such as out/local_k2, or a .pt file")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damage shows as almost any kind: OSError where the file was cut, IndexError, TypeError ...
-        raise ValueError(f"{path} is not a checkpoint of this project, or it is truncated "
-                         f"({type(error).__name__})") from None
+        raise ModelError(f"no checkpoint at {path}: give a run folder that has a best.pt, such as out/local_k2, or a .pt file")
+    checkpoint = load_torch(path)
     if not isinstance(checkpoint, dict) or not {"config", "model"} <= checkpoint.keys():
-        raise ValueError(f"{path} holds no 'config' and 'model': it is not a checkpoint of this project")
+        raise ModelError(f"{path} holds no 'config' and 'model': it is not a checkpoint of this project")
     return checkpoint

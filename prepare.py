@@ -30,12 +30,19 @@ MAX_PIECES = 4_000_000  # different pieces counted before the rarest are forgott
 # how GPT-2 cuts text before merging: contractions, words with their leading space, numbers, punctuation, whitespace
 PIECE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
+class UserError(ValueError):
+    """Something that the user can mend: scripts print its message, one line, and no traceback.
+
+    It stands here because prepare.py needs it too, and must not wait for torch, nor hold it in every worker.
+    """
+
+
 # ---- the reader: every other program uses these three ---------------------------------------------------------
 
 def load_meta(folder):
     path = Path(folder) / "meta.json"
     if not path.is_file():
-        raise ValueError(f"no prepared data in {folder} (no meta.json): name the folder that has it with --data, "
+        raise UserError(f"no prepared data in {folder} (no meta.json): name the folder that has it with --data, "
                          "or make some, see python prepare.py --help")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -44,7 +51,7 @@ def load_meta(folder):
     except (ValueError, AttributeError):  # not JSON, or JSON but not objects
         complete = False
     if not complete:
-        raise ValueError(f"{path} is damaged: run prepare.py again with --out {folder} --force")
+        raise UserError(f"{path} is damaged: run prepare.py again with --out {folder} --force")
     return meta
 
 
@@ -53,7 +60,7 @@ def load_tokens(folder, split):
     path, expected = Path(folder) / f"{split}.bin", 2 * load_meta(folder)[split]["tokens"]
     size = path.stat().st_size if path.exists() else 0
     if size != expected:
-        raise ValueError(f"{path} has {size:,} bytes where meta.json promises {expected:,}: "
+        raise UserError(f"{path} has {size:,} bytes where meta.json promises {expected:,}: "
                          f"run prepare.py again with --out {folder} --force")
     return np.memmap(path, dtype="<u2", mode="r")
 
@@ -67,11 +74,11 @@ def load_tokenizer(spec):
         ranks = {token: rank for rank, token in enumerate(tokens)}
         return tiktoken.Encoding("words", pat_str=PIECE, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
     if spec["name"] != "gpt2":
-        raise ValueError(f"unknown tokenizer {spec['name']!r}: run prepare.py again with --tokenizer gpt2 or words")
+        raise UserError(f"unknown tokenizer {spec['name']!r}: run prepare.py again with --tokenizer gpt2 or words")
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # no network, a proxy's error page, a damaged cache: all need the same advice
-        raise ValueError(f"cannot get the GPT-2 tokenizer ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a folder "
+        raise UserError(f"cannot get the GPT-2 tokenizer ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a folder "
                          "with the two GPT-2 BPE files, or use --tokenizer words, which needs no download") from error
 
 
@@ -103,12 +110,12 @@ def read_file(path, column):
                     story.append(line)
             yield "".join(story)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: line or row {number} is not UTF-8 (byte {offset + error.start:,}): convert the file, "
+        raise UserError(f"{path}: line or row {number} is not UTF-8 (byte {offset + error.start:,}): convert the file, "
                          "for example with iconv -f latin1 -t utf-8") from error
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
-        raise ValueError(f"cannot read {path}: {one_line(error)}") from error
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: line {number} is not a JSON object with {column!r} in it ({one_line(error)}): name "
+        raise UserError(f"{path}: line {number} is not a JSON object with {column!r} in it ({one_line(error)}): name "
                          "the field that holds the text with --text_column") from error
 
 
@@ -120,10 +127,10 @@ def read_hub(dataset, config, column):
     try:
         data = datasets.load_dataset(dataset, config)
     except Exception as error:  # a dozen kinds from four libraries; what to do about them is the same
-        raise ValueError(f"cannot load the dataset {dataset!r}: {one_line(error)}. Without a network: "
+        raise UserError(f"cannot load the dataset {dataset!r}: {one_line(error)}. Without a network: "
                          "python prepare.py --train FILE or python prepare.py toy") from error
     if "train" not in data:
-        raise ValueError(f"{dataset} has no train split, only {', '.join(data)}: give files with --train FILE instead")
+        raise UserError(f"{dataset} has no train split, only {', '.join(data)}: give files with --train FILE instead")
     texts = {}
     for split, name in ("train", "train"), ("val", "validation"):
         if name in data:
@@ -135,7 +142,7 @@ def read_hub(dataset, config, column):
 
 def check_column(where, column, names):
     if column not in names:
-        raise ValueError(f"{where} has no column {column!r}, only {', '.join(names)}: name the text with --text_column")
+        raise UserError(f"{where} has no column {column!r}, only {', '.join(names)}: name the text with --text_column")
 
 
 def one_line(error):
@@ -145,7 +152,7 @@ def one_line(error):
 def cleaned(texts):
     for text in texts:
         if not isinstance(text, str | None):
-            raise ValueError(f"a {type(text).__name__} where text should be: name the column of texts with --text_column")
+            raise UserError(f"a {type(text).__name__} where text should be: name the column of texts with --text_column")
         # half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes U+FFFD, as it would in tiktoken
         text = (text or "").strip().encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if text:
@@ -319,9 +326,9 @@ def claim(folder):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
     except BlockingIOError:
-        raise ValueError(f"another prepare.py is at work in {folder}: wait for it or choose another --out") from None
+        raise UserError(f"another prepare.py is at work in {folder}: wait for it or choose another --out") from None
     except OSError as error:
-        raise ValueError(f"cannot write {folder}: {one_line(error)}: choose another --out") from error
+        raise UserError(f"cannot write {folder}: {one_line(error)}: choose another --out") from error
 
 
 def write(folder, corpus, spec, workers, source):
@@ -343,7 +350,7 @@ def write(folder, corpus, spec, workers, source):
                     meta[split]["bytes"] += size
         for split in "train", "val":
             if not meta[split]["stories"]:
-                raise ValueError(f"no story for the {split} split: give --train and --val files with text in them, or at "
+                raise UserError(f"no story for the {split} split: give --train and --val files with text in them, or at "
                                  f"least two different stories, which in .txt files are separated by lines that say {EOT}")
             meta[split]["sha256"] = meta[split]["sha256"].hexdigest()
         identity = json.dumps([spec, meta["train"]["sha256"], meta["val"]["sha256"]])
@@ -354,7 +361,7 @@ def write(folder, corpus, spec, workers, source):
         for name in "train.bin", "val.bin", "meta.json":
             os.replace(unfinished / name, folder / name)
     except OSError as error:
-        raise ValueError(f"cannot write {folder}: {one_line(error)}: free some space or choose another --out") from error
+        raise UserError(f"cannot write {folder}: {one_line(error)}: free some space or choose another --out") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         if lock is not None:
@@ -385,28 +392,28 @@ def main(argv=None):
     knobs = {"toy": ["stories"], "files": ["train", "val", "text_column"], "dataset": ["dataset", "config", "text_column"]}
     for flag in itertools.chain.from_iterable(knobs.values()):
         if getattr(args, flag) != parser.get_default(flag) and flag not in knobs[source]:
-            raise ValueError(f"--{flag} has no effect here: drop it, or see python prepare.py --help for what goes together")
+            raise UserError(f"--{flag} has no effect here: drop it, or see python prepare.py --help for what goes together")
     args.tokenizer = args.tokenizer or ("words" if args.toy else "gpt2")
     if args.vocab_size != parser.get_default("vocab_size") and args.tokenizer == "gpt2":
-        raise ValueError("--vocab_size has no effect on the GPT-2 tokenizer: drop it or add --tokenizer words")
+        raise UserError("--vocab_size has no effect on the GPT-2 tokenizer: drop it or add --tokenizer words")
     for flag, low, high in ("vocab_size", 258, 65_536), ("stories", 2, 10**12), ("workers", 1, 1024):  # ids are uint16
         if not low <= getattr(args, flag) <= high:
-            raise ValueError(f"--{flag} must lie between {low:,} and {high:,}, not {getattr(args, flag):,}")
+            raise UserError(f"--{flag} must lie between {low:,} and {high:,}, not {getattr(args, flag):,}")
     if not 0 < args.val_share < 1:
-        raise ValueError(f"--val_share must lie between 0 and 1, for example 0.01, not {args.val_share}")
+        raise UserError(f"--val_share must lie between 0 and 1, for example 0.01, not {args.val_share}")
     for path in (args.train or []) + (args.val or []):
         if not path.is_file():
-            raise ValueError(f"no file {path}: check the path after --train or --val")
+            raise UserError(f"no file {path}: check the path after --train or --val")
         if Path(path.name.removesuffix(".gz")).suffix not in (".txt", ".jsonl", ".parquet"):
-            raise ValueError(f"{path}: unknown kind of file: rename it to .txt, .jsonl or .parquet, each also with .gz")
+            raise UserError(f"{path}: unknown kind of file: rename it to .txt, .jsonl or .parquet, each also with .gz")
     name = {"toy": "toy", "files": args.train and args.train[0].name.split(".")[0], "dataset": Path(args.dataset).name.lower()}
     out = Path(os.path.abspath(args.out or Path("data") / name[source]))
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: choose another --out")
+        raise UserError(f"{out} is a file: choose another --out")
     # token files without meta.json are somebody else's, unless a run of ours was killed while it moved them there
     killed = out.with_name(out.name + ".tmp").exists()
     if not args.force and ((out / "meta.json").exists() or (out / "train.bin").exists() and not killed):
-        raise ValueError(f"{out} already holds data: add --force to replace it, or choose another --out")
+        raise UserError(f"{out} already holds data: add --force to replace it, or choose another --out")
     if args.tokenizer == "gpt2":
         load_tokenizer({"name": "gpt2"})  # a download that fails should fail now, not after that of the text
 
@@ -436,9 +443,11 @@ def main(argv=None):
 
 
 def usage_error(message):
-    raise ValueError(f"{message}: see python prepare.py --help")
+    raise UserError(f"{message}: see python prepare.py --help")
 
 
 if __name__ == "__main__":
-    from config import cli
-    cli(main)
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -34,8 +34,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import config as knobs
-from model import GPTNeo, GPTNeoConfig, load_checkpoint, save_checkpoint
-from prepare import load_meta, load_tokens
+from model import GPTNeo, load_checkpoint, save_checkpoint
+from prepare import UserError, load_meta, load_tokens
 
 
 def place_tokens(tokens, device):
@@ -107,18 +107,12 @@ def sum_over_ranks(array, device, world):
     return array
 
 
-def model_config(config, vocab_size):
-    """The GPTNeoConfig that the knobs describe. Raises ValueError on what cannot work."""
-    shared = {field.name for field in dataclasses.fields(GPTNeoConfig)} & knobs.FIELDS.keys()
-    return GPTNeoConfig(vocab_size=vocab_size, **{name: getattr(config, name) for name in shared})
-
-
 def choose_machine(config, local_rank):
     """(device, whether to autocast to bfloat16, how to compile or None) from the knobs device, dtype, compile. Raises
     ValueError on CUDA graphs where they would compute something else."""
     if config.compile == "reduce-overhead" and (config.grad_accum > 1 or config.fsdp):
         # a graph's gradients live in its own memory until its next run, and p.grad is not a copy (pytorch issue 96693)
-        raise ValueError("--compile=reduce-overhead goes with neither --grad_accum nor --fsdp: take --compile=True")
+        raise UserError("--compile=reduce-overhead goes with neither --grad_accum nor --fsdp: take --compile=True")
     device = knobs.pick_device(config.device, local_rank)
     # emulated bfloat16 on GPUs before Ampere is slower than fp32
     has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -166,21 +160,21 @@ def update(model, optimizer, rows, config, autocast):
 
 
 def read_resumable(config, data_checksum):
-    """The checkpoint to go on from. Raises ValueError when there is none, or when it is of another run."""
+    """The checkpoint to go on from. Raises UserError when there is none, or when it is of another run."""
     path = Path(config.out, "last.pt")
     if not path.is_file():
-        raise ValueError(f"--resume=True, but there is no {path}: leave it out to start this run")
+        raise UserError(f"--resume=True, but there is no {path}: leave it out to start this run")
     checkpoint = load_checkpoint(path)
     if not {"optimizer", "train_config", "data", "metrics"} <= checkpoint.keys():
-        raise ValueError(f"{path} has weights but no training state: train.py did not write it, so it cannot go on from it")
+        raise UserError(f"{path} has weights but no training state: train.py did not write it, so it cannot go on from it")
     if checkpoint["data"] != data_checksum:
-        raise ValueError(f"{config.data} is not the data that {path} was trained on (checksum {data_checksum}, "
+        raise UserError(f"{config.data} is not the data that {path} was trained on (checksum {data_checksum}, "
                          f"not {checkpoint['data']}): give the run's own data with --data=")
     ours = dataclasses.asdict(config)
     changed = [f"--{name}={value}" for name, value in knobs.decisive(checkpoint["train_config"]).items()
                if ours[name] != value]
     if changed:
-        raise ValueError(f"{path} was trained with other knobs; to continue it add {' '.join(changed)}")
+        raise UserError(f"{path} was trained with other knobs; to continue it add {' '.join(changed)}")
     return checkpoint
 
 
@@ -212,15 +206,15 @@ def draw_losses(path, metrics, title):
 
 
 def train(config):
-    """The run that a config.Config describes. Raises ValueError on what the user can mend."""
+    """The run that a config.Config describes. Raises UserError on what the user can mend."""
     # ---- machine and processes (torchrun sets these variables)
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device, bfloat16, compile_mode = choose_machine(config, local_rank)
     if config.fsdp and "RANK" not in os.environ:
-        raise ValueError("--fsdp=True shards over processes: start them with torchrun --nproc_per_node=2 train.py ...")
+        raise UserError("--fsdp=True shards over processes: start them with torchrun --nproc_per_node=2 train.py ...")
     if config.batch_size % (world * config.grad_accum):
-        raise ValueError(f"batch_size={config.batch_size} must be a multiple of processes x grad_accum "
+        raise UserError(f"batch_size={config.batch_size} must be a multiple of processes x grad_accum "
                          f"= {world} x {config.grad_accum}")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before nccl looks
@@ -233,7 +227,7 @@ def train(config):
     for split in ("train", "val"):
         splits[split] = load_tokens(config.data, split)
         if len(splits[split]) <= config.block_size:
-            raise ValueError(f"the {split} split of {config.data} has {len(splits[split])} tokens, too few for "
+            raise UserError(f"the {split} split of {config.data} has {len(splits[split])} tokens, too few for "
                              f"block_size={config.block_size}: prepare more text or lower --block_size")
     train_tokens, val_tokens = (place_tokens(tokens, device) for tokens in splits.values())
 
@@ -242,16 +236,17 @@ def train(config):
     if config.resume:
         checkpoint = read_resumable(config, meta["checksum"])
     elif (out / "last.pt").exists():
-        raise ValueError(f"{out} already holds a run: --resume=True continues it, --out=FOLDER starts another")
+        raise UserError(f"{out} already holds a run: --resume=True continues it, --out=FOLDER starts another")
     if config.wandb:
         try:
             import wandb
         except ImportError:
-            raise ValueError("--wandb=True needs the package: pip install wandb") from None
+            raise UserError("--wandb=True needs the package: pip install wandb") from None
 
     # ---- model
     torch.manual_seed(config.seed)  # weights are made on the CPU, so every device starts from the same ones
-    model = GPTNeo(model_config(config, meta["vocab_size"]))
+    config = dataclasses.replace(config, vocab_size=meta["vocab_size"])
+    model = GPTNeo(config.model)
     if config.resume:
         model.load_state_dict(checkpoint["model"])
 
@@ -272,7 +267,7 @@ def train(config):
             out.mkdir(parents=True, exist_ok=True)
             write_metrics(out / "metrics.jsonl", metrics)
         except OSError as error:
-            raise ValueError(f"cannot write to the run folder {out}: {error.strerror}: choose another --out") from None
+            raise UserError(f"cannot write to the run folder {out}: {error.strerror}: choose another --out") from None
 
     # ---- the processes meet
     if world > 1 or config.fsdp:
@@ -293,7 +288,7 @@ def train(config):
             dcp.FileSystemReader(out / shards).read_metadata()  # here, since dcp.load would print tracebacks of its own
             dcp.load(state, checkpoint_id=out / shards)
         except (Exception, dcp.CheckpointException) as error:  # damage shows as almost any kind; the last is no Exception
-            raise ValueError(f"{out / shards}, which holds the optimizer of {out / 'last.pt'}, is missing or damaged "
+            raise UserError(f"{out / shards}, which holds the optimizer of {out / 'last.pt'}, is missing or damaged "
                              f"({type(error).__name__}): bring it back, or start again with another --out") from None
         set_optimizer_state_dict(model, optimizer, state)
     elif config.resume and not config.fsdp:
@@ -345,7 +340,7 @@ def train(config):
     clock = time.perf_counter()
 
     def diverged(update):
-        raise ValueError(f"the loss or its gradient is no longer finite at update {update:,}; checkpoints in {out} are from "
+        raise UserError(f"the loss or its gradient is no longer finite at update {update:,}; checkpoints in {out} are from "
                          f"before: start again with another --out and a lower --learning_rate or another --seed")
 
     def look():
@@ -435,7 +430,7 @@ def main():
             raise
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, to those whose peer is gone: nothing is left to save
         last = Path(config.out, "last.pt")
-        raise ValueError("this run has lost one of its processes: torchrun's report names the first failure; the same command "
+        raise UserError("this run has lost one of its processes: torchrun's report names the first failure; the same command "
                          + (f"with --resume=True goes on from {last}" if last.exists() else "starts it again")) from None
 
 

@@ -24,6 +24,7 @@ from speed import clock  # which also lets the project's own files be found
 import config as knobs
 import model as model_file
 from model import GPTNeoConfig, attention, gate, head_losses
+from prepare import UserError
 
 
 # ---- attention: q, clean k and v, own k and v, each (B, H, T, D) -> (B, H, T, D)
@@ -134,7 +135,7 @@ def main():
     args = parser.parse_args()
     for name in ("batch_size", "tokens", "vocab_size", "rounds"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name}={getattr(args, name)} must be at least 1")
+            raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
     device, dtype = knobs.pick_device(args.device), getattr(torch, args.dtype)
     paper, B, T = GPTNeoConfig(), args.batch_size, args.tokens
     C, H = paper.n_embd, paper.n_head
@@ -155,7 +156,7 @@ def main():
                   **{f"torch's, {rows} rows": linear_cross_entropy(rows) for rows in (64, 128, 256, 512)}}),
     }
     if set(args.what.split(",")) - sets.keys():
-        raise ValueError(f"--what={args.what} must be some of {', '.join(sets)}")
+        raise UserError(f"--what={args.what} must be some of {', '.join(sets)}")
     for what in args.what.split(","):
         inputs, functions = sets[what]
         print(f"{what}: {args.dtype}, {B} x {T} tokens, {device}{', compiled' if args.compile else ''}, torch {torch.__version__}")

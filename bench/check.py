@@ -20,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python puts bench/ there
 import config as knobs
 from model import GPTNeo, GPTNeoConfig
+from prepare import UserError
 
 BOUNDS = {"float32": (1e-4, 1e-2, 1e-3), "bfloat16": (5e-2, 1.0, 3e-2)}  # loss, angle, winners
 
@@ -33,7 +34,7 @@ def main():
     device, failed = knobs.pick_device(args.device), False
     modes = {"False": None, "True": "default", "reduce-overhead": "reduce-overhead"}
     if set(args.compile.split(",")) - modes.keys():
-        raise ValueError(f"--compile={args.compile} must be some of {', '.join(modes)}")
+        raise UserError(f"--compile={args.compile} must be some of {', '.join(modes)}")
     forms = [dict(ablation="none"), *(dict(ablation=a) for a in ("local", "global")), dict(ablation="local", gate="sigmoid"),
              dict(ablation="global", attn_unit="head"), dict(ablation="local", attention_layers="global,local", window_size=24)]
     for mode, dtype, form in itertools.product(args.compile.split(","), BOUNDS, forms):

@@ -25,17 +25,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # python puts bench/ there
 import config as knobs
 import model as new
-from prepare import load_meta, load_tokens
-from train import batch_at, learning_rate_at, make_optimizer, model_config
+from prepare import UserError, load_meta, load_tokens
+from train import batch_at, learning_rate_at, make_optimizer
 
 BOUND = 1e-9  # of the relative difference of gradients in float64
 
 
 def model_at(commit):
-    """The module that model.py was at a commit. Raises ValueError."""
+    """The module that model.py was at a commit. Raises UserError."""
     shown = subprocess.run(["git", "show", f"{commit}:model.py"], cwd=ROOT, capture_output=True, text=True)
     if shown.returncode:
-        raise ValueError(f"git knows no model.py at '{commit}': {shown.stderr.strip().splitlines()[0]}")
+        raise UserError(f"git knows no model.py at '{commit}': {shown.stderr.strip().splitlines()[0]}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model_before.py")
         path.write_text(shown.stdout)
@@ -62,10 +62,10 @@ def main():
     parser.add_argument("--precision", default="float32", choices=("float32", "float64"))
     args, words = parser.parse_known_args()
     if args.updates < 1:
-        raise ValueError(f"--updates={args.updates} must be at least 1")
+        raise UserError(f"--updates={args.updates} must be at least 1")
     config = knobs.load([*words, f"--max_iters={args.updates}"])
     meta, tokens = load_meta(config.data), load_tokens(config.data, "train")
-    geometry = dataclasses.asdict(model_config(config, meta["vocab_size"]))
+    geometry = dataclasses.asdict(dataclasses.replace(config, vocab_size=meta["vocab_size"]).model)
 
     def build(module, dtype):
         torch.manual_seed(config.seed)

@@ -16,6 +16,7 @@ model, weights and optimizer included; on a CPU resident memory, of a process of
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -36,7 +37,8 @@ import config as knobs
 import model as model_file
 from eval import environment
 from model import GPTNeo, gate
-from train import batch_at, choose_machine, make_optimizer, model_config, place_tokens, update
+from prepare import UserError
+from train import batch_at, choose_machine, make_optimizer, place_tokens, update
 
 ABLATION = {"plain": "none", "baseline": "none", "whole": "local", "local": "local", "global": "global"}
 
@@ -53,9 +55,9 @@ class Row:
     def __init__(self, variant, words, vocab_size):
         self.variant, self.words, self.vocab_size = variant, words, vocab_size
         self.config = knobs.load([*words, f"--ablation={ABLATION[variant]}"])
-        self.model_config = model_config(self.config, vocab_size)
+        self.model_config = dataclasses.replace(self.config, vocab_size=vocab_size).model
         if self.config.fsdp or self.config.batch_size % self.config.grad_accum:
-            raise ValueError(f"batch_size={self.config.batch_size} must be a multiple of grad_accum={self.config.grad_accum}, "
+            raise UserError(f"batch_size={self.config.batch_size} must be a multiple of grad_accum={self.config.grad_accum}, "
                              f"and this is one process: --fsdp=False")
 
     def build(self):
@@ -250,11 +252,11 @@ def main():
     args, words = parser.parse_known_args()
     variants = args.variants.split(",")
     if set(variants) - ABLATION.keys():
-        raise ValueError(f"--variants={args.variants} must be some of {', '.join(ABLATION)}")
+        raise UserError(f"--variants={args.variants} must be some of {', '.join(ABLATION)}")
     if args.rounds < 1 or args.steps is not None and args.steps < 1:
-        raise ValueError(f"--rounds={args.rounds} and --steps={args.steps} must be at least 1")
+        raise UserError(f"--rounds={args.rounds} and --steps={args.steps} must be at least 1")
     if not all(text.isdecimal() and 1 < int(text) < 65536 for text in args.vocab_size.split(",")):
-        raise ValueError(f"--vocab_size={args.vocab_size} must be whole numbers from 2 to 65,535, with commas")
+        raise UserError(f"--vocab_size={args.vocab_size} must be whole numbers from 2 to 65,535, with commas")
     rows = []
     for dtype, mode, vocab_size, batch in itertools.product(*(value.split(",") for value in
                                                               (args.dtype, args.compile, args.vocab_size, args.batch_size))):

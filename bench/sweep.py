@@ -24,11 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # python puts bench/ there
 import config as knobs
 from model import load_checkpoint
-from prepare import load_meta
+from prepare import UserError, load_meta
 
 
 def plan(argv):
-    """Command-line words -> [(words for train.py, the Config they mean)], how many at a time on a GPU. Raises ValueError."""
+    """Command-line words -> [(words for train.py, the Config they mean)], how many at a time on a GPU. Raises UserError."""
     parser = argparse.ArgumentParser(usage="python bench/sweep.py config/NAME.py ... [--seeds=S,S] [--knob=value ...]",
                                      description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -39,23 +39,23 @@ def plan(argv):
     args, words = parser.parse_known_args(argv)
     paths, passed = [word for word in words if word[:1] != "-"], [word for word in words if word[:1] == "-"]
     if not paths:
-        raise ValueError("which runs? Name at least one config file, such as config/local_k2.py")
+        raise UserError("which runs? Name at least one config file, such as config/local_k2.py")
     if args.per_gpu < 1:
-        raise ValueError(f"--per_gpu={args.per_gpu} must be at least 1")
+        raise UserError(f"--per_gpu={args.per_gpu} must be at least 1")
     if not args.out:
-        raise ValueError("--out= must name a folder")
+        raise UserError("--out= must name a folder")
     if {word.split("=")[0] for word in passed} & {"--seed", "--resume"}:
-        raise ValueError("leave out --seed and --resume: --seeds=1,2 names the seeds, and what was begun is continued")
+        raise UserError("leave out --seed and --resume: --seeds=1,2 names the seeds, and what was begun is continued")
     runs = {}
     for seed in args.seeds.split(","):  # one seed of every config before the next: the first whole table comes early
         for path in paths:
             out = str(Path(args.out, f"{Path(path).stem}_seed{seed}"))
             if out in runs:
-                raise ValueError(f"two of these runs would be {out}: give every config and every seed once")
+                raise UserError(f"two of these runs would be {out}: give every config and every seed once")
             words = [path, *passed, f"--seed={seed}", f"--out={out}"]
             runs[out] = words, knobs.load(words)
             if runs[out][1].fsdp:
-                raise ValueError(f"{path}: a run here is one process, which cannot shard: add --fsdp=False or use torchrun")
+                raise UserError(f"{path}: a run here is one process, which cannot shard: add --fsdp=False or use torchrun")
     return list(runs.values()), args.per_gpu
 
 
@@ -102,7 +102,7 @@ def main():
     try:
         Path(runs[0][1].out).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot write to {Path(runs[0][1].out).parent}: {error.strerror}: choose another --out") from None
+        raise UserError(f"cannot write to {Path(runs[0][1].out).parent}: {error.strerror}: choose another --out") from None
     free = (gpus or [None]) * per_gpu  # every GPU once before one gets a second run
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, torch.get_num_threads() // len(free)))
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished already; {len(free)} at a time on "

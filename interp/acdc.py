@@ -68,12 +68,12 @@ RANDOM = 10  # random circuits of the same size that a circuit's KL is compared 
 
 def make_prompts(tokenizer, count, seed):
     """count distinct prompts as dicts of texts: clean, corrupt, answer, wrong. Corrupt: each of the three names replaced
-    by one drawn from those that the clean prompt has not. Raises ValueError on a vocabulary without names."""
+    by one drawn from those that the clean prompt has not. Raises UserError on a vocabulary without names."""
     rng = random.Random(seed)
     known = lambda words: [word for word in words if len(tokenizer.encode_ordinary(" " + word)) == 1]
     names, places, objects = known(NAMES), known(PLACES), known(OBJECTS)
     if len(names) < 5 or not places or not objects:
-        raise ValueError(f"only {len(names)} of our names, {len(places)} places and {len(objects)} objects are single tokens "
+        raise UserError(f"only {len(names)} of our names, {len(places)} places and {len(objects)} objects are single tokens "
                          f"of this tokenizer: give prompts of its own with --prompts FILE")
     prompts, seen = [], set()
     for turn in range(100 * count):
@@ -93,37 +93,37 @@ def make_prompts(tokenizer, count, seed):
         corrupt = first.format(A=others[0], B=others[1], **words) + others[2] + second.format(**words)
         answer, wrong = (A, B) if giver == "B" else (B, A)
         prompts.append({"clean": clean, "corrupt": corrupt, "answer": f" {answer}", "wrong": f" {wrong}"})
-    raise ValueError(f"our templates and this tokenizer's names make fewer than {count} different prompts: lower --count")
+    raise UserError(f"our templates and this tokenizer's names make fewer than {count} different prompts: lower --count")
 
 
 def read_prompts(path):
-    """A --prompts file -> its list of dicts. Raises ValueError."""
+    """A --prompts file -> its list of dicts. Raises UserError."""
     try:
         prompts = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"cannot read prompts from {path}: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot read prompts from {path}: {' '.join(str(error).split())}") from None
     keys = ("clean", "corrupt", "answer", "wrong")
     if not isinstance(prompts, list) or not prompts or not all(
             isinstance(prompt, dict) and all(isinstance(prompt.get(key), str) for key in keys) for prompt in prompts):
-        raise ValueError(f'{path} must be a list of {{"clean": TEXT, "corrupt": TEXT, "answer": TEXT, "wrong": TEXT}}')
+        raise UserError(f'{path} must be a list of {{"clean": TEXT, "corrupt": TEXT, "answer": TEXT, "wrong": TEXT}}')
     return prompts
 
 
 def tokenize(prompts, tokenizer, block_size):
     """Texts -> tokens clean and corrupt (B, T), left-padded to the longest, lengths (B), answers and wrong ones (B), each
-    int64. Raises ValueError on a pair of unequal length or of equals, a prompt that is too long, an answer of several tokens."""
+    int64. Raises UserError on a pair of unequal length or of equals, a prompt that is too long, an answer of several tokens."""
     rows = {key: [tokenizer.encode_ordinary(prompt[key]) for prompt in prompts] for key in ("clean", "corrupt", "answer", "wrong")}
     for prompt, clean, corrupt, *names in zip(prompts, *rows.values()):
         shown = repr(prompt["clean"] if len(prompt["clean"]) < 200 else prompt["clean"][:200] + "...")
         if len(clean) != len(corrupt):
-            raise ValueError(f"{shown} has {len(clean)} tokens and its corrupt prompt {len(corrupt)}: both must be equally long")
+            raise UserError(f"{shown} has {len(clean)} tokens and its corrupt prompt {len(corrupt)}: both must be equally long")
         if clean == corrupt or prompt["answer"] == prompt["wrong"]:
-            raise ValueError(f"{shown}: the corrupt prompt must differ from the clean one, and the wrong answer from the right one")
+            raise UserError(f"{shown}: the corrupt prompt must differ from the clean one, and the wrong answer from the right one")
         if len(clean) > block_size:
-            raise ValueError(f"{shown} has {len(clean)} tokens, the model takes {block_size}")
+            raise UserError(f"{shown} has {len(clean)} tokens, the model takes {block_size}")
         for key, name in zip(("answer", "wrong"), names):
             if len(name) != 1:
-                raise ValueError(f"{prompt[key]!r} is {len(name)} tokens of this tokenizer, not one: names must be single "
+                raise UserError(f"{prompt[key]!r} is {len(name)} tokens of this tokenizer, not one: names must be single "
                                  f"tokens, as a rule with their leading space")
     T = max(map(len, rows["clean"]))
     pad = lambda rows: torch.tensor([[0] * (T - len(row)) + row for row in rows])
@@ -236,7 +236,7 @@ class Circuit:
         self.clean, self.clean_residual = self.run(clean.to(device), position)
         self.corrupt, self.corrupt_residual = self.run(corrupt.to(device), position)
         if not (self.clean_residual[-1].isfinite().all() and self.corrupt_residual[-1].isfinite().all()):
-            raise ValueError("the model's activations are not finite on these prompts: its training has diverged")
+            raise UserError("the model's activations are not finite on these prompts: its training has diverged")
 
         # The metric's constants. With d the change of the logits, KL = log E_p[exp d] - E_p[d], E_p over the clean model's
         # vocabulary: nothing large cancels, so fp32 keeps its digits.
@@ -635,12 +635,12 @@ def main():
     try:
         args.tau = numbers(args.tau)
     except ValueError:
-        raise ValueError(f"--tau={args.tau} is not a threshold in nats, or several different ones: --tau=0.03,0.1") from None
+        raise UserError(f"--tau={args.tau} is not a threshold in nats, or several different ones: --tau=0.03,0.1") from None
     if not 1 <= args.count <= 10_000 or not 0 <= args.orders <= 1000:
-        raise ValueError(f"--count={args.count} must be from 1 to 10,000, --orders={args.orders} from 0 to 1,000")
+        raise UserError(f"--count={args.count} must be from 1 to 10,000, --orders={args.orders} from 0 to 1,000")
     device = knobs.pick_device("cpu" if args.device == "auto" and not torch.cuda.is_available() else args.device)
     if device.type == "mps":
-        raise ValueError("KL is summed in float64, which mps has not: add --device=cpu")
+        raise UserError("KL is summed in float64, which mps has not: add --device=cpu")
 
     jobs = []
     for run in run_paths(args.runs):  # all of them, before the first takes its minutes

@@ -119,12 +119,12 @@ def restore(row, settings):
 
 
 def load_saes(path):
-    """The SAEs of a sae.pt, in the order of "saes" in sae.json. Raises ValueError when it is no such file."""
+    """The SAEs of a sae.pt, in the order of "saes" in sae.json. Raises UserError when it is no such file."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         return [restore(row, content["settings"]) for row in content["saes"]]
     except Exception as error:  # absent, cut off, of another program: torch.load raises almost any kind
-        raise ValueError(f"{path} does not hold autoencoders of interp/sae.py ({type(error).__name__}): delete it, and "
+        raise UserError(f"{path} does not hold autoencoders of interp/sae.py ({type(error).__name__}): delete it, and "
                          f"make it again") from None
 
 
@@ -181,12 +181,12 @@ class Site:
 
     center: see x minus its mean over channels. LayerNorm hides that shift from the model; the paper's library, which
     centres the weights that write to the residual stream, had it so. mlp_act is not in the stream and never centred.
-    Raises ValueError when there is no such block.
+    Raises UserError when there is no such block.
     """
 
     def __init__(self, model, layer, site, center=True):
         if not 0 <= layer < model.config.n_layer:
-            raise ValueError(f"--layer={layer}: the blocks of this model are 0 to {model.config.n_layer - 1}")
+            raise UserError(f"--layer={layer}: the blocks of this model are 0 to {model.config.n_layer - 1}")
         self.model, self.site, self.center = model, site, center and site != "mlp_act"
         self.d = model.config.n_embd * (4 if site == "mlp_act" else 1)
         self.module = model.transformer["h"][layer].get_submodule(SITES[site])
@@ -228,7 +228,7 @@ class Batches:
     A buffer holds some activations. Half of it, drawn at random, is served and then replaced by new ones, and so on:
     memory stays flat for any corpus. A corpus that fits into the buffer is run through the model once and reshuffled every
     time it has been served. Windows come in a random order, another one every epoch. All orders are pure functions of
-    the seed, so the buffer is all that has to be saved. Raises ValueError when the text is too short.
+    the seed, so the buffer is all that has to be saved. Raises UserError when the text is too short.
     """
 
     def __init__(self, site, tokens, settings, seed, saved=None):
@@ -241,7 +241,7 @@ class Batches:
         self.size = rows if self.cached else settings["buffer"]
         self.served = (self.size if self.cached else self.size // 2) // self.batch  # batches between two refills
         if not self.served:
-            raise ValueError(f"{rows:,} training tokens, in whole windows of {self.T}, and a buffer of {settings['buffer']:,} "
+            raise UserError(f"{rows:,} training tokens, in whole windows of {self.T}, and a buffer of {settings['buffer']:,} "
                              f"are too few for batches of {self.batch:,}: give a smaller --batch_size or more of the others")
         self.fresh = -(-self.served * self.batch // self.T)  # windows in a refill
         self.epoch, self.rows, self.refill = None, None, 0
@@ -347,7 +347,7 @@ def train(site, tokens, settings, seed, saved, save, title):
                 point = {"step": step, "error": error.item(), "penalty": penalty.item(),
                          "l0": f.count_nonzero().item() / len(x), "dead": (silent[i] >= DEAD_AFTER).sum().item()}
                 if not math.isfinite(point["error"] + point["penalty"]):
-                    raise ValueError(f"the loss at step {step} is {point['error'] + point['penalty']}: give a smaller --lr")
+                    raise UserError(f"the loss at step {step} is {point['error'] + point['penalty']}: give a smaller --lr")
                 for name, value in point.items():
                     past[name].append(round(value, 5))
         if logged:
@@ -365,7 +365,7 @@ def held_out(model, data, count, device):
     """At most count windows, spread evenly over the validation split -> (windows, T). ValueError when it holds none."""
     tokens, T = load_tokens(data, "val"), model.config.block_size
     if len(tokens) < T:
-        raise ValueError(f"{data} has {len(tokens)} validation tokens, fewer than a window of {T}: choose other --data")
+        raise UserError(f"{data} has {len(tokens)} validation tokens, fewer than a window of {T}: choose other --data")
     windows = len(tokens) // T
     return windows_at(tokens, np.linspace(0, windows, min(count, windows), endpoint=False).astype(int), T, device)
 
@@ -566,15 +566,15 @@ def save_torch(path, content):
 
 
 def finished(run, head, force):
-    """The result that is there already, or None. Raises ValueError where another one, or half of one, is in the way."""
+    """The result that is there already, or None. Raises UserError where another one, or half of one, is in the way."""
     unfinished = result_path(run, "sae.resume.pt")
     if unfinished.exists():
         try:
             other = mismatch(head, torch.load(unfinished, map_location="cpu", weights_only=True, mmap=True))
         except Exception as error:  # somebody else's file
-            raise ValueError(f"{unfinished} is damaged ({type(error).__name__}): delete it") from None
+            raise UserError(f"{unfinished} is damaged ({type(error).__name__}): delete it") from None
         if other and not force:
-            raise ValueError(f"{unfinished} was made with {other}: --force replaces it")
+            raise UserError(f"{unfinished} was made with {other}: --force replaces it")
     result = earlier_result(result_path(run, "sae.json"), head, force)
     return result if result_path(run, "sae.pt").exists() else None
 
@@ -616,19 +616,19 @@ def measure(run, checkpoint, model, data, settings, device, title):
 
 
 def numbers(flag, text, kind):
-    """"2,5,10" -> [2, 5, 10]. Raises ValueError."""
+    """"2,5,10" -> [2, 5, 10]. Raises UserError."""
     try:
         values = [kind(word) for word in text.split(",")]
     except ValueError:
         values = []
     if not values or len(set(values)) < len(values) or not all(0 <= value < 2**63 for value in values):
-        raise ValueError(f"{flag}={text} must be {'numbers' if kind is float else 'whole numbers'} from 0 on, each once, with "
+        raise UserError(f"{flag}={text} must be {'numbers' if kind is float else 'whole numbers'} from 0 on, each once, with "
                          f"commas between them, such as 2,5,10")
     return values
 
 
 def parse(argv):
-    """Command-line words -> arguments, with the settings of Table 5 or --small filled in. Raises ValueError."""
+    """Command-line words -> arguments, with the settings of Table 5 or --small filled in. Raises UserError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = knobs.usage_error
     parser.add_argument("runs", nargs="+", help="run folders (their best.pt) or .pt files")
@@ -663,16 +663,16 @@ def parse(argv):
     for name in (*PAPER, "expansion", "features"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf or name != "lr" and value == 0:
-            raise ValueError(f"--{name}={value} must be more than 0")
+            raise UserError(f"--{name}={value} must be more than 0")
     useless = "k" if args.activation == "relu" else "l1"
     if getattr(args, useless) is not None:
-        raise ValueError(f"--{useless} has no effect with --activation {args.activation}: drop it")
+        raise UserError(f"--{useless} has no effect with --activation {args.activation}: drop it")
     args.l1 = numbers("--l1", "5" if args.l1 is None else args.l1, float) if args.activation == "relu" else None
     args.k = None if args.activation == "relu" else numbers("--k", "8" if args.k is None else args.k, int)
     args.seeds = numbers("--seeds", args.seeds, int)
     if args.plot and (Path(args.plot).suffix not in (".png", ".pdf", ".svg")
                       or not os.access(Path(args.plot).absolute().parent, os.W_OK)):
-        raise ValueError(f"--plot={args.plot} must end in .png, .pdf or .svg and lie in a folder that can be written")
+        raise UserError(f"--plot={args.plot} must end in .png, .pdf or .svg and lie in a folder that can be written")
     return args
 
 
@@ -686,7 +686,7 @@ def main():
         layer = max(0, model.config.n_layer - 2) if args.layer is None else args.layer
         site = Site(model, layer, args.site, not args.raw)
         if args.k and not 1 <= min(args.k) <= max(args.k) <= args.expansion * site.d:
-            raise ValueError(f"--k: keep from 1 to all {args.expansion * site.d} features of {path}")
+            raise UserError(f"--k: keep from 1 to all {args.expansion * site.d} features of {path}")
         settings = {"data": load_meta(data)["checksum"], "layer": layer, "site": args.site, "center": site.center,
                     **{name: getattr(args, name) for name in ("recipe", "activation", "l1", "k", "seeds", "expansion", *PAPER)}}
         head = {"run": str(run), "settings": settings, "checkpoint": fingerprint(checkpoint)}

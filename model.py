@@ -16,7 +16,7 @@ neurons, L layers, V vocabulary, N units competing in one gate. Parameter names 
 import os
 import zipfile
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -52,12 +52,13 @@ class GPTNeoConfig:
     ablated_coeff: float = 1.0
 
     def __post_init__(self):
-        for name, value in asdict(self).items():
-            choices = get_args(self.__annotations__[name])
+        for field in fields(self):  # those of a class that inherits these included
+            choices, value = get_args(field.type), getattr(self, field.name)
             if choices and value not in choices:
-                raise ModelError(f"{name}={value!r} is not one of: {', '.join(choices)}")
-            if name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "window_size") and value < 1:
-                raise ModelError(f"{name}={value} must be at least 1")
+                raise ModelError(f"{field.name}={value!r} is not one of: {', '.join(choices)}")
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "window_size"):
+            if getattr(self, name) < 1:
+                raise ModelError(f"{name}={getattr(self, name)} must be at least 1")
         if self.n_embd % self.n_head:
             raise ModelError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one of them")
         if set(self.attention_pattern) - {"global", "local"} or self.n_layer % len(self.attention_pattern):

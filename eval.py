@@ -221,6 +221,13 @@ def over_seeds(group):
     return merged | {"rows": group}
 
 
+def column(name, form=""):
+    """A column of this entry of a row, printed in this format."""
+    def show(row):
+        return format(row[name], form)
+    return show
+
+
 def number(name, form):
     """A column of this number, ± its spread over seeds or its standard error over windows where the row has one."""
     def show(row):

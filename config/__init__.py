@@ -13,6 +13,7 @@ import argparse
 import codecs
 import dataclasses
 import difflib
+import errno
 import inspect
 import math
 import os
@@ -260,16 +261,15 @@ def cli(main):
     except KeyboardInterrupt:
         raise SystemExit("stopped") from None
     except OSError as error:
-        if not output_is_gone():
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EFBIG) or error.filename:
             raise
+        drop_output()
         raise SystemExit(f"error: cannot write the output: {error.strerror}") from None
 
 
-def output_is_gone():
-    """Whether stdout takes nothing more: a closed pipe, a full disk. Then what is left goes nowhere."""
+def drop_output():
+    """What stdout can no longer take goes nowhere, or Python would complain of it once more as it ends."""
     try:
         sys.stdout.flush()
-        return False
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True

@@ -5,7 +5,10 @@
 
 import dataclasses
 import io
+import os
 import re
+import signal
+import subprocess
 import sys
 import tokenize
 from pathlib import Path
@@ -18,11 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import config as knobs
 from config import Config, load
-from model import GPTNeo, GPTNeoConfig
-from train import model_config
+from model import GPTNeo, GPTNeoConfig, ModelError
+from prepare import UserError
 
 FILES = sorted(path for path in (ROOT / "config").glob("*.py") if path.stem != "__init__")
-NAMES = [field.name for field in dataclasses.fields(Config)]
+NAMES = list(knobs.FIELDS)
 
 
 def refused(*words):
@@ -50,9 +53,12 @@ def test_defaults_are_the_papers():
 
 
 def test_a_model_made_without_train_py_has_the_same_defaults():
-    shared = {field.name: field.default for field in dataclasses.fields(GPTNeoConfig) if field.name in NAMES}
-    assert len(shared) == len(dataclasses.fields(GPTNeoConfig)) - 1  # all but vocab_size, which the data decide
-    assert shared == {name: getattr(Config(), name) for name in shared}
+    assert Config().model == GPTNeoConfig()
+    shared = {field.name for field in dataclasses.fields(GPTNeoConfig)}
+    assert shared - set(NAMES) == {"vocab_size"}  # which the data decide: no knob
+    assert "no knob 'vocab_size'" in refused("--vocab_size=300")
+    config = dataclasses.replace(load(["--n_layer=2", "--k_mlp=5"]), vocab_size=300)
+    assert config.model == GPTNeoConfig(vocab_size=300, n_layer=2, k_mlp=5)
 
 
 def test_the_command_line_beats_the_file_and_the_file_beats_the_defaults(tmp_path):
@@ -71,10 +77,10 @@ def test_a_config_files_run_folder_bears_its_name_unless_told(tmp_path):
 
 def test_every_knob_can_be_set_both_ways(tmp_path):
     """Each knob takes the text of a value that is not its default, and the same value out of a file."""
-    other = {str: "a=b", bool: True, int: 1, float: 0.25}
-    for field in dataclasses.fields(Config):
+    other = {str: "a=b", bool: True, int: 1, float: 0.25, "n_embd": 256, "attention_layers": "global,local"}
+    for field in knobs.FIELDS.values():
         choices = [choice for choice in getattr(field.type, "__args__", ()) if choice != field.default]
-        value = choices[-1] if choices else other[field.type]
+        value = choices[-1] if choices else other.get(field.name, other.get(field.type))
         value = 2 if value == field.default else value
         expected = dataclasses.replace(Config(), **{field.name: value})
         assert load([f"--{field.name}={value}"]) == expected
@@ -118,7 +124,7 @@ def test_a_files_name_says_what_it_changes_and_nothing_else_changes(path):
 def test_the_big_configs_are_gpt_neos_geometries(name, geometry):
     config, expected = load([str(ROOT / "config" / f"{name}.py")]), transformers.GPTNeoConfig(**geometry)
     with torch.device("meta"):
-        model = GPTNeo(model_config(config, 50257))
+        model = GPTNeo(config.model)
         theirs = transformers.GPTNeoForCausalLM(expected)
     ours = transformers.GPTNeoConfig(**model.hf_config())
     for name in ("hidden_size", "num_heads", "attention_layers", "max_position_embeddings", "window_size", "vocab_size"):
@@ -209,11 +215,12 @@ def test_help_lists_every_knob_with_default_and_comment(capsys, monkeypatch):
         load(["--help"])
     assert ended.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    source, comments = (ROOT / "config" / "__init__.py").read_text(), {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        named = re.match(r"    (\w+): ", token.line)
-        if token.type == tokenize.COMMENT and named and named[1] in NAMES:
-            comments[named[1]] = token.string.lstrip("# ")
+    comments = {}
+    for path in ("model.py", "config/__init__.py"):
+        for token in tokenize.generate_tokens(io.StringIO((ROOT / path).read_text()).readline):
+            named = re.match(r"    (\w+): ", token.line)
+            if token.type == tokenize.COMMENT and named and named[1] in NAMES:
+                comments[named[1]] = token.string.lstrip("# ")
     assert len(comments) > 20
     for name in NAMES:
         note = " ".join(f"{comments.get(name, '')} (default {getattr(Config, name)})".split())
@@ -230,16 +237,60 @@ def test_a_percent_sign_in_a_comment_does_not_break_help(monkeypatch, capsys):
 # ---- which errors are messages, and which are bugs
 
 
-def test_an_error_raised_on_purpose_becomes_one_line_and_exit_code_1():
+@pytest.mark.parametrize("kind", [UserError, ModelError])
+def test_an_error_raised_on_purpose_becomes_one_line_and_exit_code_1(kind):
     def main():
-        raise ValueError("three blind mice")
+        raise kind("three blind mice")
     with pytest.raises(SystemExit) as ended:
         knobs.cli(main)
     assert ended.value.code == "error: three blind mice"  # Python prints a text code to stderr and exits with 1
 
 
 def test_a_bug_keeps_its_traceback():
+    def ours():
+        raise ValueError("raised here, but not for the user")
     with pytest.raises(ValueError, match="invalid literal"):
         knobs.cli(lambda: int("a bug, not a message"))
+    with pytest.raises(ValueError, match="not for the user"):
+        knobs.cli(ours)
     with pytest.raises(KeyError):
         knobs.cli(lambda: {}["a bug"])
+    with pytest.raises(OSError, match="not of the output"):
+        knobs.cli(lambda: os.stat("/nowhere/not of the output"))
+
+
+def script(body):
+    """A script of the project's kind -> the words that start it."""
+    return [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport config\n"
+                                  f"def main():\n    {body}\nconfig.cli(main)"]
+
+
+def test_a_terminal_that_lacks_letters_gets_others():
+    done = subprocess.run(script("print('5 \u00b1 1 \u2018caf\u00e9\u2019')"), capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"5 +- 1 ?caf??\n", b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+@pytest.mark.parametrize("body", ["print('x')", "print('x' * 10**6)"])  # noticed at the end, noticed in between
+def test_output_that_goes_nowhere_is_one_line(body):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(script(body), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: cannot write the output: No space left on device\n")
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(script(body), stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "error: cannot write the output: Broken pipe\n")
+
+
+def test_ctrl_c_is_one_word():
+    done = subprocess.run(script("raise KeyboardInterrupt"), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "stopped\n")
+
+
+def test_a_request_to_stop_is_a_flag_and_a_second_one_kills():
+    body = "stop = config.StopRequest({}); import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); print(stop.requested, flush=True); " \
+           "os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.01); print('alive')"
+    for patient, code, printed in (("patient=False", -signal.SIGTERM, "True\n"), ("patient=True", 0, "True\nalive\n")):
+        done = subprocess.run(script(body.format(patient)), capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (code, printed), done.stderr

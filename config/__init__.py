@@ -5,8 +5,9 @@
 A config file is Python that assigns to some of these names: a diff from the defaults. Names that
 begin with an underscore, and imported modules, are its own business.
 
-The knobs of the model itself (n_layer, k_attn, gate, ...) are the fields of GPTNeoConfig in model.py.
-Below the loader is what every script of the project shares: how it ends, and which device it takes.
+The knobs of the model itself (n_layer, k_attn, gate, ...) are the fields of GPTNeoConfig in
+model.py. Below the loader is what every script of the project shares: how it ends, and which
+device it takes.
 """
 
 import argparse
@@ -94,8 +95,10 @@ class Config(GPTNeoConfig):
         return GPTNeoConfig(**{name: getattr(self, name) for name in names})
 
 
-AT_LEAST_1 = ("batch_size", "grad_accum", "max_iters", "eval_interval", "eval_windows", "log_interval")
-NOT_NEGATIVE = ("learning_rate", "weight_decay", "adam_eps", "grad_clip", "clean_coeff", "ablated_coeff")
+AT_LEAST_1 = ("batch_size", "grad_accum", "max_iters", "eval_interval", "eval_windows",
+              "log_interval")
+NOT_NEGATIVE = ("learning_rate", "weight_decay", "adam_eps", "grad_clip", "clean_coeff",
+                "ablated_coeff")
 
 # what a user may set: all but the vocabulary, which comes with the data
 FIELDS = {field.name: field for field in dataclasses.fields(Config) if field.name != "vocab_size"}
@@ -110,7 +113,7 @@ def decisive(values):
     return {name: value for name, value in values.items() if name not in MACHINE}
 
 
-# ------------------------------------------------------------------------------------------- the loader
+# --------------------------------------------------------------------------------- the loader
 
 
 def comments():
@@ -146,7 +149,7 @@ def parse(field, value):
 
 
 def load(argv):
-    """Command-line words -> Config. Raises UserError on unknown knobs, wrong types; --help exits."""
+    """Command-line words -> Config. Raises UserError on unknown knobs and wrong types."""
     parser = argparse.ArgumentParser(usage="python train.py [config/NAME.py] [--knob=value ...]",
                                      description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -157,7 +160,8 @@ def load(argv):
         note = f"{notes.get(name, '')} (default {field.default})".strip().replace("%", "%%")
         shown = "|".join(get_args(field.type)) or field.type.__name__
         bare = {"nargs": "?", "const": "True"} if field.type is bool else {}  # --resume is True
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=note, metavar=shown, **bare)
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=note, metavar=shown,
+                            **bare)
     known, extra = parser.parse_known_args(argv)
     for word in extra:
         if word.startswith("--"):
@@ -184,7 +188,8 @@ def read_file(path):
         names = runpy.run_path(path)
     except (Exception, SystemExit) as error:  # whatever is wrong with the user's Python
         reason = " ".join(str(error).split())
-        raise UserError(f"config file {path} does not run: {type(error).__name__}: {reason}") from None
+        kind = type(error).__name__
+        raise UserError(f"config file {path} does not run: {kind}: {reason}") from None
     values = {}
     for name, value in names.items():
         if name.startswith("_") or inspect.ismodule(value):
@@ -195,7 +200,7 @@ def read_file(path):
     return values
 
 
-# --------------------------------------------------------------------------- what every script shares
+# ------------------------------------------------------------------- what every script shares
 
 
 def pick_device(name, index=0):
@@ -215,8 +220,9 @@ def pick_device(name, index=0):
             raise RuntimeError("there is one CPU, number 0")
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]  # its first sentence: not a screenful
-        raise UserError(f"--device={name} cannot be used here, try --device=cpu: {reason}") from None
+        reason = str(error).splitlines()[0].partition(". ")[0]  # its first sentence
+        raise UserError(f"--device={name} cannot be used here, "
+                        f"try --device=cpu: {reason}") from None
     return device
 
 
@@ -268,7 +274,7 @@ def cli(main):
 
 
 def drop_output():
-    """What stdout can no longer take goes nowhere, or Python would complain of it once more as it ends."""
+    """Send what stdout can no longer take nowhere: Python would complain of it again as it ends."""
     try:
         sys.stdout.flush()
     except OSError:

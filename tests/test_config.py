@@ -3,14 +3,16 @@
     python -m pytest tests/test_config.py
 """
 
+import contextlib
 import dataclasses
 import io
 import os
 import re
 import signal
-import subprocess
 import sys
+import tempfile
 import tokenize
+import traceback
 from pathlib import Path
 
 import pytest
@@ -259,38 +261,67 @@ def test_a_bug_keeps_its_traceback():
         knobs.cli(lambda: os.stat("/nowhere/not of the output"))
 
 
-def script(body):
-    """A script of the project's kind -> the words that start it."""
-    return [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport config\n"
-                                  f"def main():\n    {body}\nconfig.cli(main)"]
+def ended(main, stdout=None, encoding="utf-8"):
+    """cli(main) in a forked process, which costs no import of torch -> exit code, what came out, what was complained of."""
+    out, complaints = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(out.fileno() if stdout is None else stdout, 1)
+        os.dup2(complaints.fileno(), 2)
+        sys.stdout, sys.stderr = (open(fd, "w", encoding=encoding, closefd=False) for fd in (1, 2))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        code = 0
+        try:
+            knobs.cli(main)
+        except SystemExit as left:  # as Python itself does with a text
+            code = 1
+            print(left.code, file=sys.stderr)
+        except BaseException:
+            code = 2
+            traceback.print_exc()
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+            sys.stdout.flush()
+        os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    for file in (out, complaints):
+        file.seek(0)
+    return code, out.read(), complaints.read().decode()
 
 
 def test_a_terminal_that_lacks_letters_gets_others():
-    done = subprocess.run(script("print('5 \u00b1 1 \u2018caf\u00e9\u2019')"), capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"5 +- 1 ?caf??\n", b"")
+    code, printed, complaints = ended(lambda: print("5 ± 1 ‘café’"), encoding="ascii")
+    assert (code, printed, complaints) == (0, b"5 +- 1 ?caf??\n", "")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
-@pytest.mark.parametrize("body", ["print('x')", "print('x' * 10**6)"])  # noticed at the end, noticed in between
-def test_output_that_goes_nowhere_is_one_line(body):
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(script(body), stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (1, "error: cannot write the output: No space left on device\n")
+@pytest.mark.parametrize("length", [1, 10**6])  # noticed at the end, noticed in between
+def test_output_that_goes_nowhere_is_one_line(length):
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run(script(body), stdout=writing, stderr=subprocess.PIPE, text=True)
-    os.close(writing)
-    assert (done.returncode, done.stderr) == (1, "error: cannot write the output: Broken pipe\n")
+    places = {writing: "Broken pipe"}
+    if os.path.exists("/dev/full"):  # on Linux
+        places[os.open("/dev/full", os.O_WRONLY)] = "No space left on device"
+    for place, reason in places.items():
+        code, _, complaints = ended(lambda: print("x" * length), stdout=place)
+        assert (code, complaints) == (1, f"error: cannot write the output: {reason}\n")
+        os.close(place)
 
 
 def test_ctrl_c_is_one_word():
-    done = subprocess.run(script("raise KeyboardInterrupt"), capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (1, "stopped\n")
+    assert ended(lambda: os.kill(os.getpid(), signal.SIGTERM)) == (-signal.SIGTERM, b"", "")
+
+    def interrupted():
+        raise KeyboardInterrupt
+    assert ended(interrupted) == (1, b"", "stopped\n")
 
 
-def test_a_request_to_stop_is_a_flag_and_a_second_one_kills():
-    body = "stop = config.StopRequest({}); import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); print(stop.requested, flush=True); " \
-           "os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.01); print('alive')"
-    for patient, code, printed in (("patient=False", -signal.SIGTERM, "True\n"), ("patient=True", 0, "True\nalive\n")):
-        done = subprocess.run(script(body.format(patient)), capture_output=True, text=True)
-        assert (done.returncode, done.stdout) == (code, printed), done.stderr
+@pytest.mark.parametrize("patient", [False, True])
+def test_a_request_to_stop_is_a_flag_and_a_second_one_kills(patient):
+    def main():
+        stop = knobs.StopRequest(patient)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            print(stop.requested, flush=True)
+    expected = (0, b"True\nTrue\n", "") if patient else (-signal.SIGTERM, b"True\n", "")
+    assert ended(main) == expected

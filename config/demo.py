@@ -1,4 +1,4 @@
-# A first run without a GPU: about three minutes on 2 CPU cores, on the corpus of `python prepare.py toy`.
+# A first run without a GPU, on the corpus of `python prepare.py toy`: three minutes on 2 CPU cores.
 # 1,200 updates x 8 sequences x 128 tokens = 1.2 million tokens; 0.5 GB of memory.
 data = "data/toy"
 k_attn = 4

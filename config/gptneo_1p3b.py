@@ -1,7 +1,8 @@
-# GPT-Neo 1.3B's geometry with local self-ablation, sharded: weights, gradients and optimizer do not fit one small GPU.
+# GPT-Neo 1.3B's geometry with local self-ablation, sharded, as it does not fit one small GPU.
 #     torchrun --nproc_per_node=8 train.py config/gptneo_1p3b.py --data=data/FOLDER
-# Memory: about 18 GB on each of the eight GPUs, 4 of them weights and optimizer, which alone are 29 GB unsharded, and 50 GB
-# in all on one CPU process with --fsdp=False --grad_accum=256 (arithmetic, not measured).
+# Memory (arithmetic, not measured): about 18 GB on each of the eight GPUs, 4 of them weights and
+# optimizer, which alone are 29 GB unsharded; 50 GB in all on one CPU process with --fsdp=False
+# --grad_accum=256.
 fsdp = True
 data = "data/web"
 n_layer, n_head, n_embd = 24, 16, 2048

@@ -109,8 +109,12 @@ MACHINE = ("resume", "data", "out", "device", "dtype", "compile", "fsdp", "grad_
 
 
 def decisive(values):
-    """{knob: value} without the MACHINE ones: with the data, what decides what a run computes."""
-    return {name: value for name, value in values.items() if name not in MACHINE}
+    """{knob: value} without the MACHINE ones: with the data, what decides what a run computes.
+
+    The vocabulary is the data's, which have a checksum of their own.
+    """
+    free = (*MACHINE, "vocab_size")
+    return {name: value for name, value in values.items() if name not in free}
 
 
 # --------------------------------------------------------------------------------- the loader
@@ -261,13 +265,13 @@ def cli(main):
             stream.reconfigure(errors="plainly")
     try:
         main()
-        sys.stdout.flush()  # here, where a full disk can still be told in one line
+        print(end="", flush=True)  # here, where a full disk can still be told in one line
     except (UserError, ModelError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped") from None
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EFBIG) or error.filename:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EIO) or error.filename:
             raise
         drop_output()
         raise SystemExit(f"error: cannot write the output: {error.strerror}") from None
@@ -276,6 +280,6 @@ def cli(main):
 def drop_output():
     """Send what stdout can no longer take nowhere: Python would complain of it again as it ends."""
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 import config as knobs
-from model import GPTNeo, load_checkpoint, replace_file
+from model import GPTNeo, ModelError, load_checkpoint, replace_file
 from prepare import UserError, load_meta, load_tokenizer, load_tokens
 
 STREAMS = ("clean", "ablated")
@@ -219,7 +219,10 @@ def open_run(path):
     trained = entry(checkpoint, "train_config", dict)
     entry(trained, "seed", int)
     entry(trained, "data", str)
-    model = GPTNeo.from_checkpoint(checkpoint).eval()
+    try:
+        model = GPTNeo.from_checkpoint(checkpoint).eval()
+    except ModelError as error:
+        raise UserError(f"{path}: {error}") from None
     return Run(path, model, entry(checkpoint, "step", int), trained,
                entry(checkpoint, "tokenizer", dict), entry(checkpoint, "data", str))
 
@@ -301,7 +304,7 @@ def group_seeds(tasks):
     return [list(group.values()) for group in groups.values()]
 
 
-def over_seeds(group, averaged):
+def over_seeds(group, averaged=AVERAGED):
     """One row for the rows of a group: the mean of every number, its spread as NAME_sd.
 
     Where only some of them have a number, the mean is over those, and NAME_n says how many.
@@ -352,10 +355,6 @@ def number(name, form):
     return show
 
 
-def data_name(row):
-    return Path(row["data"]).name
-
-
 def ablation(row):
     """What tells the models of one size apart: "none", or such as "local k=1,2, heads"."""
     if not row["k_mlp"]:
@@ -372,7 +371,7 @@ def ablation(row):
 
 COLUMNS = [  # (heading, row -> text)
     ("run", column("run")),
-    ("data", data_name),
+    ("data", lambda row: Path(row["data"]).name),
     ("step", number("step", ",.0f")),
     ("ablation", ablation),
     ("seeds", column("n")),

@@ -93,7 +93,8 @@ def test_of_many_autoencoders_the_first_coefficient_counts_over_its_seeds(run, c
 
 
 def test_it_has_the_papers_row_for_the_papers_models_only(run, call):
-    rows = {"dim": {}, "head": {"attn_unit": "head", "k_attn": 1, "k_mlp": 1}, "sigmoid": {"gate": "sigmoid"}, "odd": {"k_mlp": 3}}
+    rows = {"dim": {}, "head": {"attn_unit": "head", "k_attn": 1, "k_mlp": 1}, "sigmoid": {"gate": "sigmoid"},
+            "odd": {"k_mlp": 3}}
     paths = []
     for name, changes in rows.items():
         (path,) = seeds(run, name, of=(1,), **changes)

@@ -54,6 +54,7 @@ class StreamLoss:
         self.text += losses[targets != eot].sum().item()
 
     def summary(self, stream, text_bytes):
+        """{name: number} of a split whose text has so many bytes in UTF-8."""
         sums, sizes = np.array(self.sums), np.array(self.sizes)
         loss = sums.sum() / sizes.sum()
         # windows, not tokens, vary independently: standard error of a ratio of sums over windows
@@ -80,6 +81,7 @@ class UnitUse:
         self.stories[story.flatten()[token], unit] = True
 
     def summary(self, kind, tokens):
+        """{name: number or list} of a split of so many tokens."""
         rate = (self.tokens.double() / tokens).view(self.layers, -1)  # (L, N)
         return {f"{kind}_ever": (self.tokens > 0).double().mean().item(),
                 f"{kind}_per_story": self.stories.sum(1).double().mean().item(),
@@ -90,9 +92,10 @@ def window_batches(count, length, batch_size):
     """The numbers 0 to count - 1 in windows: (B, length) each, then a shorter last one alone."""
     whole = count // length * length
     for start in range(0, whole, batch_size * length):
-        yield torch.arange(start, min(start + batch_size * length, whole)).view(-1, length)
+        end = min(start + batch_size * length, whole)
+        yield torch.arange(start, end).view(-1, length)  # (B, length)
     if whole < count:
-        yield torch.arange(whole, count)[None]
+        yield torch.arange(whole, count)[None]  # (1, less than length)
 
 
 @torch.no_grad()

@@ -114,7 +114,7 @@ EVAL = [
     ("eval.py out/run", "it has no 'seed'", checkpoint("best.pt", train_config={"data": "data"})),
     ("eval.py out/run", "it has no 'tokenizer'", checkpoint("best.pt", tokenizer="gpt2")),
     ("eval.py out/run", MISFIT, checkpoint("best.pt", model={})),
-    ("eval.py out/run", MISFIT, checkpoint("best.pt", config={"n_layer": "two"})),
+    ("eval.py out/run", "out/run: ", checkpoint("best.pt", config={"n_layer": "two"})),
     ("eval.py out/run", OTHER_TOKENS, flip("data/val.bin")),
     ("eval.py out/run", "val.bin has 3 bytes where meta.json promises 800", text("data/val.bin", "abc")),
     ("eval.py out/run", "data/meta.json is damaged", text("data/meta.json", "{")),

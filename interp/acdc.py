@@ -63,7 +63,7 @@ WINDOW = 16  # edges tried in one batch; more is faster on a GPU, and more is th
 RANDOM = 10  # random circuits of the same size that a circuit's KL is compared with
 
 
-# ----------------------------------------------------------------------------------------- the task
+# ------------------------------------------------------------------------------------------- the task
 
 
 def make_prompts(tokenizer, count, seed):
@@ -131,7 +131,7 @@ def tokenize(prompts, tokenizer, block_size):
             torch.tensor(rows["answer"])[:, 0], torch.tensor(rows["wrong"])[:, 0])
 
 
-# ---------------------------------------------------------------------------------------- the graph
+# ------------------------------------------------------------------------------------------- the graph
 
 
 class Graph:
@@ -441,7 +441,7 @@ def discover(circuit, edges, tau, state=None, save=lambda state: None):
     return state
 
 
-# ----------------------------------------------------------------------------------- a run's result
+# ------------------------------------------------------------------------------------------- a run's result
 
 
 def accuracy(logits, answers, wrong):

@@ -49,7 +49,7 @@ DEAD_AFTER = 1000  # steps that a feature may be silent in training before it co
 WINDOWS = 32  # windows in a forward pass that reads activations; a constant, so that a resumed run rounds alike
 
 
-# ---------------------------------------------------------------------------------- the autoencoder
+# ------------------------------------------------------------------------------------------- the autoencoder
 
 
 class SAE(nn.Module):
@@ -157,7 +157,7 @@ def train_step(sae, optimizer, x, lr, l1, recipe):
     return error.detach(), penalty.detach(), f.detach()
 
 
-# -------------------------------------------------------------------------------------- activations
+# ------------------------------------------------------------------------------------------- activations
 
 
 class Stopped(Exception):
@@ -299,7 +299,7 @@ class Batches:
         return self.buffer[self.rows[i * self.batch : (i + 1) * self.batch]]  # (batch, d)
 
 
-# ---------------------------------------------------------------------------- training, with resume
+# ------------------------------------------------------------------------------------------- training, with resume
 
 
 def train(site, tokens, settings, seed, saved, save, title):
@@ -358,7 +358,7 @@ def train(site, tokens, settings, seed, saved, save, title):
             for sae, value, past in zip(saes, settings[swept], history)]
 
 
-# --------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------------- evaluation
 
 
 def held_out(model, data, count, device):
@@ -433,7 +433,7 @@ def warnings(row):
                "the CE score divides by that and means little")
 
 
-# ------------------------------------------------------------------------------ features to look at
+# ------------------------------------------------------------------------------------------- features to look at
 
 
 @torch.no_grad()
@@ -495,7 +495,7 @@ def show_features(features, tokenizer, path, title):
     print(f"\nthe same as a page: {path}")
 
 
-# ------------------------------------------------------------------------------------------ results
+# ------------------------------------------------------------------------------------------- results
 
 
 def coefficient(row):

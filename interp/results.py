@@ -1,8 +1,14 @@
-"""What all experiments share: a result file beside the checkpoint, going on after a stop, refusing to mix.
+"""What all experiments share: a result file beside the checkpoint, going on, refusing to mix.
 
-A result NAME.json holds everything it takes to make it again. While it is unfinished, NAME.resume.pt
-holds what is done; the same command again goes on from there. For out/x they lie in out/x, for
-out/x/last.pt they are called out/x/last.NAME.json.
+A result NAME.json holds everything it takes to make it again. While it is unfinished,
+NAME.resume.pt holds what is done, and the same command again goes on from there. For out/x both lie
+in out/x; for out/x/last.pt they are called out/x/last.NAME.json and out/x/last.NAME.resume.pt.
+
+    jobs = [Job(run, "acdc", settings, force=args.force) for run in runs]   every mistake shows here
+    results = results_of(jobs, measure, device)
+
+    def measure(job, title):    what is done in job.state, and saved by job.save(state)
+        return facts            a dict of what was found, for NAME.json
 """
 
 import hashlib
@@ -16,10 +22,14 @@ from pathlib import Path
 
 import torch
 
+from eval import check_writable
 from model import load_torch, replace_file
 from prepare import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+# what Job.finish and Job.save put into every file, beside the facts and the state
+RESULT = {"run": str, "checkpoint": str, "step": int, "settings": dict, "command": str, "date": str}
+UNFINISHED = {"checkpoint": str, "settings": dict, "state": object}
 
 
 def git(*words):
@@ -32,7 +42,8 @@ def git(*words):
 
 
 def environment(device):
-    """By which code and on what a figure was made: a dict of commit ("unknown" without git), device, torch."""
+    """By which code and on what a figure was made: {"device", "torch", "commit"}, the last one
+    "unknown" without git."""
     name = f"{torch.get_num_threads()} CPU threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -43,7 +54,7 @@ def environment(device):
 
 
 def fingerprint(model):
-    """16 hex digits that name the clean stream's weights: a run that goes on makes its results stale."""
+    """16 hex digits that name the clean stream's weights: when training goes on, they change."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.clean_state_dict().items()):
         digest.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
@@ -56,29 +67,43 @@ def result_path(run, name):
     return run / name if run.is_dir() else run.with_suffix(f".{name}")
 
 
-# ------------------------------------------------------------------------------------------- the files
+# ---------------------------------------------------------------------------------------- the files
 
 
 def write_text(path, text):
-    """Atomically: the file is whole or the old one."""
+    """Atomically: the file is the new one, whole, or stays the old one."""
     with replace_file(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="replace"))  # a run's name may be no UTF-8
 
 
 def write_json(path, result):
     write_text(path, json.dumps(result, indent=1))
 
 
+def is_complete(found, kinds):
+    """Whether it is a dict with at least these entries, {name: type}."""
+    if not isinstance(found, dict) or not kinds.keys() <= found.keys():
+        return False
+    return all(isinstance(found[name], kind) for name, kind in kinds.items())
+
+
 def read_result(path):
     """A result file as a dict. Raises UserError when it is none."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
-        complete = isinstance(result["settings"], dict) and isinstance(result["checkpoint"], str)
-    except (OSError, ValueError, RecursionError, TypeError, KeyError):
-        complete = False
-    if not complete:
+    except (OSError, ValueError, RecursionError):
+        result = None
+    if not is_complete(result, RESULT):
         raise UserError(f"{path} is damaged: delete it, and make it again")
     return result
+
+
+def read_unfinished(path):
+    """What Job.save wrote, a dict. Raises UserError or ModelError when it is none."""
+    found = load_torch(path)
+    if not is_complete(found, UNFINISHED):
+        raise UserError(f"{path} is damaged, or of an earlier version")
+    return found
 
 
 def difference(ours, theirs):
@@ -90,7 +115,7 @@ def difference(ours, theirs):
 
 
 def refuse_mixed(settings_of):
-    """{run: the settings of its result}: raises UserError, with the first that differs, unless all are alike."""
+    """{run: the settings of its result}: raises UserError when one differs, and says which."""
     (first, expected), *others = settings_of.items()
     for run, settings in others:
         other = difference(settings, expected)
@@ -99,61 +124,64 @@ def refuse_mixed(settings_of):
                             f"make them alike, then tabulate them")
 
 
-# ---------------------------------------------------------------------------------- one run, many runs
+# ------------------------------------------------------------------------------- one run, many runs
 
 
 class Job:
     """One experiment on one run: what there is already of NAME.json, and where to go on.
 
     run: an eval.Run. settings: everything beside the weights that decides the numbers, as JSON
-    holds it. files: what else belongs to a finished result, such as ".pt" for NAME.pt.
-    Raises UserError where a result made otherwise is in the way and force does not replace it.
+    holds it: lists, no tuples. files: what else belongs to a finished result, such as ".pt" for
+    NAME.pt; it is to be written before the result, by replace_file.
+    Raises UserError where a result made otherwise is in the way and force does not replace it,
+    and where nothing could be written.
     """
 
     def __init__(self, run, name, settings, files=(), force=False):
         self.run, self.name, self.settings, self.force = run, name, settings, force
         self.checkpoint = fingerprint(run.model)
-        folder = self.path(".json").parent
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"results go beside the checkpoint, and {folder} cannot be written: "
-                            f"copy the run to another folder")
-        self.state = None  # what an interrupted job gave to save
-        unfinished = self.earlier(".resume.pt", load_torch)
-        if unfinished:
-            self.state = unfinished["state"]
+        unfinished = self.earlier(".resume.pt", read_unfinished)
+        self.state = unfinished["state"] if unfinished else None  # what was given to save
         self.result = self.earlier(".json", read_result)
         if not all(self.path(suffix).exists() for suffix in files):
             self.result = None
+        if self.result:
+            self.result["run"] = str(run.path)  # the folder may have been renamed since
+            return
+        for suffix in (".resume.pt", *files, ".json"):
+            check_writable(self.path(suffix))
 
     def path(self, suffix):
         """The file NAME + suffix beside the checkpoint."""
         return result_path(self.run.path, f"{self.name}{suffix}")
 
     def earlier(self, suffix, read):
-        """A file of an earlier call, read, or None where there is none or where it is to be replaced."""
+        """A file of an earlier call, read; None where there is none or force replaces it."""
         path = self.path(suffix)
         if not path.exists():
             return None
         try:
             found = read(path)
-            other = difference(self.settings, found["settings"])
-            if found["checkpoint"] != self.checkpoint:
-                other = "weights that this run no longer has"
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except ValueError:
             if self.force:
                 return None
-            raise UserError(f"{path} is damaged: delete it, or add --force") from None
+            raise UserError(f"{path} is damaged, or of an earlier version: "
+                            f"delete it, or add --force") from None
+        other = difference(self.settings, found["settings"])
+        if found["checkpoint"] != self.checkpoint:
+            other = "weights that this run no longer has"
         if other and not self.force:
             raise UserError(f"{path} was made with {other}: --force replaces it")
         return None if other else found
 
     def save(self, state):
-        """Keep what is done, anything that torch.load takes with weights_only=True, for the same command."""
+        """Keep what is done, for the same command: anything that torch.load takes as weights."""
+        found = {"checkpoint": self.checkpoint, "settings": self.settings, "state": state}
         with replace_file(self.path(".resume.pt")) as file:
-            torch.save({"checkpoint": self.checkpoint, "settings": self.settings, "state": state}, file)
+            torch.save(found, file)
 
     def finish(self, facts, device):
-        """Write NAME.json, after everything that belongs to it: these facts and all it takes to find them again."""
+        """Write NAME.json: these facts and all it takes to find them again."""
         self.result = {
             "run": str(self.run.path), "checkpoint": self.checkpoint, "step": self.run.step,
             "settings": self.settings, "command": shlex.join(sys.argv),
@@ -163,15 +191,23 @@ class Job:
 
 
 def results_of(jobs, measure, device):
-    """The result of every job, a dict each: the one that is there, or else measure(job, title) -> its facts.
+    """The result of every job, a dict each: the one that is there, or else the facts that
+    measure(job, title) returns, written down.
 
-    Raises UserError, before the first one is measured, when their settings differ.
+    Raises UserError, before the first one is measured, when their settings differ or two are of
+    the same files.
     """
     refuse_mixed({job.run.path: job.settings for job in jobs})
+    places = set()
+    for job in jobs:
+        place = job.path(".json").resolve()
+        if place in places:
+            raise UserError(f"{job.run.path} is given twice: give it once")
+        places.add(place)
     for number, job in enumerate(jobs, 1):
         if job.result:
-            print(f"{job.path('.json')} of {job.result['date']} has it already", file=sys.stderr)
-            job.result["run"] = str(job.run.path)  # the folder may have been renamed since
+            date = job.result["date"]
+            print(f"{job.path('.json')} of {date} has it already", file=sys.stderr)
         else:
             job.finish(measure(job, f"[{number}/{len(jobs)}] {job.run.path}"), device)
     return [job.result for job in jobs]

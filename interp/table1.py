@@ -1,102 +1,247 @@
-"""Table 1 of the paper. NOT FINISHED: pieces of the old eval.py."""
+"""Table 1 of the paper, from runs of our own: circuits, autoencoders, perplexity and L1.
 
-TABLE1 = {  # column of the paper's Table 1: what it is called in a row of ours, how to print it
-    "edges": ("edges", ".1f"), "SAE L0": ("l0", ".2f"), "CE score": ("ce_score", ".2f"), "ppl": ("ppl_clean", ".2f"),
-    "L1": ("l1", ".3f")}
-EXPERIMENTS = {"acdc": ("edges", "connected", "ioi_exact"), "sae": ("l0", "ce_score")}  # what a row takes from their results
-# (ablation, k_attn, k_mlp) -> the columns of TABLE1 in the paper
-PAPER = {
-    ("none", 0, 0): (79, 7.22, 0.63, 5.73, 0.44),
-    ("global", 8, 8): (70, 5.22, 0.65, 6.97, 0.74), ("local", 8, 8): (36, 5.0, 0.72, 6.47, 0.67),
-    ("global", 4, 4): (41, 4.9, 0.67, 6.73, 0.72), ("local", 4, 4): (30, 4.01, 0.65, 6.58, 0.76),
-    ("global", 2, 2): (30, 4.57, 0.71, 6.66, 0.73), ("local", 2, 2): (54, 4.9, 0.70, 6.55, 0.71),
-    ("global", 1, 1): (38, 5.48, 0.66, 6.49, 0.62), ("local", 1, 1): (36, 5.33, 0.69, 6.58, 0.70),
+    python interp/acdc.py out/*        the circuits of these runs
+    python interp/sae.py out/*         their autoencoders
+    python interp/table1.py out/*      both beside perplexity and L1, and beside the paper's numbers
+
+Runs that differ only in the seed are one row: the mean ± the sample standard deviation. What an
+experiment has not looked at prints -. The table is printed, and saved as table1.md, table1.csv and
+table1.png in the folder that holds the first run. Of several thresholds (acdc.py --tau) or
+coefficients (sae.py --l1, --k) the first counts.
+"""
+
+import csv
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import config as knobs
+from eval import (
+    AVERAGED, COLUMNS, ablation, cells, check_range, check_writable, evaluate_run, group_seeds,
+    join_seeds, number, open_tasks, print_table, run_parser, save_figure)
+from interp.results import fingerprint, read_result, refuse_mixed, result_path, write_text
+from prepare import UserError
+
+# a number of the paper's table -> what it is called in a row of ours, and how it is printed
+PAPER_NUMBERS = {
+    "edges": ("edges", ".1f"),
+    "SAE L0": ("l0", ".2f"),
+    "CE score": ("ce_score", ".2f"),
+    "ppl": ("ppl_clean", ".2f"),
+    "L1": ("l1", ".3f"),
 }
+# (ablation, k_attn and k_mlp) -> these numbers, in this order
+PAPER = {
+    ("none", 0): (79, 7.22, 0.63, 5.73, 0.44),
+    ("global", 8): (70, 5.22, 0.65, 6.97, 0.74),
+    ("global", 4): (41, 4.9, 0.67, 6.73, 0.72),
+    ("global", 2): (30, 4.57, 0.71, 6.66, 0.73),
+    ("global", 1): (38, 5.48, 0.66, 6.49, 0.62),
+    ("local", 8): (36, 5.0, 0.72, 6.47, 0.67),
+    ("local", 4): (30, 4.01, 0.65, 6.58, 0.76),
+    ("local", 2): (54, 4.9, 0.70, 6.55, 0.71),
+    ("local", 1): (36, 5.33, 0.69, 6.58, 0.70),
+}
+NOTES = ("± is the sample standard deviation over the seeds of a row",
+         "the paper's models are of another size and data; its ppl is per GPT-2 token")
 
-TABLE1_COLUMNS = [
-    *(column for column in COLUMNS if column[0] in ("run", "ablation", "seeds")),
-    *(column for i, (name, (key, form)) in enumerate(TABLE1.items()) for column in (
-        (name, number(key, form)), (f"paper {name}", lambda r, i=i, key=key: str(in_paper(r)[i] or "-") if key in r else "-"))),
-    ("connected edges", number("connected", ".1f")),
-    ("IOI answers exact", number("ioi_exact", ".0%")),
-]
+
+# ----------------------------------------------------------------------- what the experiments found
 
 
-def in_paper(row):
-    """The paper's numbers for such a model, in the order of TABLE1, or Nones."""
-    other = row["ablation"] != "none" and (row["attn_unit"], row["gate"]) != ("dim", "softmax")
-    return [None] * len(TABLE1) if other else PAPER.get((row["ablation"], row["k_attn"], row["k_mlp"]), [None] * len(TABLE1))
+def circuit_numbers(result):
+    """Of acdc.json: the size of its first circuit, and how often the model knows the answer."""
+    first = result["circuits"][0]
+    return {"edges": float(first["edges"]), "connected": float(first["connected"]),
+            "ioi_exact": float(result["ioi_exact"])}
 
 
+def sae_numbers(result):
+    """Of sae.json: means over the autoencoders of the first coefficient, one a seed.
 
-# ---- Table 1
+    A score that one of them lacks is left out.
+    """
+    first = result["saes"][0]
+    coefficient = "l1" if "l1" in first else "k"
+    rows = [row for row in result["saes"] if row[coefficient] == first[coefficient]]
+    numbers = {}
+    for name in ("l0", "ce_score"):
+        values = [row[name] for row in rows]
+        if None not in values:
+            numbers[name] = sum(values) / len(values)
+    return numbers
+
+
+EXPERIMENTS = {"acdc": circuit_numbers, "sae": sae_numbers}
+FOUND = ("edges", "connected", "ioi_exact", "l0", "ce_score")
+
+
+def read_experiment(name, run):
+    """(result, numbers): what NAME.json beside the run's checkpoint says; None where there is none.
+
+    Raises UserError when it is damaged or of other weights.
+    """
+    path = result_path(run.path, f"{name}.json")
+    if not path.exists():
+        return None
+    result = read_result(path)
+    if result["checkpoint"] != fingerprint(run.model):
+        raise UserError(f"{path} is not of the checkpoint that {run.path} has now: make it again "
+                        f"with --force; it came from python {result['command']}")
+    try:
+        numbers = EXPERIMENTS[name](result)
+        result["warnings"] = [str(warning) for warning in result["warnings"]]
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise UserError(f"{path} is damaged: delete it, and make it again") from None
+    return result, numbers
+
 
 def read_experiments(runs):
-    """What interp/ has found about these runs: a dict of numbers each, and lines that say how it was found and what is wrong
-    with it. Raises UserError on what does not belong in one table."""
-    for path, _, data in runs[1:]:
-        if load_meta(data)["checksum"] != load_meta(runs[0][2])["checksum"]:
-            raise UserError(f"{runs[0][0]} is measured on {runs[0][2]}, {path} on {data}, which are other texts: "
-                             f"tabulate them apart")
+    """A dict of numbers for every run, and notes: how they were found, and what is wrong with them.
+
+    Raises UserError on results that do not belong in one table.
+    """
     found, notes = [{} for _ in runs], []
-    for experiment, names in EXPERIMENTS.items():
-        results = []
-        for numbers, (path, checkpoint, _) in zip(found, runs):
-            file = result_path(path, f"{experiment}.json")
-            if file.exists():
-                results.append(read_result(file) | {"run": path})
-                if results[-1]["checkpoint"] != fingerprint(checkpoint):
-                    raise UserError(f"{file} is not of the checkpoint that {path} has now: make it again with --force; it came from "
-                                     f"python {results[-1]['command']}")
-                numbers |= {name: float(results[-1][name]) for name in names if results[-1][name] is not None}
-        refuse_mixed(results)
-        if results:
-            settings = [f"{name} {value}" for name, value in results[0]["settings"].items() if value is not None]
-            notes.append(f"{experiment}: {', '.join(settings)}; of a list, the first")
-        notes += [f"warning: {result['run']}: {warning}" for result in results for warning in result["warnings"]]
+    for name in EXPERIMENTS:
+        settings_of, warnings = {}, []
+        for place, run in enumerate(runs):
+            experiment = read_experiment(name, run)
+            if experiment is None:
+                continue
+            result, numbers = experiment
+            found[place] |= numbers
+            settings_of[run.path] = result["settings"]
+            warnings += [f"warning: {run.path}: {warning}" for warning in result["warnings"]]
+        if settings_of:
+            refuse_mixed(settings_of)
+            settings = next(iter(settings_of.values())).items()
+            words = [f"{knob} {value}" for knob, value in settings if value is not None]
+            notes.append(f"{name}: {', '.join(words)}; of a list, the first")
+        notes += warnings
     return found, notes
 
 
-def save_table1(table, notes):
-    """table1.md, .csv and .png in the folder that holds the first run, from rows of over_seeds. -> the folder"""
-    folder = Path(table[0]["rows"][0]["run"]).absolute().parent
-    heading, *lines = cells(table, TABLE1_COLUMNS)
-    markdown = [heading, ["---"] * len(heading), *lines]
-    lines = [f"| {' | '.join(line)} |\n" for line in markdown] + [f"\n{note}\n" for note in notes]
-    write_text(folder / "table1.md", "".join(lines))
-    names = [name for key, _ in TABLE1.values() for name in (key, f"{key}_sd")] + ["connected", "ioi_exact"]
+def refuse_other_texts(tasks):
+    """Raises UserError when two runs would be measured on different data."""
+    first = tasks[0]
+    for task in tasks[1:]:
+        if task.meta["checksum"] != first.meta["checksum"]:
+            raise UserError(f"{first.run.path} is measured on {first.data}, {task.run.path} on "
+                            f"{task.data}, which are other texts: tabulate them apart")
+
+
+# ---------------------------------------------------------------------------------------- the table
+
+
+def in_paper(row):
+    """{heading: number} of the paper's model like this one; empty when it has none."""
+    if row["k_attn"] != row["k_mlp"]:
+        return {}
+    if row["ablation"] != "none" and (row["attn_unit"], row["gate"]) != ("dim", "softmax"):
+        return {}
+    return dict(zip(PAPER_NUMBERS, PAPER.get((row["ablation"], row["k_mlp"]), ())))
+
+
+def paper_number(heading, name):
+    """A column of the paper's number, where ours stands beside it."""
+    def show(row):
+        return str(in_paper(row).get(heading, "-")) if name in row else "-"
+    return show
+
+
+def table1_columns():
+    """(heading, row -> text), each number of ours followed by the paper's."""
+    columns = [column for column in COLUMNS if column[0] in ("run", "ablation", "seeds")]
+    for heading, (name, form) in PAPER_NUMBERS.items():
+        columns.append((heading, number(name, form)))
+        columns.append((f"paper {heading}", paper_number(heading, name)))
+    columns.append(("connected edges", number("connected", ".1f")))
+    columns.append(("IOI answers exact", number("ioi_exact", ".0%")))
+    return columns
+
+
+def markdown(table, notes):
+    """The table as text for table1.md, the notes below it."""
+    heading, *rows = cells(table, table1_columns())
+    lines = [f"| {' | '.join(row)} |\n" for row in (heading, ["---"] * len(heading), *rows)]
+    return "".join(lines + [f"\n{note}\n" for note in notes])
+
+
+def spreadsheet(table):
+    """The table as text for table1.csv, with every digit."""
+    names = ["run", "ablation", "k_attn", "k_mlp", "n"]
+    for name, _ in PAPER_NUMBERS.values():
+        names += [name, f"{name}_sd"]
+    names += ["connected", "ioi_exact"]
+    headings = ["seeds" if name == "n" else name for name in names]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["run", "ablation", "k_attn", "k_mlp", "seeds", *names, *(f"paper {name}" for name in TABLE1)])
+    writer.writerow(headings + [f"paper {heading}" for heading in PAPER_NUMBERS])
     for row in table:
-        writer.writerow([*(row.get(name) for name in ("run", "ablation", "k_attn", "k_mlp", "n", *names)), *in_paper(row)])
-    write_text(folder / "table1.csv", text.getvalue())
-    draw_table1(folder / "table1.png", table)
-    return folder
+        papers = in_paper(row)
+        writer.writerow([row.get(name) for name in names]
+                        + [papers.get(heading) for heading in PAPER_NUMBERS])
+    return text.getvalue()
 
 
 def draw_table1(path, table):
-    """A column per number, ours above (a dot a seed, a bar their mean), the paper's below; each on its own scale."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """A column for every number, each with a scale of its own.
 
-    shown = [(i, name, key) for i, (name, (key, _)) in enumerate(TABLE1.items()) if any(key in row for row in table)]
-    figure, grid = plt.subplots(2, len(shown), figsize=(2.6 * len(shown) + 1, 5.5), layout="constrained", sharex=True, squeeze=False)
-    labels = [dict(COLUMNS)["ablation"](row).replace("none", "baseline") for row in table]
-    for (i, name, key), (ours, papers) in zip(shown, grid.T):
+    Above ours, a dot for a seed and a bar for their mean; below the paper's.
+    """
+    from matplotlib.figure import Figure
+
+    ours = set().union(*table)
+    shown = [(heading, name) for heading, (name, _) in PAPER_NUMBERS.items() if name in ours]
+    figure = Figure(figsize=(2.6 * len(shown) + 1, 5.5), layout="constrained")
+    grid = figure.subplots(2, len(shown), sharex=True, squeeze=False)
+    labels = [ablation(row).replace("none", "baseline") for row in table]
+    for (heading, name), (above, below) in zip(shown, grid.T):
         for x, row in enumerate(table):
-            values = [one[key] for one in row["rows"] if one.get(key) is not None]
-            ours.plot([x] * len(values), values, "o", color="tab:blue", alpha=0.5)
-            if key in row:
-                ours.plot([x - 0.3, x + 0.3], [row[key]] * 2, color="tab:blue")
-            papers.plot(x, in_paper(row)[i] or math.nan, "s", color="0.4")
-        ours.set_title(name, fontsize="medium")
-        papers.set_xticks(range(len(table)), labels, rotation=60, ha="right", fontsize="small")
+            values = [one[name] for one in row["rows"] if name in one]
+            above.plot([x] * len(values), values, "o", color="tab:blue", alpha=0.5)
+            if name in row:
+                above.plot([x - 0.3, x + 0.3], [row[name]] * 2, color="tab:blue")
+            below.plot(x, in_paper(row).get(heading, math.nan), "s", color="0.4")
+        above.set_title(heading, fontsize="medium")
+        below.set_xticks(range(len(table)), labels, rotation=60, ha="right", fontsize="small")
     grid[0, 0].set_ylabel("here")
     grid[1, 0].set_ylabel("paper")
-    figure.savefig(f"{path}.tmp", format="png", dpi=120)
-    plt.close(figure)
-    Path(f"{path}.tmp").replace(path)
+    save_figure(path, figure)
 
 
+def main():
+    args = run_parser(__doc__).parse_args()
+    check_range(args, "batch_size", 1)
+    device = knobs.pick_device(args.device)
+    # everything that can be wrong is found before the first run takes its minutes
+    tasks = open_tasks(args.runs, args.data)
+    refuse_other_texts(tasks)
+    found, notes = read_experiments([task.run for task in tasks])
+    groups = group_seeds(tasks)
+    target = Path(tasks[0].run.path).absolute().parent / "table1"
+    for kind in (".md", ".csv", ".png"):
+        check_writable(target.with_suffix(kind))
+
+    rows = []
+    for task, numbers in zip(tasks, found):
+        rows.append(evaluate_run(task, args.batch_size, device) | numbers)
+    table = join_seeds(rows, groups, AVERAGED + FOUND)
+    if args.json:
+        print(json.dumps(table, indent=1))
+    else:
+        print_table(table, table1_columns())
+        print(*NOTES, *notes, sep="\n")
+    write_text(target.with_suffix(".md"), markdown(table, notes))
+    write_text(target.with_suffix(".csv"), spreadsheet(table))
+    draw_table1(target.with_suffix(".png"), table)
+    if not args.json:
+        print(f"saved as {target.with_suffix('.md')}, .csv, .png")
+
+
+if __name__ == "__main__":
+    knobs.cli(main)

@@ -1,10 +1,15 @@
-"""eval.py: every number against a slower, plainer computation; the command line as a user types it."""
+"""eval.py: every number against a slower, plainer computation; the command line as a user types it.
 
-import csv
+    python -m pytest tests/test_eval.py
+"""
+
+import contextlib
+import functools
 import hashlib
 import json
 import math
-import shutil
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +18,13 @@ import numpy as np
 import pytest
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import config
 import eval as evaluation
 from model import GPTNeo, GPTNeoConfig, load_checkpoint, save_checkpoint
+from prepare import UserError
 
-ROOT = Path(__file__).parent.parent
 EOT, V, T = 258, 259, 8
 
 
@@ -59,17 +66,24 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """eval.py with these words, without the seconds that a new Python takes -> its exit message, what it printed."""
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
+def typed(monkeypatch, capsys):
+    """A script's main() with these words, without the seconds that a new Python takes -> its exit
+    message (None: all went well), what it printed."""
+    def typed(main, *words):
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
         message = None
         try:
-            config.cli(evaluation.main)
+            config.cli(main)
         except SystemExit as stop:
             message = stop.code
         return message, capsys.readouterr().out
-    return call
+    return typed
+
+
+@pytest.fixture
+def call(typed):
+    """eval.py with these words -> its exit message, what it printed."""
+    return functools.partial(typed, evaluation.main)
 
 
 # ---- the measurements
@@ -79,7 +93,7 @@ def call(monkeypatch, capsys):
 def test_losses_are_those_of_a_token_by_token_count(ablation):
     """Every token once, each from its own window's tokens before it, the first after an end-of-text."""
     model, tokens = tiny(ablation).double(), split()
-    result = evaluation.measure(model, tokens, EOT, len(tokens) - 9, batch_size=3)
+    result = evaluation.measure_split(model, tokens, EOT, len(tokens) - 9, batch_size=3)
     assert len(tokens) % T  # the last window is a short one
     stream = [EOT, *tokens.tolist()]
     for name in ("clean", "ablated")[: 1 if ablation == "none" else 2]:
@@ -102,7 +116,7 @@ def test_losses_are_those_of_a_token_by_token_count(ablation):
 
 def test_results_do_not_depend_on_the_batch_size():
     model, tokens = tiny(), split(40)
-    one, many = (evaluation.measure(model, tokens, EOT, 100, batch_size=size) for size in (1, 17))
+    one, many = (evaluation.measure_split(model, tokens, EOT, 100, batch_size=size) for size in (1, 17))
     assert one.keys() == many.keys()
     for name in one:
         np.testing.assert_allclose(one[name], many[name], rtol=1e-6)
@@ -111,7 +125,7 @@ def test_results_do_not_depend_on_the_batch_size():
 @pytest.mark.parametrize("changes", [{}, {"attn_unit": "head", "k_attn": 1}])
 def test_unit_use_is_that_of_a_count_by_hand(changes):
     model, tokens = tiny(**changes), split()
-    result = evaluation.measure(model, tokens, EOT, 100, batch_size=4)
+    result = evaluation.measure_split(model, tokens, EOT, 100, batch_size=4)
     stream = [EOT, *tokens.tolist()]
     story, seen, rates = 0, {"attn": {}, "mlp": {}}, {"attn": {}, "mlp": {}}
     for i, target in enumerate(tokens.tolist()):
@@ -186,7 +200,7 @@ def test_json_is_the_table_for_machines(run, call):
     assert message is None
     assert row["step"] == 7 and row["seed"] == 5 and row["checksum"] == "abc" and row["tokens"] == len(split())
     assert np.array(row["mlp_rate"]).shape == (2, 32)
-    assert row["ppl_clean"] == pytest.approx(evaluation.measure(tiny(), split(), EOT, 100)["ppl_clean"], rel=1e-5)
+    assert row["ppl_clean"] == pytest.approx(evaluation.measure_split(tiny(), split(), EOT, 100)["ppl_clean"], rel=1e-5)
 
 
 def seeds(run, name="tiny", of=(1, 2, 3), ablation="local", data="abc", **knobs):
@@ -246,101 +260,9 @@ def test_one_seed_has_no_spread(run, call):
 
 def test_over_seeds_does_not_count_a_seed_twice(run, call, monkeypatch):
     first, *_ = seeds(run)
-    monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("too late"))
     message, _ = call(first, run, first / "best.pt", "--over_seeds")
     assert message.startswith(f"error: {first} and {first / 'best.pt'} are the same run")
-
-
-def found(run, experiment, settings=0, **numbers):
-    """The result of an experiment of interp/, as far as Table 1 reads it."""
-    evaluation.write_json(run / f"{experiment}.json", {
-        "run": str(run), "checkpoint": evaluation.fingerprint(load_checkpoint(run)), "settings": {"knob": settings}, "circuits": [],
-        "command": f"interp/{experiment}.py somewhere", "warnings": [], **numbers})
-
-
-def test_table_1_joins_the_experiments_over_seeds(run, call):
-    paths = [*seeds(run, of=(1, 2)), *seeds(run, "plain", ablation="none", of=(1,))]
-    for path, edges, l0 in zip(paths, (10, 13, 50), (4.0, None, 7.5)):
-        found(path, "acdc", edges=edges, connected=edges - 2, ioi_exact=0.5)
-        if l0:
-            found(path, "sae", l0=l0, ce_score=0.6 if l0 == 4 else None, warnings=["do not believe it"] if l0 == 7.5 else [])
-    message, out = call(*paths, "--table1")
-    assert message is None
-    head, local, plain = out.splitlines()[:3]
-    assert "11.5 ± 2.1" in local and "4.00 (1 of 2)" in local and "0.60 (1 of 2)" in local and "0.71" in local
-    assert "50.0" in plain and "7.50" in plain and "79" in plain and "50%" in plain
-    markdown = (run.parent / "table1.md").read_text(encoding="utf-8").splitlines()
-    for note in ("acdc: knob 0; of a list, the first", f"warning: {paths[2]}: do not believe it"):  # settings and doubts go with it
-        assert note in out.splitlines() and note in markdown
-    assert len(markdown) == 4 + 2 * 3 and [cell.strip() for cell in markdown[0].split("|")][4:6] == ["edges", "paper edges"]
-    assert "| 11.5 ± 2.1 | 54 |" in markdown[2]
-    with open(run.parent / "table1.csv", newline="") as file:
-        first, second = csv.DictReader(file)
-    assert (first["edges"], first["edges_sd"][:6], first["paper edges"], first["seeds"]) == ("11.5", "2.1213", "54", "2")
-    assert second["ce_score"] == "" and second["paper CE score"] == "0.63"
-    assert (run.parent / "table1.png").read_bytes().startswith(b"\x89PNG")
-    (row, _), again = json.loads(call(*paths, "--table1", "--json")[1]), call(*run.parent.glob("*"), "--table1")
-    assert row["edges"] == 11.5 and row["rows"][1]["edges"] == 13
-    assert again[0] is None and "tiny" in again[1]  # out/* finds the table of the last call too
-
-
-def test_table_1_has_the_papers_row_for_the_papers_models_only(run, call):
-    rows = {"dim": {}, "head": {"attn_unit": "head", "k_attn": 1, "k_mlp": 1}, "sigmoid": {"gate": "sigmoid"}, "odd": {"k_mlp": 3}}
-    paths = []
-    for name, changes in rows.items():
-        (path,) = seeds(run, name, of=(1,), **changes)
-        checkpoint = load_checkpoint(path)
-        checkpoint["config"] |= changes
-        if name == "head":
-            checkpoint["model"] = tiny(**changes).state_dict()
-        torch.save(checkpoint, path / "best.pt")
-        paths.append(path)
-    message, out = call(*paths, "--table1")
-    assert message is None
-    dim, head, sigmoid, odd = out.splitlines()[1:5]
-    assert "6.55" in dim and "local k=1, heads" in head and "local k=2, sigmoid" in sigmoid and "local k=2,3" in odd
-    assert dim.split()[-1] == "0.71" and [line.split()[-1] for line in (head, sigmoid, odd)] == ["-"] * 3
-
-
-def test_table_1_refuses_what_does_not_belong_together(run, call, tmp_path, monkeypatch):
-    first, second = seeds(run, of=(1, 2))
-    monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("too late"))
-    found(first, "acdc", edges=1, connected=1, ioi_exact=1)
-    found(second, "acdc", settings=3, edges=1, connected=1, ioi_exact=1)
-    assert "knob=0, not 3" in call(first, second, "--table1")[0]
-    checkpoint = load_checkpoint(first)
-    checkpoint["model"]["lm_head.weight"] += 1
-    torch.save(checkpoint, first / "best.pt")
-    assert "with --force; it came from python interp/acdc.py somewhere" in call(first, "--table1")[0]
-    for text in ("", "[]", "{}", '{"checkpoint": 1, "settings": {}}'):
-        (second / "acdc.json").write_text(text)
-        assert "acdc.json is damaged: delete it" in call(second, "--table1")[0]
-    other = shutil.copytree(tmp_path / "data", tmp_path / "other")
-    meta = json.loads((other / "meta.json").read_text())
-    (other / "meta.json").write_text(json.dumps(meta | {"checksum": "def"}))
-    checkpoint["train_config"]["data"] = str(other)
-    torch.save(checkpoint, first / "best.pt")
-    assert "other texts" in call(run, first, "--table1")[0]
-
-
-def test_results_lie_beside_their_checkpoint(tmp_path):
-    (tmp_path / "run").mkdir()
-    assert evaluation.result_path(tmp_path / "run", "sae.json") == tmp_path / "run" / "sae.json"
-    assert evaluation.result_path(tmp_path / "run" / "last.pt", "sae.json") == tmp_path / "run" / "last.sae.json"
-
-
-def test_results_need_no_git(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert evaluation.environment(torch.device("cpu"))["commit"] == "unknown"
-
-
-def test_a_fingerprint_is_of_the_clean_weights(run):
-    checkpoint = load_checkpoint(run)
-    before = evaluation.fingerprint(checkpoint)
-    checkpoint["model"]["transformer.h.0.mlp_gate.weight"] += 1
-    assert evaluation.fingerprint(checkpoint) == before and len(before) == 16
-    checkpoint["model"]["transformer.ln_f.bias"] += 1e-6
-    assert evaluation.fingerprint(checkpoint) != before
 
 
 def test_same_seed_same_sample(run, call):
@@ -349,19 +271,124 @@ def test_same_seed_same_sample(run, call):
     assert first == second and first[1:] != other[1:]
 
 
-def test_mistakes_get_one_line(run, call, tmp_path):
+def test_a_mistake_is_found_before_anything_is_measured(run, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("too late"))
     (tmp_path / "not.pt").write_text("hello")
+    (tmp_path / "a.png").mkdir()
     other = tmp_path / "other"
     other.mkdir()
     meta = json.loads((tmp_path / "data" / "meta.json").read_text())
     (other / "meta.json").write_text(json.dumps(meta | {"tokenizer": {"name": "gpt2"}}))
+    nowhere = tmp_path / "nowhere"
     for words, expected in [
-        ((tmp_path / "nowhere",), "no checkpoint at"), ((tmp_path / "not.pt",), "is not a checkpoint"),
-        ((run, "--data", tmp_path / "nowhere"), "no prepared data"), ((run, "--data", other), "another tokenizer"),
-        ((run, "--batch_size", "0"), "--batch_size=0"), ((run, "--batch_size", "many"), "--batch_size"),
-        ((run, "--top_k", "0", "--sample", "a"), "top_k=0"), ((), "runs"), ((run, "--frobnicate"), "--frobnicate"),
-        ((run, "--json", "--sample", "a"), "drop --sample"), ((run, "--temperature", "nan"), "--temperature=nan"),
-        ((run, "--device", "gpu"), "--device=gpu"), ((run, "--plot", tmp_path / "nowhere" / "a.png"), "--plot"),
+        ((nowhere,), "no checkpoint at"),
+        ((run, tmp_path / "not.pt"), "not.pt is damaged, or no file of this project"),
+        ((run, "--data", nowhere), "no prepared data"),
+        ((run, "--data="), "no prepared data"),
+        ((run, "--data", other), "another tokenizer"),
+        ((run, "--batch_size", "0"), "--batch_size=0"),
+        ((run, "--batch_size", "many"), "--batch_size"),
+        ((run, "--max_new_tokens", "0"), "--max_new_tokens=0 must be at least 1"),
+        ((run, "--top_k", "0", "--sample", "a"), "top_k=0"),
+        ((run, "--top_p", "0"), "--top_p=0.0"),
+        ((run, "--top_p", "nan"), "--top_p=nan"),
+        ((), "runs"),
+        ((run, "--frobnicate"), "--frobnicate"),
+        ((run, "--json", "--sample", "a"), "drop --sample"),
+        ((run, "--temperature", "nan"), "--temperature=nan"),
+        ((run, "--temperature", "-1"), "--temperature=-1.0"),
+        ((run, "--temperature", "1e-320"), "must be at least 1e-06, or 0: greedy"),
+        ((run, "--seed", 2**64), f"--seed={2**64} must be from 0 to {2**63 - 1}"),
+        ((run, "--seed", "-1"), "--seed=-1 must be from 0"),
+        ((run, "--device", "gpu"), "--device=gpu"),
+        ((run, "--plot", nowhere / "a.png"), f"cannot write {nowhere / 'a.png'}: No such file or directory"),
+        ((run, "--plot", "/proc/a.png"), "cannot write /proc/a.png"),
+        ((run, "--plot", tmp_path / "a.png"), "a.png: there is a folder of that name"),
+        ((run, "--plot", tmp_path / ("a" * 300 + ".png")), "File name too long"),
+        ((run, "--plot", "a.gif"), "--plot=a.gif must end in"),
+        ((run, "--plot="), "--plot= must end in"),
     ]:
         message, _ = call(*words)
         assert expected in str(message) and str(message).startswith("error: ") and "\n" not in str(message), words
+
+
+@pytest.mark.parametrize("knob, value", [
+    ("--temperature", "1e-6"), ("--temperature", "1e300"), ("--seed", 2**63 - 1), ("--top_k", 10**9), ("--top_p", 1e-6)])
+def test_the_limits_of_sampling_can_be_sampled_at(run, call, knob, value):
+    message, out = call(run, "--sample", "ab", "--max_new_tokens", 3, knob, value)
+    assert message is None and "ablated stream" in out
+
+
+@pytest.mark.parametrize("text", ['{"step": 1}', "[1]", '{"step": 1, "val_clean": "x", "val_ablated": 1}', '{"step": 1, "val'])
+def test_damaged_curves_are_found_before_anything_is_measured(run, call, monkeypatch, text):
+    monkeypatch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("too late"))
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(text)
+    assert f"{run / 'metrics.jsonl'} is damaged" in call(run, "--plot", run / "a.png")[0]
+
+
+@pytest.mark.parametrize("changes", [
+    {"step": None}, {"step": "7"}, {"tokenizer": "gpt2"}, {"data": 5}, {"train_config": []},
+    {"train_config": {"data": "data"}}, {"train_config": {"seed": 1}}, {"train_config": {"data": 1, "seed": 1}}])
+def test_a_checkpoint_of_another_program_is_one_line(run, call, changes):
+    torch.save({**load_checkpoint(run), **changes}, run / "best.pt")
+    message, _ = call(run)
+    assert message.startswith(f"error: {run} was not written by train.py: it has no ")
+
+
+# ---- where the data lie
+
+
+def with_data(run, data):
+    """The same run, as if it had been trained with --data=..."""
+    checkpoint = load_checkpoint(run)
+    checkpoint["train_config"]["data"] = str(data)
+    torch.save(checkpoint, run / "best.pt")
+    return run
+
+
+def test_relative_data_are_found_here_and_in_the_runs_project(run, tmp_path):
+    with_data(run, "data")
+    for folder, path, expected in [
+        (tmp_path, "out/tiny", "data"),
+        (tmp_path / "out", "tiny", str(tmp_path / "data")),
+        (run, ".", str(tmp_path / "data")),
+        (run, "best.pt", str(tmp_path / "data")),
+        ("/", str(run), str(tmp_path / "data")),
+    ]:
+        with contextlib.chdir(folder):
+            assert evaluation.find_data(evaluation.open_run(path))[0] == expected
+    (tmp_path / "out" / "data").symlink_to(tmp_path / "data")  # the nearest one counts
+    with contextlib.chdir("/"):
+        assert evaluation.find_data(evaluation.open_run(run))[0] == str(tmp_path / "out" / "data")
+        with pytest.raises(UserError, match="no prepared data in nowhere"):
+            evaluation.find_data(evaluation.open_run(with_data(run, "nowhere")))
+        assert evaluation.find_data(evaluation.open_run(run), tmp_path / "data")[0] == str(tmp_path / "data")
+
+
+# ---- where the output goes
+
+
+def shell(command, **environment):
+    """A line of bash that fails if any of its programs does -> exit code, stdout, stderr."""
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd="/", capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    return done.returncode, done.stdout.decode("ascii", "replace"), done.stderr.decode()
+
+
+def test_an_output_that_is_not_utf_8_prints_plus_minus_as_text(run, tmp_path):
+    """From / too, where the run's relative data do not lie."""
+    command = shlex.join([sys.executable, str(ROOT / "eval.py"), str(with_data(run, "data"))])
+    code, out, err = shell(command, PYTHONIOENCODING="ascii")
+    assert code == 0 and " +- " in out.splitlines()[1] and err == ""
+    code, out, err = shell(command, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert code == 0 and " +- " in out.splitlines()[1] and err == ""
+
+
+@pytest.mark.parametrize("ending", ["| true", "> /dev/full"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_takes_nothing_is_one_line(run, ending, unbuffered):
+    command = shlex.join([sys.executable, str(ROOT / "eval.py"), str(run)])
+    code, out, err = shell(f"{command} {ending}", PYTHONUNBUFFERED=unbuffered)
+    assert code == 1 and out == ""
+    assert err.startswith("error: cannot write the output: ") and err.count("\n") == 1

@@ -77,9 +77,63 @@ TRAIN = [
 
 PREPARE = []
 
-EVAL = []
+NO_DATA = "no prepared data in nowhere (no meta.json): name the folder that has it with --data"
+MISFIT = "out/run: the checkpoint's config and weights do not fit"
+OTHER_TOKENS = "val.bin is damaged, its sha256 is not that of meta.json"
 
-TABLE1 = []
+EVAL = [
+    ("eval.py", "the following arguments are required: runs"),
+    ("eval.py out/nowhere", "no checkpoint at out/nowhere"),
+    ("eval.py ''", "no checkpoint at : give a run folder"),
+    (f"eval.py {'a' * 300}", "no checkpoint at aaa"),
+    ("eval.py out", "no checkpoint at out/best.pt"),
+    ("eval.py config.py", "config.py is damaged, or no file of this project"),
+    ("eval.py out/run --data=nowhere", NO_DATA),
+    ("eval.py out/run --data=", "no prepared data in"),
+    ("eval.py out/run --data=data/val.bin", "no prepared data in data/val.bin"),
+    (f"eval.py out/run --data={'a' * 300}", "no prepared data in aaa"),
+    ("eval.py out/run --device=cpu:9", "--device=cpu:9 cannot be used"),
+    ("eval.py out/run --batch_size=0", "--batch_size=0 must be at least 1"),
+    ("eval.py out/run --sample=a --seed=18446744073709551616", "--seed=18446744073709551616 must be from 0 to"),
+    ("eval.py out/run --sample=a --top_k=0", "--top_k=0 must be at least 1"),
+    ("eval.py out/run --sample=a --top_p=2", "--top_p=2.0 must be from 1e-06 to 1"),
+    ("eval.py out/run --sample=a --temperature=1e-320", "--temperature=1e-320 must be at least 1e-06, or 0: greedy"),
+    ("eval.py out/run --sample=a --max_new_tokens=-1", "--max_new_tokens=-1 must be at least 1"),
+    ("eval.py out/run --plot=/proc/a.png", "cannot write /proc/a.png: No such file or directory"),
+    ("eval.py out/run --plot=new/a.png", "cannot write new/a.png: No such file or directory"),
+    ("eval.py out/run --plot=a.png", "cannot write a.png: there is a folder of that name", folder_named("a.png")),
+    ("eval.py out/run --plot=a.png", "cannot write a.png: Is a directory", folder_named("a.png.tmp")),
+    ("eval.py out/run --plot=a", "--plot=a must end in .png, .pdf or .svg"),
+    ("eval.py out/run --plot=a.png", "metrics.jsonl is damaged", text("out/run/metrics.jsonl", '{"step": 2, "va')),
+    ("eval.py out/run out/run/last.pt --over_seeds", "out/run and out/run/last.pt are the same run with the same seed"),
+    ("eval.py out/run", "out/run/best.pt is damaged", flip("out/run/best.pt")),
+    ("eval.py out/run out/run/last.pt", "out/run/last.pt is damaged", flip("out/run/last.pt")),
+    ("eval.py out/run", "out/run/best.pt is damaged", text("out/run/best.pt", "")),
+    ("eval.py out/run", "out/run was not written by train.py: it has no 'step'", checkpoint("best.pt", step=None)),
+    ("eval.py out/run", "it has no 'train_config'", checkpoint("best.pt", train_config=[])),
+    ("eval.py out/run", "it has no 'seed'", checkpoint("best.pt", train_config={"data": "data"})),
+    ("eval.py out/run", "it has no 'tokenizer'", checkpoint("best.pt", tokenizer="gpt2")),
+    ("eval.py out/run", MISFIT, checkpoint("best.pt", model={})),
+    ("eval.py out/run", "out/run: ", checkpoint("best.pt", config={"n_layer": "two"})),
+    ("eval.py out/run", OTHER_TOKENS, flip("data/val.bin")),
+    ("eval.py out/run", "val.bin has 3 bytes where meta.json promises 800", text("data/val.bin", "abc")),
+    ("eval.py out/run", "data/meta.json is damaged", text("data/meta.json", "{")),
+    ("eval.py out/run", "data has another tokenizer than the one out/run", meta(tokenizer={"name": "gpt2"})),
+]
+
+TABLE1 = [
+    ("table1.py out/nowhere", "no checkpoint at out/nowhere"),
+    ("table1.py out/run --batch_size=0", "--batch_size=0 must be at least 1"),
+    ("table1.py out/run --data=nowhere", NO_DATA),
+    ("table1.py out/run out/run/last.pt", "out/run and out/run/last.pt are the same run with the same seed"),
+    ("table1.py out/run", "table1.md: there is a folder of that name", folder_named("out/table1.md")),
+    ("table1.py out/run", "table1.csv: there is a folder of that name", folder_named("out/table1.csv")),
+    ("table1.py out/run", "table1.png: there is a folder of that name", folder_named("out/table1.png")),
+    ("table1.py out/run", "out/run/acdc.json is damaged: delete it", text("out/run/acdc.json", '{"run": "out/run", "checkp')),
+    ("table1.py out/run", "out/run/sae.json is damaged: delete it", text("out/run/sae.json", "[" * 200_000)),
+    ("table1.py out/run", "out/run/best.pt is damaged", flip("out/run/best.pt")),
+    ("table1.py out/run", OTHER_TOKENS, flip("data/val.bin")),
+]
 
 ACDC = []
 

@@ -1,0 +1,162 @@
+"""interp/table1.py: the join over seeds, the paper's row beside ours, what it refuses.
+
+    python -m pytest tests/test_table1.py
+"""
+
+import csv
+import functools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "interp")]
+import table1
+from eval import open_run
+from interp.results import fingerprint, write_json
+from model import load_checkpoint
+from test_eval import run, seeds, tiny, typed  # noqa: F401
+
+
+@pytest.fixture
+def call(typed):
+    """table1.py with these words -> its exit message, what it printed."""
+    return functools.partial(typed, table1.main)
+
+
+@pytest.fixture
+def no_measuring(monkeypatch):
+    monkeypatch.setattr(table1, "evaluate_run", lambda *_: pytest.fail("too late"))
+
+
+def found(run, experiment, settings=0, warnings=(), **facts):
+    """The result of an experiment, as far as Table 1 reads it."""
+    write_json(run / f"{experiment}.json", {
+        "run": str(run), "checkpoint": fingerprint(open_run(run).model), "step": 7, "settings": {"knob": settings},
+        "command": f"interp/{experiment}.py somewhere", "date": "2026-01-01 00:00", "warnings": list(warnings), **facts})
+
+
+def found_circuit(run, edges, **changes):
+    circuits = [{"tau": 0.03, "order": "descending", "edges": edges, "connected": edges - 2},
+                {"tau": 0.03, "order": 0, "edges": 999, "connected": 999}]
+    found(run, "acdc", circuits=circuits, ioi_exact=0.5, **changes)
+
+
+def found_saes(run, *rows, **changes):
+    """rows: (l1, l0, ce_score)."""
+    names = ("l1", "l0", "ce_score")
+    found(run, "sae", saes=[{"seed": seed, **dict(zip(names, row))} for seed, row in enumerate(rows)], **changes)
+
+
+def test_it_joins_the_experiments_over_seeds(run, call):
+    paths = [*seeds(run, of=(1, 2)), *seeds(run, "plain", ablation="none", of=(1,))]
+    for path, edges in zip(paths, (10, 13, 50)):
+        found_circuit(path, edges)
+    found_saes(paths[0], (5.0, 4.0, 0.6))
+    found_saes(paths[2], (5.0, 7.5, None), warnings=["do not believe it"])
+    message, out = call(*paths)
+    assert message is None
+    head, local, plain = out.splitlines()[:3]
+    assert "11.5 ± 2.1" in local and "4.00 (1 of 2)" in local and "0.60 (1 of 2)" in local and "0.71" in local
+    assert "50.0" in plain and "7.50" in plain and "79" in plain and "50%" in plain
+    markdown = (run.parent / "table1.md").read_text(encoding="utf-8").splitlines()
+    # settings and doubts go with it
+    for note in ("acdc: knob 0; of a list, the first", f"warning: {paths[2]}: do not believe it"):
+        assert note in out.splitlines() and note in markdown
+    assert len(markdown) == 4 + 2 * 3
+    assert [cell.strip() for cell in markdown[0].split("|")][4:6] == ["edges", "paper edges"]
+    assert "| 11.5 ± 2.1 | 54 |" in markdown[2]
+    with open(run.parent / "table1.csv", newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["edges"], first["edges_sd"][:6], first["paper edges"], first["seeds"]) == ("11.5", "2.1213", "54", "2")
+    assert second["ce_score"] == "" and second["paper CE score"] == "0.63"
+    assert (run.parent / "table1.png").read_bytes().startswith(b"\x89PNG")
+    (row, _), again = json.loads(call(*paths, "--json")[1]), call(*run.parent.glob("*"))
+    assert row["edges"] == 11.5 and row["rows"][1]["edges"] == 13
+    assert again[0] is None and "tiny" in again[1]  # out/* finds the table of the last call too
+
+
+def test_of_many_autoencoders_the_first_coefficient_counts_over_its_seeds(run, call):
+    plain, = seeds(run, "plain", ablation="none", of=(1,))
+    found_saes(run, (5.0, 4.0, 0.5), (9.0, 100.0, 0.9), (5.0, 7.0, 0.8))
+    found_saes(plain, (5.0, 1.0, 0.5), (5.0, 2.0, None))
+    local, baseline = json.loads(call(run, plain, "--json")[1])
+    assert local["l0"] == 5.5 and local["ce_score"] == pytest.approx(0.65)
+    assert baseline["l0"] == 1.5 and "ce_score" not in baseline
+    found(run, "sae", saes=[{"seed": 1, "k": k, "l0": k, "ce_score": 0.5} for k in (8, 16)])
+    assert json.loads(call(run, "--json")[1])[0]["l0"] == 8
+
+
+def test_it_has_the_papers_row_for_the_papers_models_only(run, call):
+    rows = {"dim": {}, "head": {"attn_unit": "head", "k_attn": 1, "k_mlp": 1}, "sigmoid": {"gate": "sigmoid"},
+            "odd": {"k_mlp": 3}}
+    paths = []
+    for name, changes in rows.items():
+        (path,) = seeds(run, name, of=(1,), **changes)
+        checkpoint = load_checkpoint(path)
+        checkpoint["config"] |= changes
+        if name == "head":
+            checkpoint["model"] = tiny(**changes).state_dict()
+        torch.save(checkpoint, path / "best.pt")
+        paths.append(path)
+    message, out = call(*paths)
+    assert message is None
+    dim, head, sigmoid, odd = out.splitlines()[1:5]
+    assert "6.55" in dim and "local k=1, heads" in head and "local k=2, sigmoid" in sigmoid and "local k=2,3" in odd
+    assert dim.split()[-1] == "0.71" and [line.split()[-1] for line in (head, sigmoid, odd)] == ["-"] * 3
+
+
+def test_it_refuses_what_does_not_belong_together(run, call, tmp_path, no_measuring):
+    first, second = seeds(run, of=(1, 2))
+    found_circuit(first, 1)
+    found_circuit(second, 1, settings=3)
+    assert "knob=0, not 3" in call(first, second)[0]
+    checkpoint = load_checkpoint(first)
+    checkpoint["model"]["lm_head.weight"] += 1
+    torch.save(checkpoint, first / "best.pt")
+    assert "with --force; it came from python interp/acdc.py somewhere" in call(first)[0]
+    other = shutil.copytree(tmp_path / "data", tmp_path / "other")
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"checksum": "def"}))
+    checkpoint["train_config"]["data"] = str(other)
+    torch.save(checkpoint, first / "best.pt")
+    assert "other texts" in call(run, first)[0]
+
+
+@pytest.mark.parametrize("name, facts", [
+    ("acdc", {}), ("acdc", {"circuits": []}), ("acdc", {"circuits": [{"edges": 1, "connected": 1}]}),
+    ("acdc", {"circuits": [{"edges": "many", "connected": 1}], "ioi_exact": 1}), ("acdc", {"circuits": 5}),
+    ("sae", {}), ("sae", {"saes": []}), ("sae", {"saes": [{"l1": 5, "l0": 1}]}), ("sae", {"saes": ["l1"]}),
+    ("sae", {"saes": [{"l1": 5, "l0": "1", "ce_score": 1}]}), ("sae", {"saes": [{"l0": 1, "ce_score": 1}]})])
+def test_a_half_result_is_one_line(run, call, no_measuring, name, facts):
+    found(run, name, **facts)
+    assert call(run)[0] == f"error: {run / name}.json is damaged: delete it, and make it again"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"checkpoint": 1, "settings": {}}', '{"checkpoint"'])
+def test_a_damaged_result_is_one_line(run, call, no_measuring, text):
+    (run / "acdc.json").write_text(text)
+    message, _ = call(run)
+    assert message.startswith("error: ") and "acdc.json is damaged: delete it" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["table1.md", "table1.csv", "table1.png"])
+def test_what_cannot_be_saved_is_found_out_at_once(run, call, no_measuring, name):
+    (run.parent / name).mkdir()
+    assert call(run)[0] == f"error: cannot write {run.parent / name}: there is a folder of that name"
+
+
+def test_it_does_not_count_a_seed_twice(run, call, no_measuring):
+    shutil.copy(run / "best.pt", run / "last.pt")
+    assert "are the same run with the same seed" in call(run, run / "last.pt")[0]
+
+
+def test_it_works_from_elsewhere(run, tmp_path):
+    """As a user types it, in a process of its own."""
+    done = subprocess.run([sys.executable, ROOT / "interp" / "table1.py", run], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "paper ppl" in done.stdout, done.stderr

@@ -1,18 +1,32 @@
 """Time a training step, exactly as train.py takes it: batch, forward, backward, clipping, optimizer.
 
-    python bench/speed.py                                          the paper's model and batch, GPT-2's vocabulary
-    python bench/speed.py --batch_size=4 --parts                   1,024 tokens a step, and where their time goes
-    python bench/speed.py --dtype=float32,bfloat16 --compile=False,True,reduce-overhead    every combination
-    python bench/speed.py config/demo.py --vocab_size=580          any knob of train.py
+    python bench/speed.py                           the paper's model and batch, GPT-2's vocabulary
+    python bench/speed.py --batch_size=4 --parts    1,024 tokens a step, and where their time goes
+    python bench/speed.py --dtype=float32,bfloat16 --compile=False,True,reduce-overhead
+    python bench/speed.py config/demo.py --vocab_size=580         any knob of train.py
+    python bench/speed.py --batch_size=4 --against=b125f23        beside the step of another commit
 
-Commas make lists of --dtype, --compile, --batch_size and --vocab_size. Every combination is timed for the plain GPT-Neo
-(baseline) and the local and the global variant, all in turn, round after round, so that a busy machine slows all of them;
-a figure is the median of the rounds, and ratios are those of medians within one run. Two references, eager and with whole
-logits: `plain`, the baseline as a first draft would write it, and `whole`, the local variant with both logit tensors.
+Commas make lists of --dtype, --compile, --batch_size and --vocab_size. Every combination is timed for
+the plain GPT-Neo (baseline) and the local and the global variant, all in turn, round after round, so
+that a busy machine slows all of them. Two references, eager and with whole logits: `plain`, the
+baseline as a first draft would write it, and `whole`, the local variant with both logit tensors.
 
-FLOP/s: 6 FLOP per token and weight of each matrix, with causal attention counted half, over the time. Floor: these over the rate of a large matrix product here; on CUDA at least the bytes of seven passes over
-the 2-byte logits, over the rate of a large copy. Memory: peak of a step above what was there before the
-model, weights and optimizer included; on a CPU resident memory, of a process of its own.
+ms/step      the median of the rounds, and the fastest and the slowest of them
+x baseline   the median over that of the baseline with the same knobs, in the same call
+GFLOP/s      the arithmetic of a step over its time: 6 operations per token and weight of each matrix,
+             the forward pass 2 and the backward pass 4; causal attention is counted half
+of floor     the shortest possible time over the time taken. The arithmetic takes at least as long as
+             at the rate of a large matrix product here; on CUDA seven passes over the logits of 2
+             bytes take at least as long as at the rate of a large copy; the longer of the two counts
+peak MB      the most memory that a step holds beyond what was there before the model, weights and
+             optimizer included; on a CPU resident memory, of a process of its own
+h / 400,000  hours for the paper's 400,000 updates
+
+--against=COMMIT instead compares whole trees: a process with the files of this one and a process with
+those of the commit each take their own steps, by turns (bench/against.py). `ratio` is this tree's
+median over the commit's, below 1 where this one is faster. `by round`: the two times of each round
+are divided first, then comes the median, which a machine that slows down for some rounds cannot move;
+`lowest` and `highest` are the smallest and the largest of these.
 """
 
 import argparse
@@ -33,264 +47,327 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # python puts bench/ there
+import against
 import config as knobs
 import model as model_file
-from eval import environment
-from model import GPTNeo, gate
+from eval import column, print_table
+from interp.results import environment
+from model import GPTNeo
+from parts import time_parts
 from prepare import UserError
+from timing import clock, in_turn
 from train import batch_at, choose_machine, make_optimizer, place_tokens, update
 
-ABLATION = {"plain": "none", "baseline": "none", "whole": "local", "local": "local", "global": "global"}
+ABLATION = {  # variant: the knob
+    "plain": "none", "baseline": "none", "whole": "local", "local": "local", "global": "global"}
+REFERENCES = ("plain", "whole")
+LISTS = {"dtype": "auto", "compile": "auto", "vocab_size": "50257", "batch_size": "24"}  # defaults
 
 
 def whole_head_losses(streams, weight, targets, coeffs):
     """head_losses as a first draft would write it: every logit of every stream at once."""
-    means = torch.stack([F.cross_entropy(F.linear(x, weight).float().flatten(0, 1), targets.flatten()) for x in streams])
+    losses = []
+    for x in streams:
+        logits = F.linear(x, weight).float()  # (B, T, V)
+        losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    means = torch.stack(losses)  # (streams,)
     return means @ means.new_tensor(coeffs), means.detach()
 
 
 class Row:
-    """One line of the table: a variant under one choice of knobs, ready to step."""
+    """One line of the table: a variant with its knobs, which can step once it is built.
+
+    stepper.py calls Row(variant, words, vocab_size), build, time and seconds at other commits, too.
+    """
 
     def __init__(self, variant, words, vocab_size):
         self.variant, self.words, self.vocab_size = variant, words, vocab_size
         self.config = knobs.load([*words, f"--ablation={ABLATION[variant]}"])
-        self.model_config = dataclasses.replace(self.config, vocab_size=vocab_size).model
-        if self.config.fsdp or self.config.batch_size % self.config.grad_accum:
-            raise UserError(f"batch_size={self.config.batch_size} must be a multiple of grad_accum={self.config.grad_accum}, "
-                             f"and this is one process: --fsdp=False")
+        batch_size, grad_accum = self.config.batch_size, self.config.grad_accum
+        if self.config.fsdp or batch_size % grad_accum:
+            raise UserError(f"batch_size={batch_size} must be a multiple of grad_accum={grad_accum}, "
+                            f"and this is one process: --fsdp=False")
+        self.device, bfloat16, self.compile_mode = choose_machine(self.config, 0)
+        self.dtype = "bfloat16" if bfloat16 else "float32"
+        self.streams = 1 if self.config.ablation == "none" else 2
+        self.memory = None  # peak of a step in bytes, where it is known
+
+    def label(self):
+        """What tells it from the other rows: the knobs as they were given."""
+        config = self.config
+        return (f"{self.variant} {config.dtype} compile={config.compile} "
+                f"V={self.vocab_size} B={config.batch_size}")
+
+    def setting(self):
+        """What the variants share, as it was understood: columns of the table."""
+        return {"dtype": self.dtype, "compile": self.compile_mode or "False", "vocab_size": self.vocab_size,
+                "batch": f"{self.config.batch_size} x {self.config.block_size}"}
 
     def build(self):
         config = self.config
-        self.device, bfloat16, self.compile_mode = choose_machine(config, 0)
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
-        self.dtype = "bfloat16" if bfloat16 else "float32"
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
         torch.manual_seed(config.seed)
-        self.model = GPTNeo(self.model_config).to(self.device)
+        self.model = GPTNeo(dataclasses.replace(config, vocab_size=self.vocab_size).model).to(self.device)
         if self.compile_mode:
             self.model.compile(mode=self.compile_mode)
         self.optimizer = make_optimizer(self.model, config, self.device)
         tokens = np.random.default_rng(0).integers(0, self.vocab_size, 1_000_000).astype(np.uint16)
-        self.tokens, self.steps, self.seconds = place_tokens(tokens, self.device), 0, []
+        self.tokens = place_tokens(tokens, self.device)
+        self.steps, self.seconds = 0, []  # steps taken; seconds of a step, one a round
         return self
 
     def step(self):
-        head_losses = whole_head_losses if self.variant in ("plain", "whole") else model_file.head_losses
+        head_losses = model_file.head_losses
+        if self.variant in REFERENCES:
+            head_losses = whole_head_losses
         with mock.patch.object(model_file, "head_losses", head_losses):
             rows = batch_at(self.tokens, self.steps, self.config, device=self.device)
             update(self.model, self.optimizer, rows, self.config, self.autocast)
         self.steps += 1
 
     def time(self, steps):
-        self.step()  # as in a real run, the step before was one of its own: another row's leaves another heap and cache
+        # in a real run the step before was one of its own: another row's leaves another heap and cache
+        self.step()
         self.seconds.append(clock(self.step, self.device, steps))
 
     def flops(self):
-        """Of one step, both passes, without counting anything twice."""
-        c, C = self.config, self.config.n_embd
-        gates = 0 if c.ablation == "none" else c.n_layer * C * (C if c.attn_unit == "dim" else c.n_head) + c.n_layer * 4 * C * C
-        stream = c.n_layer * 12 * C * C + C * self.vocab_size + c.n_layer * c.block_size * C  # the last: causal attention
-        return 6 * c.batch_size * c.block_size * (stream * (1 if c.ablation == "none" else 2) + gates)
+        """Operations of one step, forward and backward, nothing counted twice."""
+        config = self.config
+        C, L, T = config.n_embd, config.n_layer, config.block_size
+        blocks = L * 12 * C * C  # q, k, v and out projections 4 C C, MLP 8 C C
+        head = C * self.vocab_size
+        attention = L * T * C  # scores and sums of values, over T / 2 keys on average
+        per_token = self.streams * (blocks + head + attention)
+        if config.ablation != "none":
+            per_token += L * C * (config.attn_units + 4 * C)  # the gates, which read the clean stream only
+        return 6 * config.batch_size * T * per_token
+
+    def floor(self, product, copy):
+        """Seconds that a step takes at least, at these FLOP/s and bytes/s."""
+        seconds = self.flops() / product
+        if self.device.type == "cuda":
+            tokens = self.config.batch_size * self.config.block_size
+            logits = 2 * self.streams * tokens * self.vocab_size  # bytes
+            seconds = max(seconds, 7 * logits / copy)
+        return seconds
 
 
-def clock(function, device, times=1):
-    """Seconds that one call takes, the work it leaves to a GPU included."""
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
-    wait()
-    begun = time.perf_counter()
-    for _ in range(times):
-        function()
-    wait()
-    return (time.perf_counter() - begun) / times
+# ---------------------------------------------------------------------------------- memory and rates
 
 
-def resident(peak):
-    """This process's resident memory in bytes, now or at its peak; None where Linux's /proc is missing."""
+def resident(which):
+    """This process's resident memory in bytes: "VmRSS" now, "VmHWM" at its peak; None without Linux's /proc."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
         return None
-    return 1024 * int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0])
+    return 1024 * int(status.split(f"{which}:")[1].split()[0])
 
 
 def cpu_memory(row):
-    before = resident(peak=False)
+    """The peak memory in bytes of two steps of a row that is not built yet, or None."""
+    before = resident("VmRSS")
     row.build()
     for _ in range(2):
         row.step()
-    return before and resident(peak=True) - before
+    return None if before is None else resident("VmHWM") - before
+
+
+def memory_in_new_process(row):
+    """cpu_memory with a heap of its own: what others have freed would hide what a step takes."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(cpu_memory, row).result()
 
 
 def build_and_warm(row, steps):
-    """Make it ready to be timed, and on the way find its peak memory in bytes, or None."""
-    if row.config.device == "cpu" or knobs.pick_device(row.config.device).type == "cpu":
-        row.memory = None
-        if row.config.compile in ("auto", "False"):  # to compile it twice would take minutes
-            fresh = multiprocessing.get_context("spawn")  # a heap of its own: what others have freed would hide what it takes
-            with ProcessPoolExecutor(1, mp_context=fresh) as pool:
-                row.memory = pool.submit(cpu_memory, row).result()
-    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    if torch.cuda.is_available():
+    """Make a row ready to be timed, and on the way find its peak memory."""
+    on_gpu = row.device.type == "cuda"
+    if row.device.type == "cpu" and not row.compile_mode:  # to compile it twice would take minutes
+        row.memory = memory_in_new_process(row)
+    if on_gpu:
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     begun = time.perf_counter()
     row.build()
     for _ in range(steps):
         row.step()
-    if row.device.type == "cuda":
+    if on_gpu:
         torch.cuda.synchronize()
         row.memory = torch.cuda.max_memory_allocated() - before
-    print(f"  {label(row)}: warm after {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+    seconds = time.perf_counter() - begun
+    print(f"  {row.label()}: warm after {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 def ceilings(device, dtype):
-    """FLOP/s of a large matrix product and bytes/s, read and written, of a large copy on this device; best of five."""
+    """FLOP/s of a large matrix product and bytes/s, read and written, of a large copy; the best of six."""
     n, size = (8192, 2**28) if device.type == "cuda" else (2048, 2**26)
-    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
     source = torch.ones(size, device=device, dtype=torch.uint8)
     target = torch.ones_like(source)
-    best = lambda function: min(clock(function, device) for _ in range(6))
-    return 2 * n**3 / best(lambda: torch.mm(a, b)), 2 * size / best(lambda: target.copy_(source))
+    work = {"product": lambda: torch.mm(a, b), "copy": lambda: target.copy_(source)}
+    seconds = in_turn(work, 6, device)
+    return 2 * n**3 / min(seconds["product"]), 2 * size / min(seconds["copy"])
 
 
-def parts(row, rounds):
-    """{part: median seconds}, each forward and backward on its own with inputs like those in the step."""
-    model, config, device = row.model, row.model.config, row.device
-    batch = batch_at(row.tokens, 0, row.config, device=device)
-    idx, targets = batch[:, :-1], batch[:, 1:]
-    fresh = lambda x: x.detach().requires_grad_()
-    with row.autocast:
-        hidden, inputs, caches = model.clean_pass(idx)
-    hidden, inputs, caches = fresh(hidden), [fresh(x) for x in inputs], [tuple(map(fresh, kv)) for kv in caches]
-    compiled = torch.compile if row.compile_mode else lambda function: function
-
-    def scores():
-        if config.ablation == "global":
-            return [s for both in (model.attn_gate, model.mlp_gate) for s in both(hidden).chunk(config.n_layer, -1)]
-        return [g(x) for x, block in zip(inputs, model.transformer["h"]) for g in (block.attn_gate, block.mlp_gate)]
-
-    def masks():
-        return sum(gate(s, config.k_mlp if s.size(-1) == 4 * config.n_embd else config.k_attn, config.gate).square().sum()
-                   for s in scores())
-
-    def both_heads():
-        streams = [hidden] if config.ablation == "none" else [hidden, hidden * 1.0]
-        return model_file.head_losses(streams, model.lm_head.weight, targets, [1.0] * len(streams))[0]
-
-    def backward(function):
-        function = compiled(function)
-
-        def run():
-            with row.autocast:
-                loss = function()
-            loss.backward()
-        return run
-
-    def optimize():
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        row.optimizer.step()
-
-    work = {"data": lambda: batch_at(row.tokens, 0, row.config, device=device),
-            "clean pass": backward(lambda: model.clean_pass(idx)[0].square().sum())}
-    if config.ablation != "none":
-        work["gates"] = backward(masks)
-        work["ablated pass and gates"] = backward(lambda: model.ablated_pass(hidden, inputs, caches)[0].square().sum())
-    work |= {"heads and losses": backward(both_heads), "clipping and optimizer": optimize}
-    seconds = {name: [] for name in work}
-    for name, run in work.items():
-        run()  # compiles, allocates; the optimizer, last, has every gradient
-    for _ in range(rounds):
-        for name, run in work.items():
-            seconds[name].append(clock(run, device))
-    row.optimizer.zero_grad(set_to_none=True)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def label(row):
-    return f"{row.variant} {row.config.dtype} compile={row.config.compile} V={row.vocab_size} B={row.config.batch_size}"
+# ------------------------------------------------------------------------------------------- the table
 
 
 def report(row, rows, ceiling):
-    """The numbers of one row, by the names of the columns."""
-    median, tokens = statistics.median(row.seconds), row.config.batch_size * row.config.block_size
-    knobs_of = lambda other: (other.config.dtype, other.config.compile, other.vocab_size, other.config.batch_size)
-    baseline = next((other for other in rows if other.variant == "baseline" and knobs_of(other) == knobs_of(row)), None)
-    product, copy = ceiling[row.dtype]
-    streams = 1 if row.config.ablation == "none" else 2
-    floor = max(row.flops() / product, 7 * 2 * streams * tokens * row.vocab_size / copy if row.device.type == "cuda" else 0)
-    return {"variant": row.variant, "dtype": row.dtype, "compile": row.compile_mode or "False", "vocab_size": row.vocab_size,
-            "batch": f"{row.config.batch_size} x {row.config.block_size}", "ms": 1e3 * median,
-            "ms_min": 1e3 * min(row.seconds), "ms_max": 1e3 * max(row.seconds), "tokens_per_s": tokens / median,
-            "ratio": median / statistics.median(baseline.seconds) if baseline else None,
-            "gflops": row.flops() / median / 1e9, "floor_share": floor / median, "memory_mb": row.memory and row.memory / 1e6,
-            "hours_400k": 400_000 * median / 3600}
+    """The numbers of one row, by the names of COLUMNS; None is what it has not."""
+    median = statistics.median(row.seconds)
+    ratio = None
+    for other in rows:
+        if other.variant == "baseline" and other.setting() == row.setting():
+            ratio = median / statistics.median(other.seconds)
+    return {
+        "variant": row.variant, **row.setting(),
+        "ms": 1e3 * median, "ms_min": 1e3 * min(row.seconds), "ms_max": 1e3 * max(row.seconds),
+        "tokens_per_s": row.config.batch_size * row.config.block_size / median,
+        "ratio": ratio, "gflops": row.flops() / median / 1e9,
+        "floor_share": row.floor(*ceiling) / median,
+        "memory_mb": None if row.memory is None else row.memory / 1e6,
+        "hours_400k": 400_000 * median / 3600}
 
 
-COLUMNS = [("variant", "", "variant"), ("dtype", "", "dtype"), ("compile", "", "compile"), ("vocab_size", ",", "vocabulary"),
-           ("batch", "", "batch"), ("ms", ".1f", "ms/step"), ("ms_min", ".1f", "min"), ("ms_max", ".1f", "max"),
-           ("tokens_per_s", ",.0f", "tokens/s"), ("ratio", ".2f", "x baseline"), ("gflops", ",.0f", "GFLOP/s"),
-           ("floor_share", ".0%", "of floor"), ("memory_mb", ",.0f", "peak MB"), ("hours_400k", ".1f", "h / 400,000")]
+COLUMNS = [
+    ("variant", column("variant")),
+    ("dtype", column("dtype")),
+    ("compile", column("compile")),
+    ("vocabulary", column("vocab_size", ",")),
+    ("batch", column("batch")),
+    ("ms/step", column("ms", ".1f")),
+    ("min", column("ms_min", ".1f")),
+    ("max", column("ms_max", ".1f")),
+    ("tokens/s", column("tokens_per_s", ",.0f")),
+    ("x baseline", column("ratio", ".2f")),
+    ("GFLOP/s", column("gflops", ",.0f")),
+    ("of floor", column("floor_share", ".0%")),
+    ("peak MB", column("memory_mb", ",.0f")),
+    ("h / 400,000", column("hours_400k", ".1f")),
+]
 
 
-def print_table(rows):
-    """Dicts as aligned text."""
-    cells = [[heading, *("-" if row[name] is None else format(row[name], form) for row in rows)] for name, form, heading in COLUMNS]
-    widths = [max(map(len, column)) for column in cells]
-    for line in zip(*cells):
-        print("  ".join(text.rjust(width) for text, width in zip(line, widths)))
+def known(row):
+    """Without the None, which the table shows as -."""
+    return {name: value for name, value in row.items() if value is not None}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = knobs.usage_error
-    for name, default in (("dtype", "auto"), ("compile", "auto"), ("batch_size", "24"), ("vocab_size", "50257")):
-        parser.add_argument(f"--{name}", default=default, help=f"one or more, with commas (default {default})")
-    parser.add_argument("--variants", default="plain,baseline,whole,local,global", help="which of these, with commas")
-    parser.add_argument("--rounds", type=int, default=7, help="of timing everything once (default 7)")
-    parser.add_argument("--steps", type=int, help="steps between two looks at the clock (default 1 on a CPU, 10 on a GPU)")
-    parser.add_argument("--parts", action="store_true", help="also time the parts of a step, for the last combination of knobs")
-    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    args, words = parser.parse_known_args()
-    variants = args.variants.split(",")
-    if set(variants) - ABLATION.keys():
-        raise UserError(f"--variants={args.variants} must be some of {', '.join(ABLATION)}")
-    if args.rounds < 1 or args.steps is not None and args.steps < 1:
-        raise UserError(f"--rounds={args.rounds} and --steps={args.steps} must be at least 1")
-    if not all(text.isdecimal() and 1 < int(text) < 65536 for text in args.vocab_size.split(",")):
-        raise UserError(f"--vocab_size={args.vocab_size} must be whole numbers from 2 to 65,535, with commas")
-    rows = []
-    for dtype, mode, vocab_size, batch in itertools.product(*(value.split(",") for value in
-                                                              (args.dtype, args.compile, args.vocab_size, args.batch_size))):
-        for variant in variants:
-            reference = variant in ("plain", "whole")
-            row = Row(variant, [*words, f"--dtype={dtype}", f"--compile={'False' if reference else mode}",
-                                f"--batch_size={batch}"], int(vocab_size))
-            if not reference or label(row) not in map(label, rows):  # a reference is not compiled: once is enough
-                rows.append(row)
-
+def measure_rows(rows, args, steps):
+    """Time all rows in turn -> the result that --json prints."""
     for row in rows:
         build_and_warm(row, 3)
-    device = rows[0].device
-    steps = args.steps or (10 if device.type == "cuda" else 1)
     for _ in range(args.rounds):
         for row in rows:
             row.time(steps)
-    ceiling = {dtype: ceilings(device, getattr(torch, dtype)) for dtype in dict.fromkeys(row.dtype for row in rows)}
-    result = {"environment": environment(device), "rounds": args.rounds, "steps": steps,
-              "ceilings": {dtype: {"gflops": rate / 1e9, "copy_gb_per_s": copy / 1e9} for dtype, (rate, copy) in ceiling.items()},
-              "rows": [report(row, rows, ceiling) for row in rows]}
+    device = rows[0].device
+    rates = {}
+    for dtype in dict.fromkeys(row.dtype for row in rows):
+        rates[dtype] = ceilings(device, getattr(torch, dtype))
+    result = {
+        "environment": environment(device), "rounds": args.rounds, "steps": steps,
+        "ceilings": {dtype: {"gflops": product / 1e9, "copy_gb_per_s": copy / 1e9}
+                     for dtype, (product, copy) in rates.items()},
+        "rows": [report(row, rows, rates[row.dtype]) for row in rows]}
     if args.parts:
-        result["parts_ms"] = {row.variant: {name: 1e3 * seconds for name, seconds in parts(row, args.rounds).items()}
-                              for row in rows[-len(variants):] if row.variant in ("baseline", "local", "global")}
+        result["parts_ms"] = parts_of_last(rows, args.rounds)
+    return result
+
+
+def parts_of_last(rows, rounds):
+    """{variant: {the name of a part: ms}} for the last combination of knobs."""
+    own = [row for row in rows if row.variant not in REFERENCES]
+    milliseconds = {}
+    for row in own:
+        if row.setting() == own[-1].setting():
+            seconds = time_parts(row, rounds)
+            milliseconds[row.variant] = {part: 1e3 * value for part, value in seconds.items()}
+    return milliseconds
+
+
+def compare_rows(rows, args, steps):
+    """Time all rows in turn, at this and at another commit -> the result that --json prints."""
+    return {"environment": environment(rows[0].device), "against": args.against,
+            "rounds": args.rounds, "steps": steps,
+            "rows": against.compare(rows, args.against, args.rounds, steps)}
+
+
+def show(result):
+    """The result as text."""
+    print("{device}, torch {torch}, commit {commit}".format(**result["environment"])
+          + f"; median of {result['rounds']} rounds of {result['steps']} steps, all rows in turn")
+    for dtype, rates in result.get("ceilings", {}).items():
+        print(f"{dtype}: a large product {rates['gflops']:,.0f} GFLOP/s, "
+              f"a large copy {rates['copy_gb_per_s']:,.0f} GB/s")
+    if "against" in result:
+        print(f"there: commit {result['against']}; ratio: this tree's time over its time")
+        print_table(result["rows"], against.COLUMNS)
+    else:
+        print_table([known(row) for row in result["rows"]], COLUMNS)
+    for variant, times in result.get("parts_ms", {}).items():
+        listed = ", ".join(f"{part} {ms:.1f}" for part, ms in times.items())
+        print(f"{variant}, ms on their own: {listed}")
+
+
+# -------------------------------------------------------------------------------------- the command line
+
+
+def arguments():
+    """The command line -> its own words, and those for train.py's knobs. Raises UserError."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = knobs.usage_error
+    add = parser.add_argument
+    for name, default in LISTS.items():
+        add(f"--{name}", default=default, help=f"one or more, with commas (default {default})")
+    add("--variants", help=f"some of {','.join(ABLATION)} (default all; with --against the last two "
+                           f"and baseline)")
+    add("--rounds", type=int, default=7, help="of timing everything once (default 7)")
+    add("--steps", type=int, help="between two looks at the clock (default 1 on a CPU, 10 on a GPU)")
+    add("--parts", action="store_true",
+        help="also time the parts of a step, for the last combination of knobs")
+    add("--against", metavar="COMMIT", help="compare with the step of another commit")
+    add("--json", action="store_true", help="print JSON and nothing else")
+    args, words = parser.parse_known_args()
+    if args.variants is None:
+        args.variants = "baseline,local,global" if args.against else ",".join(ABLATION)
+    args.variants = args.variants.split(",")
+    if set(args.variants) - ABLATION.keys():
+        raise UserError(f"--variants={','.join(args.variants)} must be some of {', '.join(ABLATION)}")
+    if args.rounds < 1 or args.steps is not None and args.steps < 1:
+        raise UserError(f"--rounds={args.rounds} and --steps={args.steps} must be at least 1")
+    for text in args.vocab_size.split(","):
+        if not text.isdecimal() or not 2 <= int(text) <= 2**16:  # tokens are uint16
+            raise UserError(f"--vocab_size={args.vocab_size} must be whole numbers "
+                            f"from 2 to 65,536, with commas")
+    if args.against and args.parts:
+        raise UserError("--against compares whole steps: leave out --parts")
+    return args, words
+
+
+def rows_of(args, words):
+    """Every variant with every combination of the lists."""
+    rows = {}
+    lists = [getattr(args, name).split(",") for name in LISTS]
+    for dtype, mode, vocab_size, batch_size in itertools.product(*lists):
+        for variant in args.variants:
+            chosen = "False" if variant in REFERENCES else mode
+            row = Row(variant, [*words, f"--dtype={dtype}", f"--compile={chosen}",
+                                f"--batch_size={batch_size}"], int(vocab_size))
+            rows.setdefault(row.label(), row)  # a reference is not compiled: once is enough
+    return list(rows.values())
+
+
+def main():
+    args, words = arguments()
+    rows = rows_of(args, words)
+    steps = args.steps or (10 if rows[0].device.type == "cuda" else 1)
+    measure = compare_rows if args.against else measure_rows
+    result = measure(rows, args, steps)
     if args.json:
         print(json.dumps(result, indent=1))
-        return
-    print("{device}, torch {torch}, commit {commit}".format(**result["environment"])
-          + f"; median of {args.rounds} rounds of {steps} steps, all rows in turn")
-    for dtype, rates in result["ceilings"].items():
-        print(f"{dtype}: a large product {rates['gflops']:,.0f} GFLOP/s, a large copy {rates['copy_gb_per_s']:,.0f} GB/s")
-    print_table(result["rows"])
-    for variant, times in result.get("parts_ms", {}).items():
-        print(f"{variant}, ms on their own: " + ", ".join(f"{name} {ms:.1f}" for name, ms in times.items()))
+    else:
+        show(result)
 
 
 if __name__ == "__main__":

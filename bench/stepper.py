@@ -1,0 +1,41 @@
+"""Takes and times training steps of any commit's files, when asked to: what against.py starts, once a tree.
+
+    python bench/stepper.py FOLDER '[["local", ["config/demo.py"], 580]]'
+
+FOLDER is the bench/ of the tree; its speed.py brings that tree's model.py, train.py, prepare.py and config, and nothing
+is imported from the tree that this file lies in. The second word lists rows as JSON: variant, knobs, vocabulary.
+A line "ROW STEPS" on stdin is answered by a line of JSON on stdout: the mean seconds of these steps of that row, or a
+text that says why they cannot be taken. A row is built when it is asked for first.
+"""
+
+import json
+import signal
+import sys
+
+sys.path[0] = sys.argv[1]  # in place of this file's own folder
+import speed
+
+
+def time(rows, number, steps):
+    row = rows[number]
+    if isinstance(row, list):
+        row = rows[number] = speed.Row(*row).build()
+    row.time(steps)
+    return row.seconds[-1]
+
+
+def main():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
+    rows = json.loads(sys.argv[2])
+    for line in sys.stdin:
+        number, steps = map(int, line.split())
+        try:
+            answer = time(rows, number, steps)
+        except ValueError as error:  # a knob that this commit does not know; of a bug the traceback is shown
+            answer = " ".join(str(error).split())
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,8 @@
 """The training step of another commit beside this tree's, for speed.py --against=COMMIT.
 
-Each tree is a process of its own (stepper.py), started in the same way, that times its own steps with its own files,
-down to train.py and config: modules of the same name cannot mix. The two take turns.
+Each tree is a process of its own (stepper.py), and both are started in the same way. It takes and
+times its steps with its own files, train.py and config included, so that modules of the same name
+cannot mix. The two take turns.
 """
 
 import json

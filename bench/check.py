@@ -1,13 +1,14 @@
-"""Is a training step on this device the step that the mechanism says? Against float64 on the CPU, eager and compiled.
+"""Is a training step on this device the step that the mechanism says?
 
     python bench/check.py                     on the GPU if there is one
     python bench/check.py --device=cpu --compile=False
 
-One step of a two-layer model from the same weights and tokens, for each variant, attention unit and form
-of the gate. Printed: the difference of the loss; the sine of the angle between the gradients; and, of the
-eager model, which can be asked for its masks, the share of winners that others replace. Near-ties fall
-the other way in lower precision, and a gate's gradient grows as 1 / T: in bfloat16 a few near-tied tokens
-dominate it, so there the angle is shown and not judged. Exit code 1 beyond BOUNDS.
+One step of a two-layer model, eager and compiled, against the same step in float64 on the CPU, for
+each variant, attention unit and form of the gate. Printed: the difference of the loss; the sine of
+the angle between the gradients; and, of the eager model, which can be asked for its masks, the
+share of winners that others replace. Near-ties fall the other way in lower precision, and a gate's
+gradient grows as 1 / T: in bfloat16 a few near-tied tokens dominate it, so there the angle is shown
+and not judged. Exit code 1 beyond BOUNDS.
 """
 
 import argparse
@@ -36,7 +37,7 @@ COMPILED_FORMS = FORMS[1:3]  # compiling takes longer than all the rest
 
 
 def reference_step(form):
-    """The model in float64 on the CPU, after one backward pass, its tokens (B, T + 1) and its loss."""
+    """The model in float64 on the CPU after a backward pass, its tokens (B, T + 1) and its loss."""
     torch.manual_seed(0)
     config = GPTNeoConfig(vocab_size=1000, block_size=64, n_layer=2, n_head=4, n_embd=64, **form)
     reference = GPTNeo(config).double()
@@ -50,7 +51,7 @@ def reference_step(form):
 
 
 def step_here(reference, tokens, device, dtype, mode):
-    """The same step on this device -> gradients (P,), loss, and the masks of an eager model with gates."""
+    """The same step on this device -> gradients (P,), loss, and the masks of an eager model."""
     model = GPTNeo(reference.config)
     model.load_state_dict(reference.state_dict())
     model.to(device)
@@ -73,7 +74,7 @@ def step_here(reference, tokens, device, dtype, mode):
 
 
 def share_replaced(masks, expected):
-    """The share of winners that others replace, in the worst of the masks; 0 where there are none."""
+    """The share of winners that others replace, in the worst mask; 0 where there is no mask."""
     shares = [0.0]
     for mask, wanted in zip(masks, expected):
         changed = (mask.cpu() != wanted).sum()  # a winner that left and one that came

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: its parts, each forward and backward on its own (speed.py --parts)."""
+"""Where the time of a training step goes, for speed.py --parts: each part on its own."""
 
 import statistics
 
@@ -37,7 +37,7 @@ class Parts:
         return self.model.clean_pass(self.idx)[0].square().sum()
 
     def scores(self):
-        """What all gates of all layers compete with: attention units (B, T, C or H), neurons (B, T, M)."""
+        """Of every layer's attention units, each (B, T, C or H), and neurons, each (B, T, M)."""
         if self.config.ablation == "global":
             L = self.config.n_layer
             attn, mlp = self.model.attn_gate(self.hidden), self.model.mlp_gate(self.hidden)
@@ -57,7 +57,7 @@ class Parts:
         return self.model.ablated_pass(self.hidden, self.inputs, self.caches)[0].square().sum()
 
     def heads(self):
-        """Both streams' losses. Twice the clean one's hidden states cost what the two streams' cost."""
+        """Both streams' losses; the clean hidden states stand in for the ablated ones."""
         streams = [self.hidden]
         if self.config.ablation != "none":
             streams.append(self.hidden * 1.0)
@@ -69,7 +69,7 @@ class Parts:
         self.row.optimizer.step()
 
     def with_backward(self, part):
-        """A part as it runs in the step: compiled where the row is, under autocast, then its backward pass."""
+        """A part as the step runs it: compiled where the row is, under autocast, then backward."""
         if self.row.compile_mode:
             part = torch.compile(part)
 

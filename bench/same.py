@@ -1,15 +1,16 @@
-"""Does model.py still compute what it computed at another commit? Both take each step at the same weights and tokens.
+"""Does model.py still compute what it computed at another commit?
 
-    python bench/same.py main                             HEAD's model.py against the one you are changing
+    python bench/same.py HEAD                     the last commit's against the one you are changing
     python bench/same.py c0679ce config/local_k2.py --data=data/mine --batch_size=4 --updates=60
-    python bench/same.py c0679ce config/demo.py --precision=float64              any knob of train.py
+    python bench/same.py c0679ce config/demo.py --precision=float64           any knob of train.py
 
+Both versions take every step of a run at the same weights and on the same tokens, on the CPU.
 The new one is trained; the old one gets its weights before every step, because two runs left to
 themselves part: rounding turns a near-tie in a gate the other way, and its gradient grows as 1 / T.
-Printed at every update: the loss, how far the old one's is, and the norm of the difference of the two
-gradients over the norm of the new one's. In float32 also, to tell what is rounding, how far each of
-them is from the gradient in float64, over the same norm. Exit code 1 where float64 shows more than
-rounding.
+Printed at every update: the loss, how far the old one's is, and the norm of the difference of the
+two gradients over the norm of the new one's. In float32 also, to tell what is rounding, how far
+each of them is from the gradient in float64, over the same norm. Exit code 1 where float64 shows
+more than rounding.
 """
 
 import argparse
@@ -36,7 +37,7 @@ BOUND = 1e-9  # of the relative difference of gradients in float64
 
 
 def export(commit, folder, *names):
-    """Write the files of these names, or all, as they were at a commit into a folder. Raises UserError."""
+    """Write the files of these names, or all of them, as a commit has them. Raises UserError."""
     wanted = " ".join(names) or "tree"
     command = ["git", "archive", "--format=tar", "--end-of-options", commit, *names]
     try:
@@ -62,7 +63,7 @@ def model_at(commit):
 
 
 def build(module, config, dtype):
-    """The model of this version of model.py, with the weights that the seed gives. Raises UserError."""
+    """The model that this version of model.py makes from config and its seed. Raises UserError."""
     torch.manual_seed(config.seed)
     try:
         geometry = module.GPTNeoConfig(**dataclasses.asdict(config.model))

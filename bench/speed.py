@@ -1,4 +1,4 @@
-"""Time a training step, exactly as train.py takes it: batch, forward, backward, clipping, optimizer.
+"""Time a training step as train.py takes it: batch, forward, backward, clipping, optimizer.
 
     python bench/speed.py                           the paper's model and batch, GPT-2's vocabulary
     python bench/speed.py --batch_size=4 --parts    1,024 tokens a step, and where their time goes
@@ -6,27 +6,27 @@
     python bench/speed.py config/demo.py --vocab_size=580         any knob of train.py
     python bench/speed.py --batch_size=4 --against=b125f23        beside the step of another commit
 
-Commas make lists of --dtype, --compile, --batch_size and --vocab_size. Every combination is timed for
-the plain GPT-Neo (baseline) and the local and the global variant, all in turn, round after round, so
-that a busy machine slows all of them. Two references, eager and with whole logits: `plain`, the
-baseline as a first draft would write it, and `whole`, the local variant with both logit tensors.
+Commas make lists of --dtype, --compile, --batch_size and --vocab_size. Every combination is timed
+for the plain GPT-Neo (baseline) and the local and the global variant, all in turn, round after
+round, so that a busy machine slows all of them. Two references are eager and hold whole logits:
+`plain`, the baseline as a first draft would write it, and `whole`, the same of the local variant.
 
 ms/step      the median of the rounds, and the fastest and the slowest of them
 x baseline   the median over that of the baseline with the same knobs, in the same call
-GFLOP/s      the arithmetic of a step over its time: 6 operations per token and weight of each matrix,
-             the forward pass 2 and the backward pass 4; causal attention is counted half
-of floor     the shortest possible time over the time taken. The arithmetic takes at least as long as
-             at the rate of a large matrix product here; on CUDA seven passes over the logits of 2
-             bytes take at least as long as at the rate of a large copy; the longer of the two counts
+GFLOP/s      the arithmetic of a step over its time: 6 operations per token and weight of each
+             matrix, 2 in the forward and 4 in the backward pass; causal attention counts half
+of floor     the shortest possible time, the floor, over the time taken. The floor is the arithmetic
+             at the rate of a large matrix product on this device; on CUDA at least seven passes
+             over logits of 2 bytes each, at the rate of a large copy
 peak MB      the most memory that a step holds beyond what was there before the model, weights and
              optimizer included; on a CPU resident memory, of a process of its own
 h / 400,000  hours for the paper's 400,000 updates
 
---against=COMMIT instead compares whole trees: a process with the files of this one and a process with
-those of the commit each take their own steps, by turns (bench/against.py). `ratio` is this tree's
-median over the commit's, below 1 where this one is faster. `by round`: the two times of each round
-are divided first, then comes the median, which a machine that slows down for some rounds cannot move;
-`lowest` and `highest` are the smallest and the largest of these.
+--against=COMMIT compares whole trees instead: one process has the files of this tree, another those
+of the commit, and they take their own steps by turns (bench/against.py). `ratio` is this tree's
+median over the commit's, so it is below 1 where this tree is faster. For `by round` the two times
+of each round are divided first, and the median is taken of these ratios: a machine that slows down
+for a few rounds cannot move it. `lowest` and `highest` are the extremes of the same ratios.
 """
 
 import argparse
@@ -85,8 +85,8 @@ class Row:
         self.config = knobs.load([*words, f"--ablation={ABLATION[variant]}"])
         batch_size, grad_accum = self.config.batch_size, self.config.grad_accum
         if self.config.fsdp or batch_size % grad_accum:
-            raise UserError(f"batch_size={batch_size} must be a multiple of grad_accum={grad_accum}, "
-                            f"and this is one process: --fsdp=False")
+            raise UserError(f"batch_size={batch_size} must be a multiple of "
+                            f"grad_accum={grad_accum}, and this is one process: --fsdp=False")
         self.device, bfloat16, self.compile_mode = choose_machine(self.config, 0)
         self.dtype = "bfloat16" if bfloat16 else "float32"
         self.streams = 1 if self.config.ablation == "none" else 2
@@ -100,19 +100,22 @@ class Row:
 
     def setting(self):
         """What the variants share, as it was understood: columns of the table."""
-        return {"dtype": self.dtype, "compile": self.compile_mode or "False", "vocab_size": self.vocab_size,
-                "batch": f"{self.config.batch_size} x {self.config.block_size}"}
+        return {
+            "dtype": self.dtype, "compile": self.compile_mode or "False",
+            "vocab_size": self.vocab_size,
+            "batch": f"{self.config.batch_size} x {self.config.block_size}"}
 
     def build(self):
-        config = self.config
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
+        config = dataclasses.replace(self.config, vocab_size=self.vocab_size)
+        bfloat16 = self.dtype == "bfloat16"
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
         torch.manual_seed(config.seed)
-        self.model = GPTNeo(dataclasses.replace(config, vocab_size=self.vocab_size).model).to(self.device)
+        self.model = GPTNeo(config.model).to(self.device)
         if self.compile_mode:
             self.model.compile(mode=self.compile_mode)
         self.optimizer = make_optimizer(self.model, config, self.device)
-        tokens = np.random.default_rng(0).integers(0, self.vocab_size, 1_000_000).astype(np.uint16)
-        self.tokens = place_tokens(tokens, self.device)
+        tokens = np.random.default_rng(0).integers(0, self.vocab_size, 1_000_000)
+        self.tokens = place_tokens(tokens.astype(np.uint16), self.device)
         self.steps, self.seconds = 0, []  # steps taken; seconds of a step, one a round
         return self
 
@@ -126,7 +129,7 @@ class Row:
         self.steps += 1
 
     def time(self, steps):
-        # in a real run the step before was one of its own: another row's leaves another heap and cache
+        # in a real run the step before is its own; another row's would leave another heap and cache
         self.step()
         self.seconds.append(clock(self.step, self.device, steps))
 
@@ -139,7 +142,7 @@ class Row:
         attention = L * T * C  # scores and sums of values, over T / 2 keys on average
         per_token = self.streams * (blocks + head + attention)
         if config.ablation != "none":
-            per_token += L * C * (config.attn_units + 4 * C)  # the gates, which read the clean stream only
+            per_token += L * C * (config.attn_units + 4 * C)  # the gates, on the clean stream only
         return 6 * config.batch_size * T * per_token
 
     def floor(self, product, copy):
@@ -152,11 +155,14 @@ class Row:
         return seconds
 
 
-# ---------------------------------------------------------------------------------- memory and rates
+# --------------------------------------------------------------------------------- memory and rates
 
 
 def resident(which):
-    """This process's resident memory in bytes: "VmRSS" now, "VmHWM" at its peak; None without Linux's /proc."""
+    """This process's resident memory in bytes, "VmRSS" now or "VmHWM" at its peak.
+
+    None where Linux's /proc is missing.
+    """
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -199,7 +205,7 @@ def build_and_warm(row, steps):
 
 
 def ceilings(device, dtype):
-    """FLOP/s of a large matrix product and bytes/s, read and written, of a large copy; the best of six."""
+    """FLOP/s of a large matrix product, bytes/s (read and written) of a large copy; best of six."""
     n, size = (8192, 2**28) if device.type == "cuda" else (2048, 2**26)
     a = torch.randn(n, n, device=device, dtype=dtype)
     b = torch.randn(n, n, device=device, dtype=dtype)
@@ -210,7 +216,7 @@ def ceilings(device, dtype):
     return 2 * n**3 / min(seconds["product"]), 2 * size / min(seconds["copy"])
 
 
-# ------------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------- the table
 
 
 def report(row, rows, ceiling):
@@ -309,7 +315,7 @@ def show(result):
         print(f"{variant}, ms on their own: {listed}")
 
 
-# -------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 
 def arguments():
@@ -320,10 +326,10 @@ def arguments():
     add = parser.add_argument
     for name, default in LISTS.items():
         add(f"--{name}", default=default, help=f"one or more, with commas (default {default})")
-    add("--variants", help=f"some of {','.join(ABLATION)} (default all; with --against the last two "
-                           f"and baseline)")
+    add("--variants", help=f"some of {','.join(ABLATION)}, with commas (default all; "
+                           f"with --against all but the references plain and whole)")
     add("--rounds", type=int, default=7, help="of timing everything once (default 7)")
-    add("--steps", type=int, help="between two looks at the clock (default 1 on a CPU, 10 on a GPU)")
+    add("--steps", type=int, help="between two looks at the clock (default 1; on a GPU 10)")
     add("--parts", action="store_true",
         help="also time the parts of a step, for the last combination of knobs")
     add("--against", metavar="COMMIT", help="compare with the step of another commit")
@@ -333,7 +339,8 @@ def arguments():
         args.variants = "baseline,local,global" if args.against else ",".join(ABLATION)
     args.variants = args.variants.split(",")
     if set(args.variants) - ABLATION.keys():
-        raise UserError(f"--variants={','.join(args.variants)} must be some of {', '.join(ABLATION)}")
+        named = ",".join(args.variants)
+        raise UserError(f"--variants={named} must be some of {', '.join(ABLATION)}")
     if args.rounds < 1 or args.steps is not None and args.steps < 1:
         raise UserError(f"--rounds={args.rounds} and --steps={args.steps} must be at least 1")
     for text in args.vocab_size.split(","):

@@ -1,11 +1,12 @@
-"""Takes and times training steps of any commit's files, when asked to: what against.py starts, once a tree.
+"""Take and time the training steps of one tree on request: against.py starts this once a tree.
 
     python bench/stepper.py FOLDER '[["local", ["config/demo.py"], 580]]'
 
-FOLDER is the bench/ of the tree; its speed.py brings that tree's model.py, train.py, prepare.py and config, and nothing
-is imported from the tree that this file lies in. The second word lists rows as JSON: variant, knobs, vocabulary.
-A line "ROW STEPS" on stdin is answered by a line of JSON on stdout: the mean seconds of these steps of that row, or a
-text that says why they cannot be taken. A row is built when it is asked for first.
+FOLDER is the bench/ of the tree. Its speed.py imports that tree's train.py, model.py, prepare.py
+and config, and nothing is imported from the tree that this file lies in. The second word lists the
+rows as JSON: variant, knobs, vocabulary. A line "ROW STEPS" on stdin is answered by a line of JSON
+on stdout: the seconds of one step of that row, on average over these steps, or a text that says why
+they cannot be taken. A row is built when it is asked for first.
 """
 
 import json
@@ -16,7 +17,7 @@ sys.path[0] = sys.argv[1]  # in place of this file's own folder
 import speed
 
 
-def time(rows, number, steps):
+def seconds_of(rows, number, steps):
     row = rows[number]
     if isinstance(row, list):
         row = rows[number] = speed.Row(*row).build()
@@ -25,14 +26,14 @@ def time(rows, number, steps):
 
 
 def main():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
     rows = json.loads(sys.argv[2])
     for line in sys.stdin:
         number, steps = map(int, line.split())
         try:
-            answer = time(rows, number, steps)
-        except ValueError as error:  # a knob that this commit does not know; of a bug the traceback is shown
+            answer = seconds_of(rows, number, steps)
+        except ValueError as error:  # a knob that this commit does not know
             answer = " ".join(str(error).split())
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -19,7 +19,7 @@ def clock(function, device, times=1):
 
 
 def in_turn(functions, rounds, device, times=1):
-    """{name: function} -> {name: seconds of a call, one a round}: a busy machine slows all of them alike."""
+    """{name: function} -> {name: seconds of a call, one a round}. Busy machines slow all alike."""
     seconds = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -28,11 +29,28 @@ import speed
 TINY = ["--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16"]
 
 
-def bench(script, *words):
-    ended = subprocess.run([sys.executable, f"bench/{script}", *words], cwd=ROOT, text=True, capture_output=True,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    """A function that runs a tool in this process and returns what it prints on stdout."""
+    def run(tool, *words):
+        monkeypatch.setattr(sys, "argv", [tool.__file__, *words])
+        knobs.cli(tool.main)
+        return capsys.readouterr().out
+    return run
+
+
+@pytest.fixture
+def any_memory(monkeypatch):
+    """Without the process that each row's memory is measured in."""
+    done = types.SimpleNamespace(result=lambda: 10**6)
+    pool = types.SimpleNamespace(submit=lambda *_: done)
+    monkeypatch.setattr(speed, "ProcessPoolExecutor", lambda *_, **__: contextlib.nullcontext(pool))
+
+
+def commit_of(folder):
+    """Make a folder a git repository, with all that lies in it as its one commit."""
+    for words in ("init", "add .", "-c user.name=t -c user.email=t commit -m t"):
+        subprocess.run(["git", *words.split()], cwd=folder, check=True, capture_output=True)
 
 
 def test_the_arithmetic_is_that_of_the_blueprint():
@@ -42,30 +60,80 @@ def test_the_arithmetic_is_that_of_the_blueprint():
     assert step["local"] / step["baseline"] == pytest.approx(2.08, abs=0.005)
 
 
-def test_a_step_is_timed():
-    out = json.loads(bench("speed.py", *TINY, "--vocab_size=300", "--batch_size=2", "--variants=baseline,local", "--rounds=2",
-                           "--parts", "--json"))
+def test_a_step_is_timed(bench):
+    out = json.loads(bench(speed, *TINY, "--vocab_size=300", "--batch_size=2", "--variants=baseline,local",
+                           "--rounds=2", "--parts", "--json"))
     rows = {row["variant"]: row for row in out["rows"]}
     assert rows.keys() == {"baseline", "local"}
     for row in rows.values():
         assert row["batch"] == "2 x 16" and 0 < row["ms_min"] <= row["ms"] <= row["ms_max"] and row["memory_mb"] > 0
-        assert row["tokens_per_s"] == pytest.approx(32e3 / row["ms"]) and row["hours_400k"] == pytest.approx(row["ms"] / 9)
+        assert row["tokens_per_s"] == pytest.approx(32e3 / row["ms"])
+        assert row["hours_400k"] == pytest.approx(row["ms"] / 9)
         assert row["ratio"] == pytest.approx(row["ms"] / rows["baseline"]["ms"])
     assert out["environment"]["torch"] == torch.__version__ and len(out["environment"]["commit"]) >= 7
     assert out["parts_ms"].keys() == {"baseline", "local"}
     assert out["parts_ms"]["baseline"].keys() < out["parts_ms"]["local"].keys()
 
 
-def test_every_combination_is_timed_and_the_references_once(monkeypatch, capsys):
-    """Without the process that each row's memory is measured in."""
-    monkeypatch.setattr(speed, "ProcessPoolExecutor", lambda *_, **__: contextlib.nullcontext(
-        types.SimpleNamespace(submit=lambda *_: types.SimpleNamespace(result=lambda: 10**6))))
-    monkeypatch.setattr(sys, "argv", ["speed.py", *TINY, "--vocab_size=300,400", "--batch_size=1,2", "--compile=False,auto",
-                                      "--variants=plain,local", "--rounds=1", "--json"])
-    knobs.cli(speed.main)
-    rows = [(row["variant"], row["vocab_size"], row["batch"]) for row in json.loads(capsys.readouterr().out)["rows"]]
-    assert all(rows.count(("local", V, f"{B} x 16")) == 2 and rows.count(("plain", V, f"{B} x 16")) == 1
-               for V in (300, 400) for B in (1, 2)) and len(rows) == 12
+def test_every_combination_is_timed_and_the_references_once(bench, any_memory):
+    out = bench(speed, *TINY, "--vocab_size=300,400", "--batch_size=1,2", "--compile=False,auto",
+                "--variants=plain,local", "--rounds=1", "--json")
+    rows = [(row["variant"], row["vocab_size"], row["batch"]) for row in json.loads(out)["rows"]]
+    for V in (300, 400):
+        for B in (1, 2):
+            assert rows.count(("local", V, f"{B} x 16")) == 2 and rows.count(("plain", V, f"{B} x 16")) == 1
+    assert len(rows) == 12
+
+
+def test_the_table_shows_every_column_and_the_largest_vocabulary(bench, any_memory):
+    """65,536 is what uint16 tokens can hold."""
+    out = bench(speed, *TINY, "--vocab_size=65536", "--batch_size=1", "--variants=local", "--rounds=1")
+    machine, ceiling, headings, row = out.splitlines()
+    assert "median of 1 rounds" in machine and ceiling.startswith("float32: a large product")
+    headings = re.split("  +", headings.strip())
+    assert headings == ["variant", "dtype", "compile", "vocabulary", "batch", "ms/step", "min", "max", "tokens/s",
+                        "GFLOP/s", "of floor", "peak MB", "h / 400,000"]  # without a baseline nothing to divide by
+    assert len(re.split("  +", row.strip())) == len(headings) and "65,536" in row
+
+
+@pytest.fixture(scope="module")
+def this_tree(tmp_path_factory):
+    """A git repository that holds the files of this tree that a step needs."""
+    folder = tmp_path_factory.mktemp("tree")
+    for name in ("bench", "config", "interp"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    commit_of(folder)
+    return folder
+
+
+def test_a_step_is_compared_with_that_of_another_commit(bench, this_tree, monkeypatch):
+    """The commit is this tree itself: about the same time."""
+    monkeypatch.setattr(same, "ROOT", this_tree)
+    words = [*TINY, "--vocab_size=300", "--batch_size=2", "--against=HEAD", "--rounds=3", "--steps=2"]
+    out = json.loads(bench(speed, *words, "--json"))
+    assert [row["variant"] for row in out["rows"]] == ["baseline", "local", "global"]
+    assert (out["against"], out["rounds"], out["steps"]) == ("HEAD", 3, 2) and "commit" in out["environment"]
+    for row in out["rows"]:
+        assert row["ratio"] == pytest.approx(row["ms"] / row["ms_there"])
+        assert 0.05 < row["ratio_min"] <= row["ratio_by_round"] <= row["ratio_max"] < 20
+
+
+def test_a_commit_that_cannot_take_the_steps_is_one_line(bench, this_tree, monkeypatch):
+    """One that knows a knob less, one whose process ends."""
+    monkeypatch.setattr(same, "ROOT", this_tree)
+    knob = (this_tree / "model.py").read_text()
+    for name, changed, message in (
+            ("model.py", knob.replace("window_size", "window_width"), "HEAD cannot take these steps: there is no knob"),
+            ("bench/speed.py", "raise SystemExit(3)
+", "the process that takes the steps of HEAD has ended")):
+        before = (this_tree / name).read_text()
+        (this_tree / name).write_text(changed)
+        commit_of(this_tree)
+        (this_tree / name).write_text(before)
+        with pytest.raises(SystemExit, match=f"^error: {message}[^\n]*$"):
+            bench(speed, *TINY, "--vocab_size=300", "--against=HEAD", "--variants=baseline", "--window_size=8")
 
 
 @pytest.mark.parametrize("reference, variant", [("plain", "baseline"), ("whole", "local")])
@@ -81,53 +149,46 @@ def test_the_references_are_the_same_step(reference, variant):
     assert (results[0] - results[1]).abs().mean() < 1e-6
 
 
-def test_alternatives_compute_the_same():
-    out = bench("alternatives.py", "--device=cpu", "--batch_size=2", "--tokens=48", "--vocab_size=300", "--rounds=1")
+def test_alternatives_compute_the_same(bench):
+    out = bench(alternatives, "--device=cpu", "--batch_size=2", "--tokens=48", "--vocab_size=300", "--rounds=1")
     lines = [line for line in out.splitlines() if "error" in line and "(plain causal)" not in line]
     assert len(lines) >= 9
     assert all(float(re.search(r"error (\S+)", line)[1]) < 1e-4 for line in lines), out
 
 
-def test_the_device_check_passes_here():
-    assert bench("check.py", "--device=cpu", "--compile=False").count("ok  ") == 12
+def test_the_device_check_passes_here(bench):
+    assert bench(check, "--device=cpu", "--compile=False").count("ok  ") == 12
 
 
-@pytest.mark.parametrize("old, new, code", [("torch.mm(grad, weight,", "torch.mm(grad, 1.0 * weight,", None),
-                                            ("u.div_(T)", "u.div_(T * 1.000001)", "more than rounding")])
-def test_a_changed_step_is_told_from_rounding(old, new, code, tmp_path, monkeypatch, capsys):
-    """Against a commit whose model.py is this one but for a product by 1, or for a gate's gradient off by a millionth."""
-    before = (ROOT / "model.py").read_text()
-    assert old in before
-    (tmp_path / "model.py").write_text(before.replace(old, new))
-    for words in ("init", "add model.py", "-c user.name=t -c user.email=t commit -m t"):
-        subprocess.run(["git", *words.split()], cwd=tmp_path, check=True, capture_output=True)
+ROUNDING = """
+def head_losses(streams, weight, *others, exact=head_losses):
+    return exact(streams, weight / 3 * 3, *others)
+"""
+A_MILLIONTH = """
+def gate(scores, *others, exact=gate):
+    mask = exact(scores, *others)
+    return mask.detach() + 1.000001 * (mask - mask.detach())
+"""
+
+
+@pytest.mark.parametrize("change, code", [(ROUNDING, None), (A_MILLIONTH, "more than rounding")])
+def test_a_changed_step_is_told_from_rounding(change, code, tmp_path, monkeypatch, bench, capsys):
+    """The commit's model.py is this one, but for the rounding of the head, or for a gate's gradient off by a millionth."""
+    (tmp_path / "model.py").write_text((ROOT / "model.py").read_text() + change)
+    commit_of(tmp_path)
     prepare.main(["toy", "--stories", "60", "--out", str(tmp_path / "data")])
     capsys.readouterr()
     words = [*TINY, "--batch_size=2", f"--data={tmp_path / 'data'}", "--updates=2", "--precision=float64"]
     monkeypatch.setattr(same, "ROOT", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["same.py", "HEAD", *words])
+    with pytest.raises(SystemExit, match=code) if code else contextlib.nullcontext():
+        assert bench(same, "HEAD", *words).count("\n") == 2
     if code:
-        with pytest.raises(SystemExit, match=code):
-            knobs.cli(same.main)
-    else:
-        knobs.cli(same.main)
-    assert capsys.readouterr().out.count("\n") == 2
-    monkeypatch.setattr(sys, "argv", ["same.py", "nocommit", *words])
-    with pytest.raises(SystemExit, match="^error: git knows no model.py at 'nocommit'"):
-        knobs.cli(same.main)
-
-
-@pytest.mark.parametrize("script, word, expected", [
-    (speed, "--variants=locale", "--variants=locale must be"), (speed, "--vocab_size=70000", "--vocab_size=70000"),
-    (speed, "--n_head=3", "n_embd=128 is not divisible"), (speed, "--batchsize=3", "did you mean 'batch_size'"),
-    (speed, "--batch_size=", "batch_size= is not a whole number"), (speed, "--dtype=half", "dtype=half is not one of"),
-    (speed, "--vocab_size=\u00b2", "must be whole numbers"), (speed, "--rounds=0", "--rounds=0"), (speed, "--fsdp=True", "--fsdp=False"),
-    (speed, "--grad_accum=5", "multiple of grad_accum=5"), (alternatives, "--rounds=0", "--rounds=0 must be"),
-    (alternatives, "--what=all", "--what=all must be some of"), (check, "--compile=yes", "--compile=yes must be")])
-def test_a_mistake_is_one_line(script, word, expected, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [script.__file__, "--device=cpu", word])
-    with pytest.raises(SystemExit, match=f"^error: .*{re.escape(expected)}[^\n]*$"):
-        knobs.cli(script.main)
+        assert capsys.readouterr().out.count("\n") == 2
+    with pytest.raises(SystemExit, match="^error: git knows no model.py at 'nocommit'[^\n]*$"):
+        bench(same, "nocommit", *words)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="^error: git cannot be asked for model.py at 'HEAD'[^\n]*$"):
+        bench(same, "HEAD", *words)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -135,17 +196,23 @@ def test_the_gpu_script_runs_every_part_and_goes_on_after_a_failure(tmp_path, de
     """With a stand-in for python that fails in one part: what the parts do is tested above and in test_train.py."""
     (tmp_path / "python").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/calls\ncase $* in *check.py*) exit 3;; esac\n")
     (tmp_path / "python").chmod(0o700 | stat.S_IRUSR)
-    out, environment = tmp_path / "out", {"PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path / "out"), "DATA": str(tmp_path)}
-    ended = subprocess.run(["bash", "bench/gpu.sh", "--device", device], cwd=ROOT, env={**os.environ, **environment},
-                           text=True, capture_output=True)
+    out = tmp_path / "out"
+    environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "OUT": str(out), "DATA": str(tmp_path)}
+
+    def gpu(*words):
+        command = ["bash", "bench/gpu.sh", *words]
+        return subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+
+    ended = gpu("--device", device)
     assert ended.returncode == 1 and "!!! check: exit code 3" in ended.stdout
     calls = (tmp_path / "calls").read_text().splitlines()
     assert [re.search(r"(\w+\.py)", call)[1] for call in calls] == [
-        "prepare.py", "check.py", "speed.py", "speed.py", "train.py", "eval.py", "train.py", "alternatives.py", "alternatives.py"]
+        "prepare.py", "check.py", "speed.py", "speed.py", "train.py", "eval.py", "train.py",
+        "alternatives.py", "alternatives.py"]
     assert all(f"--device={device}" in call for call in calls[1:])
     (out / "local_k2").mkdir()
-    again = subprocess.run(["bash", "bench/gpu.sh"], cwd=ROOT, env={**os.environ, **environment}, text=True, capture_output=True)
+    again = gpu()
     assert again.returncode == 1 and "OUT=" in again.stderr  # results are never overwritten
     for words in (["cpu"], ["--device"], ["--device", "gpu"]):
-        ended = subprocess.run(["bash", "bench/gpu.sh", *words], cwd=ROOT, env={**os.environ, **environment}, text=True, capture_output=True)
+        ended = gpu(*words)
         assert ended.returncode == 1 and ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1

@@ -139,7 +139,31 @@ ACDC = []
 
 SAE = []
 
-BENCH = []
+BENCH = [
+    ("speed.py --device=cpu --variants=locale", "--variants=locale must be"),
+    ("speed.py --device=cpu --vocab_size=70000", "--vocab_size=70000"),
+    ("speed.py --device=cpu --vocab_size=65537", "from 2 to 65,536"),
+    ("speed.py --device=cpu --vocab_size=\u00b2", "must be whole numbers"),
+    ("speed.py --device=cpu --n_head=3", "n_embd=128 is not divisible"),
+    ("speed.py --device=cpu --batchsize=3", "did you mean 'batch_size'"),
+    ("speed.py --device=cpu --batch_size=", "batch_size= is not a whole number"),
+    ("speed.py --device=cpu --dtype=half", "dtype=half is not one of"),
+    ("speed.py --device=cpu --rounds=0", "--rounds=0"),
+    ("speed.py --device=cpu --steps=0", "--steps=0"),
+    ("speed.py --device=cpu --fsdp=True", "--fsdp=False"),
+    ("speed.py --device=cpu --grad_accum=5", "multiple of grad_accum=5"),
+    ("speed.py --device=cpu --compile=reduce-overhead --grad_accum=2", "take --compile=True"),
+    ("speed.py --device=nowhere", "--device=nowhere cannot be used"),
+    ("speed.py --device=cpu --against=nocommit", "git knows no tree at 'nocommit'"),
+    ("speed.py --device=cpu --against=HEAD --parts", "leave out --parts"),
+    ("alternatives.py --device=cpu --rounds=0", "--rounds=0 must be"),
+    ("alternatives.py --device=cpu --what=all", "--what=all must be some of"),
+    ("check.py --device=cpu --compile=yes", "--compile=yes must be"),
+    ("same.py nocommit config.py", "git knows no model.py at 'nocommit'"),
+    ("same.py --updates=2 config.py --data=nowhere", "nowhere"),
+    ("same.py HEAD config.py --updates=0", "--updates=0 must be at least 1"),
+    ("same.py HEAD config.py --block_size=100000", "too few for block_size=100000"),
+]
 
 
 # ---- how they are checked

@@ -11,7 +11,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+import against
 import alternatives
 import check
 import config as knobs
@@ -40,11 +40,15 @@ def bench(monkeypatch, capsys):
 
 
 @pytest.fixture
-def any_memory(monkeypatch):
+def no_memory(monkeypatch):
     """Without the process that each row's memory is measured in."""
-    done = types.SimpleNamespace(result=lambda: 10**6)
-    pool = types.SimpleNamespace(submit=lambda *_: done)
-    monkeypatch.setattr(speed, "ProcessPoolExecutor", lambda *_, **__: contextlib.nullcontext(pool))
+    monkeypatch.setattr(speed, "memory_in_new_process", lambda row: 10**6)
+
+
+@pytest.fixture
+def no_ceilings(monkeypatch):
+    """Without large matrix products and copies."""
+    monkeypatch.setattr(speed, "ceilings", lambda device, dtype: (1e9, 1e9))
 
 
 def commit_of(folder):
@@ -60,7 +64,7 @@ def test_the_arithmetic_is_that_of_the_blueprint():
     assert step["local"] / step["baseline"] == pytest.approx(2.08, abs=0.005)
 
 
-def test_a_step_is_timed(bench):
+def test_a_step_is_timed(bench, no_memory):
     out = json.loads(bench(speed, *TINY, "--vocab_size=300", "--batch_size=2", "--variants=baseline,local",
                            "--rounds=2", "--parts", "--json"))
     rows = {row["variant"]: row for row in out["rows"]}
@@ -70,12 +74,19 @@ def test_a_step_is_timed(bench):
         assert row["tokens_per_s"] == pytest.approx(32e3 / row["ms"])
         assert row["hours_400k"] == pytest.approx(row["ms"] / 9)
         assert row["ratio"] == pytest.approx(row["ms"] / rows["baseline"]["ms"])
+    rates = out["ceilings"]["float32"]
+    assert rates["gflops"] > 0 and rates["copy_gb_per_s"] > 0
     assert out["environment"]["torch"] == torch.__version__ and len(out["environment"]["commit"]) >= 7
     assert out["parts_ms"].keys() == {"baseline", "local"}
     assert out["parts_ms"]["baseline"].keys() < out["parts_ms"]["local"].keys()
 
 
-def test_every_combination_is_timed_and_the_references_once(bench, any_memory):
+def test_a_step_has_a_peak_memory():
+    row = speed.Row("local", TINY, 300)
+    assert 10**5 < speed.memory_in_new_process(row) < 10**9
+
+
+def test_every_combination_is_timed_and_the_references_once(bench, no_memory, no_ceilings):
     out = bench(speed, *TINY, "--vocab_size=300,400", "--batch_size=1,2", "--compile=False,auto",
                 "--variants=plain,local", "--rounds=1", "--json")
     rows = [(row["variant"], row["vocab_size"], row["batch"]) for row in json.loads(out)["rows"]]
@@ -85,7 +96,7 @@ def test_every_combination_is_timed_and_the_references_once(bench, any_memory):
     assert len(rows) == 12
 
 
-def test_the_table_shows_every_column_and_the_largest_vocabulary(bench, any_memory):
+def test_the_table_shows_every_column_and_the_largest_vocabulary(bench, no_memory, no_ceilings):
     """65,536 is what uint16 tokens can hold."""
     out = bench(speed, *TINY, "--vocab_size=65536", "--batch_size=1", "--variants=local", "--rounds=1")
     machine, ceiling, headings, row = out.splitlines()
@@ -96,21 +107,14 @@ def test_the_table_shows_every_column_and_the_largest_vocabulary(bench, any_memo
     assert len(re.split("  +", row.strip())) == len(headings) and "65,536" in row
 
 
-@pytest.fixture(scope="module")
-def this_tree(tmp_path_factory):
-    """A git repository that holds the files of this tree that a step needs."""
-    folder = tmp_path_factory.mktemp("tree")
+def test_a_step_is_compared_with_that_of_another_commit(bench, tmp_path, monkeypatch):
+    """The commit is this tree itself, and takes about as long."""
     for name in ("bench", "config", "interp"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.py"):
-        shutil.copy(path, folder)
-    commit_of(folder)
-    return folder
-
-
-def test_a_step_is_compared_with_that_of_another_commit(bench, this_tree, monkeypatch):
-    """The commit is this tree itself: about the same time."""
-    monkeypatch.setattr(same, "ROOT", this_tree)
+        shutil.copy(path, tmp_path)
+    commit_of(tmp_path)
+    monkeypatch.setattr(same, "ROOT", tmp_path)
     words = [*TINY, "--vocab_size=300", "--batch_size=2", "--against=HEAD", "--rounds=3", "--steps=2"]
     out = json.loads(bench(speed, *words, "--json"))
     assert [row["variant"] for row in out["rows"]] == ["baseline", "local", "global"]
@@ -120,20 +124,15 @@ def test_a_step_is_compared_with_that_of_another_commit(bench, this_tree, monkey
         assert 0.05 < row["ratio_min"] <= row["ratio_by_round"] <= row["ratio_max"] < 20
 
 
-def test_a_commit_that_cannot_take_the_steps_is_one_line(bench, this_tree, monkeypatch):
-    """One that knows a knob less, one whose process ends."""
-    monkeypatch.setattr(same, "ROOT", this_tree)
-    knob = (this_tree / "model.py").read_text()
-    for name, changed, message in (
-            ("model.py", knob.replace("window_size", "window_width"), "HEAD cannot take these steps: there is no knob"),
-            ("bench/speed.py", "raise SystemExit(3)
-", "the process that takes the steps of HEAD has ended")):
-        before = (this_tree / name).read_text()
-        (this_tree / name).write_text(changed)
-        commit_of(this_tree)
-        (this_tree / name).write_text(before)
-        with pytest.raises(SystemExit, match=f"^error: {message}[^\n]*$"):
-            bench(speed, *TINY, "--vocab_size=300", "--against=HEAD", "--variants=baseline", "--window_size=8")
+@pytest.mark.parametrize("its_speed, message", [
+    ("def Row(*words): raise ValueError('there is no knob')", "HEAD cannot take these steps: there is no knob"),
+    ("raise SystemExit(3)", "the process that takes the steps of HEAD has ended")])
+def test_a_commit_that_cannot_take_the_steps_is_one_line(its_speed, message, tmp_path):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "speed.py").write_text(its_speed)
+    with against.Tree("HEAD", tmp_path, [speed.Row("local", TINY, 300)]) as tree:
+        with pytest.raises(prepare.UserError, match=f"^{message}[^\n]*$"):
+            tree.time(0, 1)
 
 
 @pytest.mark.parametrize("reference, variant", [("plain", "baseline"), ("whole", "local")])
@@ -149,6 +148,7 @@ def test_the_references_are_the_same_step(reference, variant):
     assert (results[0] - results[1]).abs().mean() < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # of FlexAttention's import
 def test_alternatives_compute_the_same(bench):
     out = bench(alternatives, "--device=cpu", "--batch_size=2", "--tokens=48", "--vocab_size=300", "--rounds=1")
     lines = [line for line in out.splitlines() if "error" in line and "(plain causal)" not in line]

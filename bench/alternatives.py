@@ -5,8 +5,8 @@
     python bench/alternatives.py --device=cuda --compile --dtype=bfloat16
 
 attention: one layer of the ablated stream: a query meets the clean keys before it and its own key.
-gate:      the masks of one layer's neurons. The k + 1 maxima of `maxima` need no sort, and
-           torch.compile can fuse them.
+gate:      the masks of one layer's neurons. `written out` has a backward pass by hand. The k + 1
+           maxima of `maxima` need no sort, and torch.compile can fuse them.
 loss:      cross-entropy of one stream through the head, from hidden states to gradients.
 
 The first line of each part is what model.py does. All take turns, round after round; each line
@@ -91,13 +91,34 @@ ATTENTION = {
 # ---- gates: scores (B, T, N) -> mask (B, T, N)
 
 
-def by_topk(scores):
-    """The k + 1 largest scores and their units, each (..., k + 1), largest first."""
-    return scores.topk(WINNERS + 1, -1)
+class WrittenOut(torch.autograd.Function):
+    """Eq. 1-3 with the gradient written out: until the backward pass only the scores stay in memory.
+
+    With z = (s - gamma) / T and u = dL/dz it is dL/ds = u / T and dL/dT = -sum(u z) / T. None flows
+    through gamma, which the softmax cancels.
+    """
+
+    @staticmethod
+    def forward(ctx, scores):
+        top, units = scores.topk(WINNERS + 1, -1)  # (..., k + 1), largest first
+        ctx.save_for_backward(scores, top[..., -2:], units[..., -2:])
+        return torch.zeros_like(scores).scatter_(-1, units[..., :WINNERS], 1.0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        scores, edge, edge_units = ctx.saved_tensors  # edge: s_(k) and s_(k+1), (..., 2)
+        gap = edge[..., :1] - edge[..., 1:]  # (..., 1)
+        T = gap.clamp_min(MIN_GAP)
+        z = (scores - edge.mean(-1, keepdim=True)).div_(T).clamp_min_(-50.0)  # no denormal numbers
+        soft = z.softmax(-1)
+        u = soft * grad
+        u.addcmul_(soft, u.sum(-1, keepdim=True), value=-1).div_(T)
+        grad_T = -z.mul_(u).sum(-1, keepdim=True) * (gap >= MIN_GAP)
+        return u.scatter_add_(-1, edge_units, torch.cat((grad_T, -grad_T), -1))
 
 
 def by_maxima(scores):
-    """The same as k + 1 maxima, each masked before the next."""
+    """The k + 1 largest scores and their units, (..., k + 1): maxima, each masked before the next."""
     values, units, left = [], [], scores
     for _ in range(WINNERS + 1):
         _, unit = left.max(-1, keepdim=True)  # (..., 1)
@@ -125,9 +146,9 @@ def plain_gate(scores, find_top):
 
 GATE = {
     "model.py": partial(gate, k=WINNERS),
-    "autograd, topk": partial(plain_gate, find_top=by_topk),
-    "autograd, maxima": partial(plain_gate, find_top=by_maxima),
-    "autograd, sort": partial(plain_gate, find_top=by_sort),
+    "written out": WrittenOut.apply,
+    "maxima": partial(plain_gate, find_top=by_maxima),
+    "sort": partial(plain_gate, find_top=by_sort),
 }
 
 # ---- losses: hidden (B, T, C), weight (V, C), targets (B, T) -> scalar

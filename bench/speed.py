@@ -220,7 +220,7 @@ def ceilings(device, dtype):
 
 
 def report(row, rows, ceiling):
-    """The numbers of one row, by the names of COLUMNS; None is what it has not."""
+    """The numbers of one row, by the names of COLUMNS; None where there is no number."""
     median = statistics.median(row.seconds)
     ratio = None
     for other in rows:
@@ -255,7 +255,7 @@ COLUMNS = [
 
 
 def known(row):
-    """Without the None, which the table shows as -."""
+    """A row without its None, so that the table shows - there."""
     return {name: value for name, value in row.items() if value is not None}
 
 
@@ -344,7 +344,8 @@ def arguments():
     if args.rounds < 1 or args.steps is not None and args.steps < 1:
         raise UserError(f"--rounds={args.rounds} and --steps={args.steps} must be at least 1")
     for text in args.vocab_size.split(","):
-        if not text.isdecimal() or not 2 <= int(text) <= 2**16:  # tokens are uint16
+        few_digits = text.isdecimal() and len(text) <= 5
+        if not few_digits or not 2 <= int(text) <= 2**16:  # tokens are uint16
             raise UserError(f"--vocab_size={args.vocab_size} must be whole numbers "
                             f"from 2 to 65,536, with commas")
     if args.against and args.parts:

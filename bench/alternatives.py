@@ -92,7 +92,7 @@ ATTENTION = {
 
 
 class WrittenOut(torch.autograd.Function):
-    """Eq. 1-3 with the gradient written out: until the backward pass only the scores stay in memory.
+    """Eq. 1-3 with the gradient written out: until then only the scores stay in memory.
 
     With z = (s - gamma) / T and u = dL/dz it is dL/ds = u / T and dL/dT = -sum(u z) / T. None flows
     through gamma, which the softmax cancels.
@@ -118,7 +118,7 @@ class WrittenOut(torch.autograd.Function):
 
 
 def by_maxima(scores):
-    """The k + 1 largest scores and their units, (..., k + 1): maxima, each masked before the next."""
+    """The k + 1 largest scores and units, (..., k + 1): maxima, each masked before the next."""
     values, units, left = [], [], scores
     for _ in range(WINNERS + 1):
         _, unit = left.max(-1, keepdim=True)  # (..., 1)

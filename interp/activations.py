@@ -1,6 +1,6 @@
-"""What every experiment reads: places in the clean stream, windows of text, the strongest moments of units.
+"""What experiments read: places in the clean stream, windows of text, strongest moments of units.
 
-The 20 strongest moments of every neuron of a model in one pass over a text, and the text around them:
+The 20 strongest moments of every neuron of a model in one pass over a text, and what is around:
 
     sites = [Site(model, layer, "mlp_act") for layer in range(model.config.n_layer)]
     text = Text(load_tokens(data, "val"), meta["eot"], model.config.block_size, device, context=64)
@@ -12,8 +12,8 @@ The 20 strongest moments of every neuron of a model in one pass over a text, and
 
 Memory stays flat for any text: a batch of activations, and what is kept.
 
-Shape letters: B windows of T tokens, d channels of a site, V vocabulary; n tokens of a batch, U units
-(channels, or features of an autoencoder), S stories in a batch, K moments kept of each unit.
+Shape letters: B windows of T tokens, d channels of a site, V vocabulary; n tokens of a batch, U
+units (channels, or features of an autoencoder), S stories in a batch, K moments kept of each unit.
 """
 
 from collections import defaultdict
@@ -45,15 +45,15 @@ def check_stop(stop):
         raise Stopped
 
 
-# ---------------------------------------------------------------------------- a place in the stream
+# -------------------------------------------------------------------------- a place in the stream
 
 
 class Site:
     """A place in the clean stream of a model: block `layer`, and one of SITES.
 
-    center: see x minus its mean over channels. LayerNorm hides that shift from the model; the paper's
-    library, which centres the weights that write to the residual stream, had it so. mlp_act is not in
-    the stream and never centred. Raises UserError when there is no such block.
+    center: see x minus its mean over channels. LayerNorm hides that shift from the model; the
+    paper's library, which centres the weights that write to the residual stream, had it so. mlp_act
+    is not in the stream and never centred. Raises UserError when there is no such block.
     """
 
     def __init__(self, model, layer, site, center=True):
@@ -66,7 +66,7 @@ class Site:
         self.module = model.transformer["h"][layer].get_submodule(SITES[site])
 
     def hook(self, use):
-        """From now on use(x) is called with x (B, T, d); what it returns, unless None, takes x's place.
+        """From now on use(x) is called, x (B, T, d); what it returns, unless None, takes x's place.
 
         -> a handle, whose remove() ends that.
         """
@@ -88,7 +88,7 @@ class Site:
 
     @torch.no_grad()
     def run(self, idx, edit):
-        """idx (B, T) -> clean logits (B, T, V) with this place's x (B, T, d) replaced by edit(x)."""
+        """idx (B, T) -> clean logits (B, T, V), this place's x (B, T, d) replaced by edit(x)."""
         handle = self.hook(edit)
         try:
             return self.model(idx)
@@ -126,7 +126,7 @@ def read_sites(sites, idx):
     return torch.cat([found[number] for number in range(len(sites))], 1)  # (B T, U)
 
 
-# ------------------------------------------------------------------------------- windows of a text
+# ------------------------------------------------------------------------------ windows of a text
 
 
 def windows_at(tokens, starts, T, device):
@@ -136,7 +136,7 @@ def windows_at(tokens, starts, T, device):
 
 
 def held_out_windows(tokens, T, count):
-    """Where at most count windows begin, spread evenly over a validation split. Raises UserError."""
+    """Where at most count windows begin, spread evenly over validation text. Raises UserError."""
     windows = len(tokens) // T
     if not windows:
         raise UserError(f"{len(tokens)} validation tokens are fewer than a window of {T}: "
@@ -146,7 +146,7 @@ def held_out_windows(tokens, T, count):
 
 
 def read_windows(activate, tokens, starts, T, device, stop=None, title=None):
-    """Yields (starts of a batch of windows (B), their activations (B, T, U)), in the order of starts.
+    """Yields, batch by batch, where windows start (B) and their activations (B, T, U).
 
     activate: idx (B, T) -> (B T, U), such as Site.read. stop: a config.StopRequest; raises Stopped
     between two batches. title: of the progress bar, which there is none of without.
@@ -173,10 +173,10 @@ class Snippet(NamedTuple):
 class Text:
     """A stream of tokens, stories that each end in eot, as windows of T tokens for a model to read.
 
-    context: so many tokens at the start of a window are there only to be read; they count in the window
-    before, which it overlaps. So every token that counts was read after that many others, at least.
-    starts: where the windows begin, rising. Without, they cover the text, but for its first `context`
-    tokens and an end that fills no window.
+    context: so many tokens at the start of a window are there only to be read; they count in the
+    window before, which it overlaps. So every token that counts was read after that many others, at
+    least. starts: where the windows begin, rising. Without, they cover the text, but for its first
+    `context` tokens and an end that fills no window.
     """
 
     def __init__(self, tokens, eot, T, device, context=0, starts=None):
@@ -189,7 +189,7 @@ class Text:
         self.ends = np.concatenate(ends)  # where the end-of-text of every story is
 
     def stories(self, positions):
-        """The numbers of the stories that these tokens belong to; an end-of-text to the one it ends."""
+        """The numbers of the stories that these tokens belong to. An end-of-text ends its own."""
         return np.searchsorted(self.ends, positions)
 
     def read(self, activate, stop=None, title=None):
@@ -201,7 +201,7 @@ class Text:
             yield x[:, self.context :].flatten(0, 1), positions, self.stories(positions)
 
     def piece(self, position, start, left, right):
-        """From where to where a snippet goes: within its story, and the window that begins at start."""
+        """Where a snippet begins and ends: within its story, and the window from start on."""
         begin, end = start, start + self.T
         story = self.stories(position)
         if story > 0:
@@ -213,8 +213,9 @@ class Text:
     def snippets(self, activate, positions, left, right, stop=None):
         """The text around positions (U, K) that count: -> for each unit a list of K Snippets.
 
-        Up to left tokens before the position and right tokens after it, as far as its story and window
-        go. Reads the windows that hold them again. activate: idx (B, T) -> (B T, U), those U units.
+        Up to left tokens before the position and right tokens after it, as far as its story and
+        window go. Reads the windows that hold them again. activate: idx (B, T) -> (B T, U), those
+        U units.
         """
         positions = np.asarray(positions)
         which = np.searchsorted(self.starts + self.context, positions, side="right") - 1  # (U, K)
@@ -235,11 +236,11 @@ class Text:
         return found.tolist()
 
 
-# ------------------------------------------------------------------------------ the strongest moments
+# -------------------------------------------------------------------------- the strongest moments
 
 
 class Strongest:
-    """The `count` largest activations of every unit, at most one a story. Of equals the earliest."""
+    """The `count` largest activations of every unit, one a story. Of equals the earliest."""
 
     def __init__(self, count):
         self.count = count
@@ -248,15 +249,15 @@ class Strongest:
         self.open = None  # its largest values (1, U) so far, and their positions (1, U)
 
     def add(self, x, positions, stories):
-        """x (n, U); positions (n) and stories (n) of its tokens, which never fall, call after call."""
+        """x (n, U); positions (n) and stories (n) of its tokens, which rise from call to call."""
         if not len(x):
             return
         begins = np.flatnonzero(np.diff(stories, prepend=-1))  # (S), rows of x where a story begins
         lengths = np.diff(begins, append=len(stories)).tolist()
         tops = [rows.max(0) for rows in x.split(lengths)]  # of equals, max takes the first
         values = torch.stack([top.values for top in tops])  # (S, U)
-        rows = torch.stack([top.indices + begin for top, begin in zip(tops, begins.tolist())])  # (S, U)
-        places = torch.from_numpy(positions).to(x.device)[rows]  # (S, U)
+        rows = [top.indices + begin for top, begin in zip(tops, begins.tolist())]  # S times (U)
+        places = torch.from_numpy(positions).to(x.device)[torch.stack(rows)]  # (S, U)
         if self.story == stories[0]:  # it has gone on
             larger = values[:1] > self.open[0]  # (1, U)
             values[:1] = torch.where(larger, values[:1], self.open[0])
@@ -267,16 +268,17 @@ class Strongest:
         self.story, self.open = stories[-1], (values[-1:], places[-1:])
 
     def merged(self, later):
-        """What is kept when these (values, positions), each (S, U), of stories after the kept ones, join."""
+        """What is kept once the (values, positions), each (S, U), of later stories join."""
         pairs = [self.kept, later] if self.kept else [later]
         values, places = (torch.cat(rows) for rows in zip(*pairs))  # (K + S, U)
-        values, order = values.sort(dim=0, descending=True, stable=True)  # equals stay in the text's order
+        # equals stay in the order of the text
+        values, order = values.sort(dim=0, descending=True, stable=True)
         return values[: self.count], places.gather(0, order)[: self.count]
 
     def found(self):
-        """values (U, K), largest first, and positions (U, K), on the CPU; K < count where stories are few.
+        """values (U, K), largest first, and positions (U, K), on the CPU.
 
-        Units that never fire are there too, with what they have.
+        K < count where stories are few. Units that never fire are there too, with what they have.
         """
         values, places = self.merged(self.open)
         return values.T.cpu(), places.T.cpu()

@@ -1,23 +1,23 @@
-"""Sparse autoencoders on one place of the clean stream: L0 and CE score of the paper's Table 1, features.
+"""Sparse autoencoders on a place of the clean stream: L0 and CE score (Table 1), and the features.
 
-    python interp/sae.py out/local_k2                    the paper's recipe (Table 5): 409.6M activations,
-                                                         for a GPU
-    python interp/sae.py out/local_k2 --small            4.1M activations of 1M tokens: minutes on a CPU
-    python interp/sae.py out/* --small --seeds 1,2,3     many checkpoints in one table, mean ± deviation
-                                                         over seeds
-    python interp/sae.py out/local_k2 --small --l1 2,5,10    a sweep: all train on one stream of activations,
-                                                         and the picture has the frontier of L0 against CE score
-    python interp/sae.py out/local_k2 --small --features 20    what the features fire on, here and as a web page
+    python interp/sae.py out/local_k2                       the paper's recipe (Table 5), for a GPU
+    python interp/sae.py out/local_k2 --small               minutes on a CPU
+    python interp/sae.py out/* --small --seeds 1,2,3        one table: mean ± deviation over seeds
+    python interp/sae.py out/local_k2 --small --l1 2,5,10   the frontier of L0 against CE score
+    python interp/sae.py out/local_k2 --features 20         what features fire on, also as a page
+
+The paper trains on 409.6M activations, --small on 4.1M of 1M tokens. All l1 of a sweep train on one
+stream of activations.
 
 Writes into the run folder sae.json (every number, its settings and its history), sae.pt (the
 autoencoders), sae.png and, with --features, sae_features.html. What is there already with the same
-settings is not made again. Ctrl-C and SIGTERM save and leave; the same command again goes on exactly
-from there.
+settings is not made again. Ctrl-C and SIGTERM save and leave; the same command again goes on
+exactly from there.
 
 A fixed l1 does not give two models the same L0, so compare models by their frontiers (--plot draws
 them over each other), not by one point. x~ = s x is what an autoencoder is trained on, with s such
 that a mean row has norm sqrt(d):
-    f = ReLU(x~ W_enc + b_enc)        x^ = f W_dec + b_dec        loss = |x^ - x~|^2 + l1 sum_i f_i c_i
+    f = ReLU(x~ W_enc + b_enc)     x^ = f W_dec + b_dec     loss = |x^ - x~|^2 + l1 sum_i f_i c_i
 with c_i = 1 and decoder rows of norm 1 (recipe saelens5, the paper's library) or c_i = |W_dec,i|
 (saelens6). topk (Gao et al. 2024) and batchtopk (Bussmann et al. 2024) keep the k largest f_i, of a
 token or on average, in place of l1.
@@ -62,11 +62,11 @@ DEAD_AFTER = 1000  # steps that a feature may be silent in training before it co
 SAVE_EVERY = 300  # seconds: what a crash can cost
 
 
-# ------------------------------------------------------------------------------------------- the autoencoder
+# -------------------------------------------------------------------------------- the autoencoder
 
 
 class SAE(nn.Module):
-    """d inputs, F features. Weights W_enc (d, F), b_enc (F), W_dec (F, d), b_dec (d), as in SAELens."""
+    """d inputs, F features. W_enc (d, F), b_enc (F), W_dec (F, d), b_dec (d), as in SAELens."""
 
     def __init__(self, d, F, activation="relu", k=None):
         super().__init__()
@@ -108,7 +108,7 @@ class SAE(nn.Module):
         return f
 
     def bar(self, f):
-        """batchtopk: how large a feature of f (n, F) must be to be kept. Training moves the threshold."""
+        """batchtopk: how large a feature of f (n, F) must be to be kept. Training moves it."""
         if not self.training or not len(f):
             return self.threshold
         kept = f.detach().flatten().topk(self.k * len(f), sorted=False).values  # (k n)
@@ -126,7 +126,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def fold(self, scale):
-        """From one that reads and writes s x to one that reads and writes x; features stay what they were.
+        """From one that reads and writes s x to one that reads and writes x.
 
         The decoder's rows are then 1 / s long. SAELens 5.1 makes them 1 again when it saves, which
         spoils them.
@@ -145,7 +145,7 @@ def sae_from(row, settings):
 
 
 def load_saes(path):
-    """The SAEs of a sae.pt, in the order of "saes" in sae.json. Raises UserError when it is no such file."""
+    """The SAEs of a sae.pt, in the order of "saes" in sae.json. Raises UserError if it is none."""
     try:
         content = load_torch(path)
         return [sae_from(row, content["settings"]) for row in content["saes"]]
@@ -156,7 +156,7 @@ def load_saes(path):
 
 
 def lr_at(step, steps, lr):
-    """Constant, then straight towards 0 over the last fifth (20,000 of the paper's 100,000 steps)."""
+    """Constant, then straight towards 0 over the last fifth (20,000 of the paper's steps)."""
     return lr * min(1, (steps - step) / max(1, steps // 5))  # step counts from 0
 
 
@@ -189,7 +189,7 @@ def train_step(sae, optimizer, x, lr, l1, recipe):
     return error.detach(), penalty.detach(), f.detach()
 
 
-# ------------------------------------------------------------------------------------------- its training data
+# ------------------------------------------------------------------------------ its training data
 
 
 class Plan(NamedTuple):
@@ -202,7 +202,7 @@ class Plan(NamedTuple):
 
 
 def plan_of(settings, tokens, T):
-    """The Plan for a text of so many tokens, in windows of T. Raises UserError when it is too short."""
+    """The Plan for so many tokens, in windows of T. Raises UserError if they are too few."""
     windows = min(tokens, settings["tokens"] or tokens) // T
     rows = windows * T
     cached = rows <= settings["buffer"]
@@ -220,10 +220,10 @@ class Batches:
     """Shuffled, scaled activations of the training stream: at(step) -> (batch_size, d).
 
     A buffer holds some activations. Half of it, drawn at random, is served and then replaced by new
-    ones, and so on: memory stays flat for any corpus. A corpus that fits into the buffer is run through
-    the model once and reshuffled every time it has been served. Windows come in a random order, another
-    one every epoch. All orders are pure functions of the seed, so the buffer is all that has to be
-    saved. Raises UserError when the text is too short, and Stopped.
+    ones, and so on: memory stays flat for any corpus. A corpus that fits into the buffer is run
+    through the model once and reshuffled every time it has been served. Windows come in a random
+    order, another one every epoch. All orders are pure functions of the seed, so the buffer is all
+    that has to be saved. Raises UserError when the text is too short, and Stopped.
     """
 
     def __init__(self, site, tokens, settings, seed, saved=None, stop=None):
@@ -246,7 +246,7 @@ class Batches:
         return {"refill": self.refill, "scale": self.scale, "buffer": self.buffer}
 
     def start(self):
-        """Fills the buffer; the scale is that of 1,000 batches or, of a cached corpus, of all of it."""
+        """Fills the buffer. The scale is that of 1,000 batches, or of all of a cached corpus."""
         if not self.cached:
             count = min(-(-1000 * self.batch // self.T), self.windows)
             norms = [x.norm(dim=1).sum().item() for x in self.read(0, count, "norms")]
@@ -263,7 +263,7 @@ class Batches:
         self.buffer *= self.scale
 
     def starts(self, first, count):
-        """Where windows number first, first + 1, ... begin; every epoch has all, in an order of its own."""
+        """Where windows number first, first + 1, ... begin. Every epoch has an order of its own."""
         parts = []
         while count:
             epoch, at = divmod(first, self.windows)
@@ -282,13 +282,13 @@ class Batches:
             yield x.flatten(0, 1)  # (n, d)
 
     def order(self, refill):
-        """Rows of the buffer in the order they are served in after this refill, (served x batch)."""
+        """Rows of the buffer in the order in which this refill serves them, (served x batch)."""
         generator = np.random.default_rng((self.seed, 1, refill))
         order = generator.permutation(self.size)[: self.served * self.batch]
         return torch.from_numpy(order).to(self.device)
 
     def at(self, step):
-        """The batch of this step; steps must come one after the other. Stopped leaves the buffer as it was."""
+        """The batch of this step; steps must come in order. Stopped leaves the buffer as it was."""
         refill, i = divmod(step, self.served)
         if refill != self.refill and not self.cached:
             first = -(-self.size // self.T) + (refill - 1) * self.fresh
@@ -299,13 +299,13 @@ class Batches:
         return self.buffer[self.rows[i * self.batch : (i + 1) * self.batch]]  # (batch, d)
 
 
-# ------------------------------------------------------------------------------------------- training, with resume
+# -------------------------------------------------------------------------- training, with resume
 
 
 class Training:
     """The SAEs of one seed, one for every l1 (or k), step by step, all on the same batches.
 
-    saved: what state() gave when it was interrupted, or None. Raises Stopped, with nothing half done.
+    saved: what state() gave before an interruption, or None. Raises Stopped, nothing half done.
     """
 
     def __init__(self, site, tokens, settings, seed, saved=None, stop=None):
@@ -347,7 +347,7 @@ class Training:
         return self.seconds + time.time() - self.clock
 
     def update(self):
-        """One step of every SAE."""
+        """One step of every SAE -> whether it is a point of the history."""
         check_stop(self.stop)
         settings, step = self.settings, self.step
         steps, recipe = settings["steps"], settings["recipe"]
@@ -362,11 +362,13 @@ class Training:
             if logged:
                 self.log(i, error.item(), penalty.item(), f.count_nonzero().item() / len(x))
         self.step += 1
+        return logged
 
     def log(self, i, error, penalty, l0):
         """A point in the history of SAE number i. Raises UserError when the loss is not finite."""
         if not math.isfinite(error + penalty):
-            raise UserError(f"the loss at step {self.step} is {error + penalty}: give a smaller --lr")
+            raise UserError(f"the loss at step {self.step} is {error + penalty}: "
+                            f"give a smaller --lr")
         dead = (self.silent[i] >= DEAD_AFTER).sum().item()
         point = {"step": self.step, "error": error, "penalty": penalty, "l0": l0, "dead": dead}
         for name, value in point.items():
@@ -392,7 +394,7 @@ class Training:
 
 
 def train_seed(training, save, title):
-    """Steps a Training to its end -> its rows. save(state) is called now and then, and before Stopped."""
+    """Steps a Training to its end -> its rows. Now and then, and before Stopped, save(state)."""
     steps, saved = training.settings["steps"], time.time()
     with tqdm(initial=training.step, total=steps, desc=title, unit=" steps", mininterval=1) as bar:
         while training.step < steps:
@@ -400,17 +402,17 @@ def train_seed(training, save, title):
                 save(training.state())
                 saved = time.time()
             try:
-                training.update()
+                logged = training.update()
             except Stopped:
                 save(training.state())
                 raise
-            if training.history[0]["step"][-1:] == [training.step - 1]:  # a point has been logged
+            if logged:
                 bar.set_postfix_str(training.progress(), refresh=False)
             bar.update()
     return training.rows()
 
 
-# ------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------- evaluation
 
 
 def token_nats(log_q, idx):
@@ -429,7 +431,7 @@ def ratio(part, whole):
 
 
 class Score:
-    """Sums over held-out text of what one SAE does; in float64 on the CPU, as some GPUs have none."""
+    """Sums over held-out text of what one SAE does. In float64 on the CPU: some GPUs have none."""
 
     def __init__(self, sae):
         self.sae = sae
@@ -437,7 +439,7 @@ class Score:
         self.fired = torch.zeros(sae.b_enc.numel(), dtype=torch.int64)  # (F), tokens
 
     def add(self, site, idx, x, log_p):
-        """idx (B, T), its activations x (B T, d) and the model's log-probabilities log_p (B, T, V)."""
+        """idx (B, T), its activations x (B T, d), the model's log-probabilities log_p (B, T, V)."""
         f = self.sae.encode(x)  # (B T, F)
         x_hat = self.sae.decode(f)  # (B T, d)
         log_q = site.run(idx, lambda old: x_hat.view_as(old)).log_softmax(-1)  # (B, T, V)
@@ -459,12 +461,12 @@ class Score:
 def score_saes(site, saes, idx, stop=None, title=None):
     """What each of several folded SAEs does to the model on the windows idx (B, T) -> a dict each.
 
-    ce_*: nats per token over the predictions of tokens 2 to T of every window; _clean as it is, _zero
-    with the place replaced by 0, _sae by x^. ce_score = (zero - sae) / (zero - clean); kl_score the
-    same with KL(clean || .) over all positions. l0: features f_i > 0 per token. explained_variance
-    = 1 - sum |x - x^|^2 / sum |x - mean x|^2. never: share of features that stay silent here; density:
-    a histogram over the others of the share of tokens they fire in. What nothing is there to divide
-    by for is None.
+    ce_*: nats per token over the predictions of tokens 2 to T of every window; _clean as it is,
+    _zero with the place replaced by 0, _sae by x^. ce_score = (zero - sae) / (zero - clean);
+    kl_score the same with KL(clean || .) over all positions. l0: features f_i > 0 per token.
+    explained_variance = 1 - sum |x - x^|^2 / sum |x - mean x|^2. never: share of features that stay
+    silent here; density: a histogram over the others of the share of tokens they fire in. A ratio
+    to 0 is None.
     """
     n, predicted = idx.numel(), idx.numel() - len(idx)  # tokens
     scores = [Score(sae) for sae in saes]
@@ -511,16 +513,15 @@ def warnings(row):
                "the CE score divides by that and means little")
 
 
-# ------------------------------------------------------------------------------------------- features to look at
+# ---------------------------------------------------------------------------- features to look at
 
 
 @torch.no_grad()
 def top_snippets(site, sae, text, count, snippets=8, context=12, stop=None):
     """The most characteristic features, and where they fire most in a Text.
 
-    -> [{feature, density, max, snippets}], snippets of the activations module, one a story.
-    Characteristic: of the features that fire in at most 2 % of the tokens, those that write most, by
-    sum f_i^2 |W_dec,i|^2.
+    -> [{feature, density, max, snippets}], snippets one a story. Characteristic: of the features
+    that fire in at most 2 % of the tokens, those that write most, by sum f_i^2 |W_dec,i|^2.
     """
     F = sae.b_enc.numel()
     energy, fired = torch.zeros(2, F, device=text.device)  # each (F)
@@ -572,7 +573,7 @@ $features
 
 
 def show_features(features, tokenizer, path, title):
-    """Prints them, [brackets] around tokens with at least half of the largest activation; writes a page."""
+    """Prints them, [brackets] around tokens with half of the largest activation; writes a page."""
     page = []
     for one in features:
         head = f"feature {one['feature']}"
@@ -601,18 +602,19 @@ def shaded(word, value, largest):
             f"title='{value:.2f}'>{html.escape(word)}</span>")
 
 
-# ------------------------------------------------------------------------------------------- results
+# ---------------------------------------------------------------------------------------- results
 
 
 def coefficient(row):
     return f"l1 {row['l1']:g}" if "l1" in row else f"k {row['k']}"
 
 
-MEASURED = ("l0", "ce_score", "kl_score", "explained_variance", "dead", "ce_clean", "ce_sae", "ce_zero")
+MEASURED = ("l0", "ce_score", "kl_score", "explained_variance", "dead", "ce_clean", "ce_sae",
+            "ce_zero")
 
 
 def table_rows(result):
-    """A row for every l1 (or k) of a run: means over seeds and, of several, sample deviations as NAME_sd."""
+    """A row for every l1 (or k) of a run: means over seeds; of several, deviations as NAME_sd."""
     rows = []
     for name in dict.fromkeys(map(coefficient, result["saes"])):
         group = [row for row in result["saes"] if coefficient(row) == name]
@@ -671,7 +673,8 @@ def draw_saes(path, results):
     for axes in (error, score):
         if len(axes.lines) <= 6:  # more would cover them
             axes.legend(fontsize="small")
-    title = "{site} of block {layer}, {activation}, recipe {recipe}, {steps:,} steps of {batch_size:,}"
+    title = ("{site} of block {layer}, {activation}, recipe {recipe}, "
+             "{steps:,} steps of {batch_size:,}")
     figure.suptitle(title.format(**results[0]["settings"]), fontsize="medium")
     save_figure(path, figure)
 
@@ -687,7 +690,7 @@ def draw_frontier(axes, result, name, color):
     axes.margins(0.12)  # room for those words
 
 
-# ------------------------------------------------------------------------------------------- one run
+# ---------------------------------------------------------------------------------------- one run
 
 
 class Work(NamedTuple):
@@ -711,7 +714,7 @@ def machine_memory(device):
 
 
 def check_memory(settings, d, plan, device):
-    """Raises UserError when training would take more memory than there is: now, in place of torch later."""
+    """Raises UserError when training would take more memory than there is."""
     F, batch = settings["expansion"] * d, settings["batch_size"]
     saes = len(settings["l1"] or settings["k"])
     weights = 2 * d * F + F + d
@@ -723,8 +726,8 @@ def check_memory(settings, d, plan, device):
     needed, there = 4 * numbers, machine_memory(device)  # bytes of float32
     if needed > there:
         raise UserError(
-            f"{F:,} features in each of {saes}, batches of {batch:,} and a buffer of {plan.size:,} need "
-            f"{needed / 2**30:,.0f} GiB of memory, and there are {there / 2**30:,.0f}: "
+            f"{F:,} features in each of {saes}, batches of {batch:,} and a buffer of {plan.size:,} "
+            f"need {needed / 2**30:,.0f} GiB of memory, and there are {there / 2**30:,.0f}: "
             f"give a smaller --expansion, --batch_size or --buffer")
 
 
@@ -787,17 +790,15 @@ def train_saes(work, device, stop, title):
     saes = [sae_from(row, settings).to(device) for row in rows]
     starts = held_out_windows(work.val, T, settings["eval_windows"])
     idx = windows_at(work.val, starts, T, device)  # (B, T)
-    facts = {"saes": [], "warnings": []}
+    facts, kept = {"saes": [], "warnings": []}, []
     for row, scores in zip(rows, score_saes(site, saes, idx, stop, "evaluation")):
+        kept.append({name: row[name] for name in ("seed", "l1", "k", "weights") if name in row})
         row = {name: value for name, value in row.items() if name != "weights"} | scores
         facts["saes"].append(row)
         name = f"{coefficient(row)}, seed {row['seed']}"
         facts["warnings"] += [f"{name}: {warning}" for warning in warnings(row)]
-
-    kept = ("seed", "l1", "k", "weights")
-    weights = [{name: row[name] for name in kept if name in row} for row in rows]
     with replace_file(job.path(".pt")) as file:
-        torch.save({"settings": settings, "checkpoint": job.checkpoint, "saes": weights}, file)
+        torch.save({"settings": settings, "checkpoint": job.checkpoint, "saes": kept}, file)
     draw_saes(job.path(".png"), [{"run": str(job.run.path), "settings": settings, **facts}])
     return facts
 
@@ -818,7 +819,7 @@ def print_features(work, count, device, stop):
     show_features(features, tokenizer, job.path("_features.html"), title)
 
 
-# ------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------- the command line
 
 
 def parse_list(flag, text, kind):
@@ -879,15 +880,15 @@ def make_parser():
 
 
 def parse(argv):
-    """Command-line words -> arguments, with the settings of Table 5 or --small. Raises UserError."""
+    """Command-line words -> arguments, the settings of Table 5 or --small. Raises UserError."""
     args = make_parser().parse_args(argv)
     for name, value in (SMALL if args.small else PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name in (*PAPER, "expansion", "features"):
         value = getattr(args, name)
-        if value is not None and not 0 < value < 2**63:
-            raise UserError(f"--{name}={value} must be more than 0, and less than 2**63")
+        if value is not None and not 0 < value < (math.inf if name == "lr" else 2**63):
+            raise UserError(f"--{name}={value} must be more than 0, and finite: at most 2**63 - 1")
     useless = "k" if args.activation == "relu" else "l1"
     if getattr(args, useless) is not None:
         raise UserError(f"--{useless} has no effect with --activation {args.activation}: drop it")

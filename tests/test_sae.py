@@ -9,6 +9,9 @@ TransformerLens computed.
 import hashlib
 import json
 import math
+import resource
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -449,6 +452,101 @@ def test_resumed_is_uninterrupted(run, call, monkeypatch, words):
     assert same(numbers_of(stopped), expected) and not (stopped / "sae.resume.pt").exists()
     assert any(row["history"]["dead"][-1] for row in expected[0]["saes"])
     assert all(one.activation == "relu" or one.threshold > 0 for one in sae.load_saes(run / "sae.pt"))
+
+
+def stop_at(call, monkeypatch, step):
+    """A Ctrl-C in this step of training, of this patch's life."""
+    train_step, count = sae.train_step, [0]
+
+    def counted(*rest):
+        count[0] += 1
+        call.stop.requested |= count[0] == step
+        return train_step(*rest)
+
+    monkeypatch.setattr(sae, "train_step", counted)
+
+
+def test_force_replaces_damaged_files(run, call, monkeypatch):
+    monkeypatch.setattr(sae, "draw_saes", lambda *_: None)
+    assert call(run, *QUICK)[0] is None
+    expected = numbers_of(run)
+    for names in (["sae.json"], ["sae.pt"], ["sae.resume.pt"], ["sae.json", "sae.pt", "sae.resume.pt"]):
+        if "sae.resume.pt" in names:
+            (run / "sae.json").unlink()  # a stopped run has none
+        for name in names:
+            (run / name).write_bytes(b"PK damaged")
+        message, _ = call(run, *QUICK)
+        assert message.startswith(f"error: {run / 'sae.'}") and "delete it" in message
+        assert call(run, *QUICK, "--force")[0] is None
+        assert same(numbers_of(run), expected) and not (run / "sae.resume.pt").exists()
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing_written(run, call, monkeypatch):
+    """Files may grow to 4 KB: first with nothing saved yet, then after a stop, whose state stays and goes on."""
+    monkeypatch.setattr(sae, "draw_saes", lambda *_: None)
+    assert call(copy(run, "whole"), *QUICK)[0] is None
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def call_on_full_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))
+        try:
+            return call(run, *QUICK)[0]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    message = f"error: cannot write {run / 'sae.resume.pt'}: File too large"
+    assert call_on_full_disk() == message and [path.name for path in run.iterdir()] == ["best.pt"]
+    with monkeypatch.context() as patch:
+        stop_at(call, patch, 14)
+        assert call(run, *QUICK)[0].startswith("stopped")
+    before = (run / "sae.resume.pt").read_bytes()
+    assert call_on_full_disk() == message and (run / "sae.resume.pt").read_bytes() == before
+    assert sorted(path.name for path in run.iterdir()) == ["best.pt", "sae.resume.pt"]
+    assert call(run, *QUICK)[0] is None and same(numbers_of(run), numbers_of(run.parent / "whole"))
+
+
+def test_each_split_is_read_once(run, call, monkeypatch):
+    """load_tokens verifies every byte; a result that is there needs no text."""
+    monkeypatch.setattr(sae, "draw_saes", lambda *_: None)
+    read, load_tokens = [], sae.load_tokens
+    monkeypatch.setattr(sae, "load_tokens", lambda *which: read.append(which[1]) or load_tokens(*which))
+    runs = (run, copy(run, "other"))
+    assert call(*runs, *QUICK, "--seeds=1,2", "--features=2")[0] is None and read == ["train", "val"]
+    assert call(*runs, *QUICK, "--seeds=1,2")[0] is None and read == ["train", "val"]
+    assert call(*runs, *QUICK, "--seeds=1,2", "--features=2")[0] is None and read == ["train", "val"] * 2
+
+
+def test_memory_is_estimated_before_the_work(run, call, monkeypatch):
+    """4 d F floats and a buffer: twice what it takes is enough, half is not."""
+    monkeypatch.setattr(sae, "draw_saes", lambda *_: None)
+    monkeypatch.setattr(sae, "machine_memory", lambda device: 2**20)
+    assert call(run, *QUICK, "--expansion=16")[0] is None  # 4 x 2 x 8 x 128 floats are 32 KB, the buffer 20 KB
+    assert "need 0 GiB" in call(run, *QUICK, "--expansion=800", "--force")[0]
+    assert "need 0 GiB" in call(run, *QUICK, "--expansion=160", "--l1=1,2,3,4,5", "--force")[0]
+    assert call(run, *QUICK, "--expansion=160", "--force")[0] is None
+    monkeypatch.undo()
+    assert 2**28 < sae.machine_memory(torch.device("cpu")) < 2**50
+
+
+def test_the_readme_loads_them_from_the_project_root(run, call, monkeypatch):
+    monkeypatch.setattr(sae, "draw_saes", lambda *_: None)
+    assert call(run, *QUICK, "--seeds=1,2")[0] is None
+    lines = f"from interp.sae import load_saes; print([one.W_dec.shape[0] for one in load_saes({str(run / 'sae.pt')!r})])"
+    done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[32, 32]\n", done.stderr
+
+
+def test_a_signal_saves_and_leaves(run):
+    """A real process and a real SIGTERM, and the same command again."""
+    words = [sys.executable, ROOT / "interp" / "sae.py", run, *QUICK[2:], "--device=cpu", "--steps=100000"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE) as process:
+        said = b""
+        while b"steps/s" not in said:
+            said += process.stderr.read(1)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate()[1].decode()
+    assert process.returncode == 1 and said.endswith("stopped: the same command again goes on from here\n")
+    assert torch.load(run / "sae.resume.pt", weights_only=True)["state"]["current"]["step"] > 0
 
 
 def stopped(*_):

@@ -183,7 +183,7 @@ class Text:
         if starts is None:
             starts = np.arange(0, len(tokens) - T + 1, T - context)
         self.tokens, self.T, self.device = tokens, T, device
-        self.context, self.starts = context, starts
+        self.context, self.starts = context, np.asarray(starts)
         scans = range(0, len(tokens), SCAN)
         ends = [np.flatnonzero(tokens[i : i + SCAN] == eot) + i for i in scans]
         self.ends = np.concatenate(ends)  # where the end-of-text of every story is

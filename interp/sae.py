@@ -1,10 +1,10 @@
 """Sparse autoencoders on a place of the clean stream: L0 and CE score (Table 1), and the features.
 
-    python interp/sae.py out/local_k2                       the paper's recipe (Table 5), for a GPU
-    python interp/sae.py out/local_k2 --small               minutes on a CPU
-    python interp/sae.py out/* --small --seeds 1,2,3        one table: mean ± deviation over seeds
-    python interp/sae.py out/local_k2 --small --l1 2,5,10   the frontier of L0 against CE score
-    python interp/sae.py out/local_k2 --features 20         what features fire on, also as a page
+    python interp/sae.py out/local_k2                         the paper's recipe (Table 5): a GPU
+    python interp/sae.py out/local_k2 --small                 minutes on a CPU
+    python interp/sae.py out/* --small --seeds 1,2,3          a table: mean ± deviation over seeds
+    python interp/sae.py out/local_k2 --small --l1 2,5,10     the frontier of L0 against CE score
+    python interp/sae.py out/local_k2 --small --features 20   what features fire on, also a page
 
 The paper trains on 409.6M activations, --small on 4.1M of 1M tokens. All l1 of a sweep train on one
 stream of activations.
@@ -51,12 +51,14 @@ from interp.results import Job, results_of, write_text
 from model import load_torch, replace_file
 from prepare import UserError, load_tokenizer, load_tokens
 
-PAPER = {  # Table 5
-    "steps": 100_000, "batch_size": 4096, "lr": 1e-5, "tokens": None, "buffer": 262_144,
-    "eval_windows": 400}
-SMALL = {  # all activations are computed once
-    "steps": 4_000, "batch_size": 1024, "lr": 3e-4, "tokens": 1_000_000, "buffer": 1_000_000,
-    "eval_windows": 100}
+SIZES = {  # by default, as in Table 5; with --small; what it is
+    "steps": (100_000, 4_000, "updates"),
+    "batch_size": (4096, 1024, "activations per update"),
+    "lr": (1e-5, 3e-4, "learning rate"),
+    "tokens": (None, 1_000_000, "training tokens that activations are taken from, at most"),
+    "buffer": (262_144, 1_000_000, "activations in memory; where all fit, each is computed once"),
+    "eval_windows": (400, 100, "held-out windows of block_size tokens, at most"),
+}
 FEATURE_WINDOWS = 1024  # held-out windows that --features looks through, at most
 DEAD_AFTER = 1000  # steps that a feature may be silent in training before it counts as dead
 SAVE_EVERY = 300  # seconds: what a crash can cost
@@ -374,11 +376,6 @@ class Training:
         for name, value in point.items():
             self.history[i][name].append(round(value, 5))
 
-    def progress(self):
-        """L0 and dead features of the last point, for the progress bar."""
-        points = [f"L0 {past['l0'][-1]:.1f} dead {past['dead'][-1]}" for past in self.history]
-        return ", ".join(points)
-
     def rows(self):
         """What is to be said and kept of every SAE, a dict each, with its folded weights."""
         rows = []
@@ -407,7 +404,9 @@ def train_seed(training, save, title):
                 save(training.state())
                 raise
             if logged:
-                bar.set_postfix_str(training.progress(), refresh=False)
+                last = [(past["l0"][-1], past["dead"][-1]) for past in training.history]
+                words = [f"L0 {l0:.1f} dead {dead}" for l0, dead in last]
+                bar.set_postfix_str(", ".join(words), refresh=False)
             bar.update()
     return training.rows()
 
@@ -744,7 +743,7 @@ def open_work(path, args, splits, device):
     settings = {"data": meta["checksum"], "layer": layer, "site": args.site, "center": site.center,
                 "recipe": args.recipe, "activation": args.activation, "l1": args.l1, "k": args.k,
                 "seeds": args.seeds, "expansion": args.expansion}
-    settings |= {name: getattr(args, name) for name in PAPER}
+    settings |= {name: getattr(args, name) for name in SIZES}
     F = args.expansion * site.d
     if args.k and not 1 <= min(args.k) <= max(args.k) <= F:
         raise UserError(f"--k: keep from 1 to all {F} features of {path}")
@@ -836,16 +835,6 @@ def parse_list(flag, text, kind):
     return values
 
 
-NOTES = {
-    "steps": "updates",
-    "batch_size": "activations per update",
-    "lr": "learning rate",
-    "tokens": "training tokens that activations are taken from, at most",
-    "buffer": "activations held in memory; where it holds all of them, each is computed once",
-    "eval_windows": "held-out windows of block_size tokens, at most",
-}
-
-
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -866,9 +855,9 @@ def make_parser():
     add("--k", help="topk, batchtopk: features kept per token, with commas (default 8)")
     add("--seeds", default="1337", help="of weights and batches, with commas (default 1337)")
     add("--small", action="store_true", help="defaults for a CPU")
-    for name, note in NOTES.items():
-        default = f"(default {PAPER[name] or 'all'}, with --small {SMALL[name]})"
-        add(f"--{name}", type=float if name == "lr" else int, help=f"{note} {default}")
+    for name, (paper, small, note) in SIZES.items():
+        add(f"--{name}", type=type(small),
+            help=f"{note} (default {paper or 'all'}, with --small {small})")
     add("--expansion", type=int, default=16, help="features per channel of the site (default 16)")
     add("--features", type=int, metavar="N",
         help="show the N most characteristic features of the first SAE")
@@ -882,10 +871,10 @@ def make_parser():
 def parse(argv):
     """Command-line words -> arguments, the settings of Table 5 or --small. Raises UserError."""
     args = make_parser().parse_args(argv)
-    for name, value in (SMALL if args.small else PAPER).items():
+    for name, (paper, small, _) in SIZES.items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in (*PAPER, "expansion", "features"):
+            setattr(args, name, small if args.small else paper)
+    for name in (*SIZES, "expansion", "features"):
         value = getattr(args, name)
         if value is not None and not 0 < value < (math.inf if name == "lr" else 2**63):
             raise UserError(f"--{name}={value} must be more than 0, and finite: at most 2**63 - 1")

@@ -1,21 +1,26 @@
-"""Sparse autoencoders on one place of the clean stream: the L0 and CE score of the paper's Table 1, and the features.
+"""Sparse autoencoders on a place of the clean stream: L0 and CE score (Table 1), and the features.
 
-    python interp/sae.py out/local_k2                          the paper's recipe (Table 5): 409.6M activations, for a GPU
-    python interp/sae.py out/local_k2 --small                  4.1M activations of 1M tokens: minutes on a CPU
-    python interp/sae.py out/* --small --seeds 1,2,3           many checkpoints in one table, mean ± deviation over seeds
-    python interp/sae.py out/local_k2 --small --l1 2,5,10      a sweep: all train on one stream of activations, and the
-                                                               picture has the frontier of L0 against CE score
-    python interp/sae.py out/local_k2 --small --features 20    what the features fire on, here and as a web page
+    python interp/sae.py out/local_k2                         the paper's recipe (Table 5): a GPU
+    python interp/sae.py out/local_k2 --small                 minutes on a CPU
+    python interp/sae.py out/* --small --seeds 1,2,3          a table: mean ± deviation over seeds
+    python interp/sae.py out/local_k2 --small --l1 2,5,10     the frontier of L0 against CE score
+    python interp/sae.py out/local_k2 --small --features 20   what features fire on, also a page
 
-Writes into the run folder sae.json (every number, its settings and its history), sae.pt (the autoencoders), sae.png and,
-with --features, sae_features.html. What is there already with the same settings is not made again. Ctrl-C and SIGTERM
-save and leave; the same command again goes on exactly from there.
+The paper trains on 409.6M activations, --small on 4.1M of 1M tokens. All l1 of a sweep train on one
+stream of activations.
 
-A fixed l1 does not give two models the same L0, so compare models by their frontiers (--plot draws them over each
-other), not by one point. x~ = s x is what an autoencoder is trained on, with s such that a mean row has norm sqrt(d):
-    f = ReLU(x~ W_enc + b_enc)        x^ = f W_dec + b_dec        loss = |x^ - x~|^2 + l1 sum_i f_i c_i
-with c_i = 1 and decoder rows of norm 1 (recipe saelens5, the paper's library) or c_i = |W_dec,i| (saelens6). topk
-(Gao et al. 2024) and batchtopk (Bussmann et al. 2024) keep the k largest f_i, of a token or on average, in place of l1.
+Writes into the run folder sae.json (every number, its settings and its history), sae.pt (the
+autoencoders), sae.png and, with --features, sae_features.html. What is there already with the same
+settings is not made again. Ctrl-C and SIGTERM save and leave; the same command again goes on
+exactly from there.
+
+A fixed l1 does not give two models the same L0, so compare models by their frontiers (--plot draws
+them over each other), not by one point. x~ = s x is what an autoencoder is trained on, with s such
+that a mean row has norm sqrt(d):
+    f = ReLU(x~ W_enc + b_enc)     x^ = f W_dec + b_dec     loss = |x^ - x~|^2 + l1 sum_i f_i c_i
+with c_i = 1 and decoder rows of norm 1 (recipe saelens5, the paper's library) or c_i = |W_dec,i|
+(saelens6). topk (Gao et al. 2024) and batchtopk (Bussmann et al. 2024) keep the k largest f_i, of a
+token or on average, in place of l1.
 
 Shape letters: n activations, d their size, F features; B windows of T tokens, V vocabulary.
 """
@@ -24,10 +29,11 @@ import argparse
 import html
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
+from string import Template
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,23 +43,32 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # python puts interp/ there
 import config as knobs
-from eval import (earlier_result, fingerprint, mismatch, number, open_run, print_table, refuse_mixed, result_head, result_path,
-                  run_paths, write_json)
-from model import GPTNeo
-from prepare import load_meta, load_tokenizer, load_tokens
+from eval import (check_writable, column, find_data, number, open_run, print_table, run_paths,
+                  save_figure)
+from interp.activations import (SITES, Site, Stopped, Strongest, Text, check_stop, held_out_windows,
+                                read_windows, windows_at)
+from interp.results import Job, results_of, write_text
+from model import load_torch, replace_file
+from prepare import UserError, load_tokenizer, load_tokens
 
-SITES = {"mlp_out": "mlp", "attn_out": "attn.attention", "resid": "", "mlp_act": "mlp.c_proj"}  # modules of a block
-PAPER = dict(steps=100_000, batch_size=4096, lr=1e-5, tokens=None, buffer=262_144, eval_windows=400)  # Table 5
-SMALL = dict(steps=4_000, batch_size=1024, lr=3e-4, tokens=1_000_000, buffer=1_000_000, eval_windows=100)  # all cached
+SIZES = {  # by default, as in Table 5; with --small; what it is
+    "steps": (100_000, 4_000, "updates"),
+    "batch_size": (4096, 1024, "activations per update"),
+    "lr": (1e-5, 3e-4, "learning rate"),
+    "tokens": (None, 1_000_000, "training tokens that activations are taken from, at most"),
+    "buffer": (262_144, 1_000_000, "activations in memory; where all fit, each is computed once"),
+    "eval_windows": (400, 100, "held-out windows of block_size tokens, at most"),
+}
+FEATURE_WINDOWS = 1024  # held-out windows that --features looks through, at most
 DEAD_AFTER = 1000  # steps that a feature may be silent in training before it counts as dead
-WINDOWS = 32  # windows in a forward pass that reads activations; a constant, so that a resumed run rounds alike
+SAVE_EVERY = 300  # seconds: what a crash can cost
 
 
-# ------------------------------------------------------------------------------------------- the autoencoder
+# -------------------------------------------------------------------------------- the autoencoder
 
 
 class SAE(nn.Module):
-    """d inputs, F features. Weights W_enc (d, F), b_enc (F), W_dec (F, d), b_dec (d), as SAELens names them."""
+    """d inputs, F features. W_enc (d, F), b_enc (F), W_dec (F, d), b_dec (d), as in SAELens."""
 
     def __init__(self, d, F, activation="relu", k=None):
         super().__init__()
@@ -62,12 +77,16 @@ class SAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(F))
         self.W_dec = nn.Parameter(torch.zeros(F, d))
         self.b_dec = nn.Parameter(torch.zeros(d))
-        if activation == "batchtopk":  # running mean of the smallest f kept, the bar in evaluation; -1: none seen yet
+        if activation == "batchtopk":
+            # running mean of the smallest f kept, the bar in evaluation; -1: none seen yet
             self.register_buffer("threshold", torch.tensor(-1.0))
 
     @torch.no_grad()
     def initialise(self, recipe, seed):
-        """Biases 0, the encoder the decoder's transpose; saelens5 then makes the decoder's rows, about sqrt(2), 1 long."""
+        """Biases 0, the encoder the decoder's transpose.
+
+        saelens5 then makes the decoder's rows, about sqrt(2) long, 1 long.
+        """
         nn.init.kaiming_uniform_(self.W_dec, generator=torch.Generator().manual_seed(seed))
         if recipe == "saelens6":
             self.W_dec.mul_(0.1 / self.W_dec.norm(dim=1, keepdim=True))
@@ -85,14 +104,20 @@ class SAE(nn.Module):
         f = torch.addmm(self.b_enc, x, self.W_enc).relu()  # (n, F)
         if self.activation == "topk":
             values, which = f.topk(self.k, dim=-1)  # (n, k)
-            f = torch.zeros_like(f).scatter(-1, which, values)
+            f = torch.zeros_like(f).scatter(-1, which, values)  # (n, F)
         elif self.activation == "batchtopk":
-            bar = self.threshold
-            if self.training and len(x):
-                bar = f.detach().flatten().topk(self.k * len(x), sorted=False).values.min()
-                self.threshold = torch.where(self.threshold < 0, bar, torch.lerp(self.threshold, bar, 0.01))
-            f = f * (f >= bar)
+            f = f * (f >= self.bar(f))
         return f
+
+    def bar(self, f):
+        """batchtopk: how large a feature of f (n, F) must be to be kept. Training moves it."""
+        if not self.training or not len(f):
+            return self.threshold
+        kept = f.detach().flatten().topk(self.k * len(f), sorted=False).values  # (k n)
+        bar = kept.min()
+        average = torch.lerp(self.threshold, bar, 0.01)
+        self.threshold = torch.where(self.threshold < 0, bar, average)
+        return bar
 
     def decode(self, f):
         """f (n, F) -> x^ (n, d)."""
@@ -103,15 +128,18 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def fold(self, scale):
-        """From one that reads and writes s x to one that reads and writes x: features and output stay what they were.
-        The decoder's rows are then 1 / s long (SAELens 5.1 makes them 1 again when it saves, which spoils them)."""
+        """From one that reads and writes s x to one that reads and writes x.
+
+        The decoder's rows are then 1 / s long. SAELens 5.1 makes them 1 again when it saves, which
+        spoils them.
+        """
         self.W_enc.mul_(scale)
         self.W_dec.div_(scale)
         self.b_dec.div_(scale)
         return self
 
 
-def restore(row, settings):
+def sae_from(row, settings):
     """The SAE that a row, with its "weights", of sae.pt describes."""
     sae = SAE(*row["weights"]["W_enc"].shape, settings["activation"], row.get("k"))
     sae.load_state_dict(row["weights"])
@@ -119,37 +147,43 @@ def restore(row, settings):
 
 
 def load_saes(path):
-    """The SAEs of a sae.pt, in the order of "saes" in sae.json. Raises UserError when it is no such file."""
+    """The SAEs of a sae.pt, in the order of "saes" in sae.json. Raises UserError if it is none."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return [restore(row, content["settings"]) for row in content["saes"]]
-    except Exception as error:  # absent, cut off, of another program: torch.load raises almost any kind
-        raise UserError(f"{path} does not hold autoencoders of interp/sae.py ({type(error).__name__}): delete it, and "
-                         f"make it again") from None
+        content = load_torch(path)
+        return [sae_from(row, content["settings"]) for row in content["saes"]]
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        # absent, damaged, of another program, or with weights that do not fit together
+        raise UserError(f"{path} does not hold autoencoders of interp/sae.py "
+                        f"({type(error).__name__}): delete it, and make it again") from None
 
 
 def lr_at(step, steps, lr):
-    """Constant, then straight towards 0 over the last fifth (20,000 of the paper's 100,000 steps); step counts from 0."""
-    return lr * min(1, (steps - step) / max(1, steps // 5))
+    """Constant, then straight towards 0 over the last fifth (20,000 of the paper's steps)."""
+    return lr * min(1, (steps - step) / max(1, steps // 5))  # step counts from 0
 
 
 def l1_at(step, steps, l1):
-    """Straight up from 0 over the first twentieth (5,000 of the paper's 100,000 steps), then constant."""
+    """Straight up from 0 over the first twentieth (5,000 of the paper's steps), then constant."""
     return l1 * min(1, step / max(1, steps // 20))
 
 
 def make_optimizer(sae, recipe):
-    return torch.optim.Adam(sae.parameters(), betas=(0.0 if recipe == "saelens5" else 0.9, 0.999), fused=True)
+    beta1 = 0.0 if recipe == "saelens5" else 0.9
+    return torch.optim.Adam(sae.parameters(), betas=(beta1, 0.999), fused=True)
 
 
 def train_step(sae, optimizer, x, lr, l1, recipe):
-    """One update on x (n, d), already scaled -> squared error and penalty, means over n; features (n, F)."""
+    """One update on x (n, d), already scaled.
+
+    -> squared error and penalty, means over n; features (n, F).
+    """
     optimizer.param_groups[0]["lr"] = lr
     if recipe == "saelens5":
         sae.unit_rows()
-    f = sae.encode(x)
+    f = sae.encode(x)  # (n, F)
     error = (sae.decode(f) - x).square().sum() / max(1, len(x))
-    penalty = l1 * (f if recipe == "saelens5" else f * sae.W_dec.norm(dim=1)).sum() / max(1, len(x))
+    weighted = f if recipe == "saelens5" else f * sae.W_dec.norm(dim=1)
+    penalty = l1 * weighted.sum() / max(1, len(x))
     optimizer.zero_grad()
     (error + penalty).backward()
     nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
@@ -157,395 +191,480 @@ def train_step(sae, optimizer, x, lr, l1, recipe):
     return error.detach(), penalty.detach(), f.detach()
 
 
-# ------------------------------------------------------------------------------------------- activations
+# ------------------------------------------------------------------------------ its training data
 
 
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM came. Raised only where nothing is half done."""
+class Plan(NamedTuple):
+    """How much of a text is read for training, and how it is held in memory."""
+
+    windows: int  # of the text that are used
+    size: int  # activations in the buffer
+    cached: bool  # the buffer holds all of them
+    served: int  # batches between two refills, or, of a cached text, between two shuffles
 
 
-class Reached(Exception):
-    """Carries the activations out of a forward pass whose rest nobody needs."""
-
-
-asked_to_stop = []
-
-
-def check_stop():
-    if asked_to_stop:
-        raise Stopped
-
-
-class Site:
-    """A place in the clean stream of a model: block `layer`, and one of SITES.
-
-    center: see x minus its mean over channels. LayerNorm hides that shift from the model; the paper's library, which
-    centres the weights that write to the residual stream, had it so. mlp_act is not in the stream and never centred.
-    Raises UserError when there is no such block.
-    """
-
-    def __init__(self, model, layer, site, center=True):
-        if not 0 <= layer < model.config.n_layer:
-            raise UserError(f"--layer={layer}: the blocks of this model are 0 to {model.config.n_layer - 1}")
-        self.model, self.site, self.center = model, site, center and site != "mlp_act"
-        self.d = model.config.n_embd * (4 if site == "mlp_act" else 1)
-        self.module = model.transformer["h"][layer].get_submodule(SITES[site])
-
-    @torch.no_grad()
-    def run(self, idx, edit):
-        """idx (B, T) -> clean logits (B, T, V) with this place's x (B, T, d) replaced by edit(x)."""
-        def change(x):
-            return edit(x - x.mean(-1, keepdim=True) if self.center else x)
-
-        def on_output(module, args, out):  # blocks and attention return (x, keys and values)
-            return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
-
-        hook = (self.module.register_forward_hook(on_output) if self.site != "mlp_act" else
-                self.module.register_forward_pre_hook(lambda module, args: (change(args[0]), *args[1:])))
-        try:
-            return self.model(idx)
-        finally:
-            hook.remove()
-
-    def read(self, idx):
-        """idx (B, T) -> x (B T, d)."""
-        def stop(x):
-            raise Reached(x)
-        try:
-            self.run(idx, stop)
-        except Reached as reached:
-            return reached.args[0].flatten(0, 1)
-
-
-def windows_at(tokens, numbers, T, device):
-    """Windows of T tokens that do not overlap, by number: -> (len(numbers), T) int64."""
-    return torch.from_numpy(tokens[np.asarray(numbers)[:, None] * T + np.arange(T)].astype(np.int64)).to(device)
+def plan_of(settings, tokens, T):
+    """The Plan for so many tokens, in windows of T. Raises UserError if they are too few."""
+    windows = min(tokens, settings["tokens"] or tokens) // T
+    rows = windows * T
+    cached = rows <= settings["buffer"]
+    size = rows if cached else settings["buffer"]
+    served = (size if cached else size // 2) // settings["batch_size"]
+    if not served:
+        raise UserError(
+            f"{rows:,} training tokens, in whole windows of {T}, and a buffer of "
+            f"{settings['buffer']:,} are too few for batches of {settings['batch_size']:,}: "
+            f"give a smaller --batch_size or more of the others")
+    return Plan(windows, size, cached, served)
 
 
 class Batches:
     """Shuffled, scaled activations of the training stream: at(step) -> (batch_size, d).
 
-    A buffer holds some activations. Half of it, drawn at random, is served and then replaced by new ones, and so on:
-    memory stays flat for any corpus. A corpus that fits into the buffer is run through the model once and reshuffled every
-    time it has been served. Windows come in a random order, another one every epoch. All orders are pure functions of
-    the seed, so the buffer is all that has to be saved. Raises UserError when the text is too short.
+    A buffer holds some activations. Half of it, drawn at random, is served and then replaced by new
+    ones, and so on: memory stays flat for any corpus. A corpus that fits into the buffer is run
+    through the model once and reshuffled every time it has been served. Windows come in a random
+    order, another one every epoch. All orders are pure functions of the seed, so the buffer is all
+    that has to be saved. Raises UserError when the text is too short, and Stopped.
     """
 
-    def __init__(self, site, tokens, settings, seed, saved=None):
-        self.site, self.tokens, self.seed = site, tokens, seed
+    def __init__(self, site, tokens, settings, seed, saved=None, stop=None):
+        self.site, self.tokens, self.seed, self.stop = site, tokens, seed, stop
         self.T, self.batch = site.model.config.block_size, settings["batch_size"]
         self.device = next(site.model.parameters()).device
-        self.windows = min(len(tokens), settings["tokens"] or len(tokens)) // self.T
-        rows = self.windows * self.T
-        self.cached = rows <= settings["buffer"]
-        self.size = rows if self.cached else settings["buffer"]
-        self.served = (self.size if self.cached else self.size // 2) // self.batch  # batches between two refills
-        if not self.served:
-            raise UserError(f"{rows:,} training tokens, in whole windows of {self.T}, and a buffer of {settings['buffer']:,} "
-                             f"are too few for batches of {self.batch:,}: give a smaller --batch_size or more of the others")
+        self.windows, self.size, self.cached, self.served = plan_of(settings, len(tokens), self.T)
         self.fresh = -(-self.served * self.batch // self.T)  # windows in a refill
         self.epoch, self.rows, self.refill = None, None, 0
-        if saved and not self.cached:
-            self.refill, self.scale, self.buffer = saved["refill"], saved["scale"], saved["buffer"].to(self.device)
+        if saved:
+            self.refill, self.scale = saved["refill"], saved["scale"]
+            self.buffer = saved["buffer"].to(self.device)  # (size, d)
         else:
             self.start()
 
     def state(self):
         """What a resumed run needs. A cached corpus is rather run through the model once more."""
-        return {} if self.cached else {"refill": self.refill, "scale": self.scale, "buffer": self.buffer}
+        if self.cached:
+            return None
+        return {"refill": self.refill, "scale": self.scale, "buffer": self.buffer}
 
     def start(self):
-        """Fills the buffer; the scale is that of 1,000 batches or, of a cached corpus, of all of it."""
+        """Fills the buffer. The scale is that of 1,000 batches, or of all of a cached corpus."""
         if not self.cached:
             count = min(-(-1000 * self.batch // self.T), self.windows)
-            norm = sum(x.norm(dim=1).sum().item() for x in self.read(0, count, "norms")) / (count * self.T)
-        self.buffer, at = torch.empty(self.size, self.site.d, device=self.device), 0  # (size, d)
+            norms = [x.norm(dim=1).sum().item() for x in self.read(0, count, "norms")]
+            norm = sum(norms) / (count * self.T)
+        self.buffer = torch.empty(self.size, self.site.d, device=self.device)  # (size, d)
+        filled = 0
         for x in self.read(0, -(-self.size // self.T), "activations"):
-            self.buffer[at : at + len(x)] = x[: self.size - at]
-            at += len(x)
+            self.buffer[filled : filled + len(x)] = x[: self.size - filled]
+            filled += len(x)
         if self.cached:
             norm = self.buffer.norm(dim=1).mean().item()
-        self.scale = math.sqrt(self.site.d) / norm if norm else 1.0  # a place that is always 0 can stay there
+        # a place that is always 0 can stay there
+        self.scale = math.sqrt(self.site.d) / norm if norm else 1.0
         self.buffer *= self.scale
 
+    def starts(self, first, count):
+        """Where windows number first, first + 1, ... begin. Every epoch has an order of its own."""
+        parts = []
+        while count:
+            epoch, at = divmod(first, self.windows)
+            if epoch != self.epoch:
+                generator = np.random.default_rng((self.seed, 0, epoch))
+                self.epoch, self.window_order = epoch, generator.permutation(self.windows)
+            parts.append(self.window_order[at : at + count])
+            first, count = first + len(parts[-1]), count - len(parts[-1])
+        return np.concatenate(parts) * self.T
+
     def read(self, first, count, title=None):
-        """Activations of windows number first, first + 1, ...: (at most WINDOWS x T, d) at a time."""
-        with tqdm(total=count * self.T, desc=title, unit=" tokens", unit_scale=True, leave=False, disable=not title) as bar:
-            while count:
-                check_stop()
-                epoch, at = divmod(first, self.windows)
-                if epoch != self.epoch:
-                    self.epoch = epoch
-                    self.window_order = np.random.default_rng((self.seed, 0, epoch)).permutation(self.windows)
-                numbers = self.window_order[at : at + min(count, WINDOWS)]
-                yield self.site.read(windows_at(self.tokens, numbers, self.T, self.device))
-                bar.update(len(numbers) * self.T)
-                first, count = first + len(numbers), count - len(numbers)
+        """Activations of windows number first, first + 1, ...: some (n, d) at a time."""
+        starts = self.starts(first, count)
+        for _, x in read_windows(self.site.read, self.tokens, starts, self.T, self.device,
+                                 self.stop, title):
+            yield x.flatten(0, 1)  # (n, d)
 
     def order(self, refill):
-        """Rows of the buffer in the order they are served in after this refill, (served x batch)."""
-        order = np.random.default_rng((self.seed, 1, refill)).permutation(self.size)[: self.served * self.batch]
+        """Rows of the buffer in the order in which this refill serves them, (served x batch)."""
+        generator = np.random.default_rng((self.seed, 1, refill))
+        order = generator.permutation(self.size)[: self.served * self.batch]
         return torch.from_numpy(order).to(self.device)
 
     def at(self, step):
-        """The batch of this step; steps must come one after the other. Stopped leaves the buffer as it was."""
+        """The batch of this step; steps must come in order. Stopped leaves the buffer as it was."""
         refill, i = divmod(step, self.served)
         if refill != self.refill and not self.cached:
             first = -(-self.size // self.T) + (refill - 1) * self.fresh
-            new = torch.cat(list(self.read(first, self.fresh)))
+            new = torch.cat(list(self.read(first, self.fresh)))  # (fresh x T, d)
             self.buffer[self.order(refill - 1)] = new[: self.served * self.batch] * self.scale
         if refill != self.refill or self.rows is None:
             self.refill, self.rows = refill, self.order(refill)
         return self.buffer[self.rows[i * self.batch : (i + 1) * self.batch]]  # (batch, d)
 
 
-# ------------------------------------------------------------------------------------------- training, with resume
+# -------------------------------------------------------------------------- training, with resume
 
 
-def train(site, tokens, settings, seed, saved, save, title):
-    """One seed: an SAE for every l1 (or k), all on the same batches -> a row each, with folded weights and the history.
+class Training:
+    """The SAEs of one seed, one for every l1 (or k), step by step, all on the same batches.
 
-    saved: what an interrupted run gave to save(state), or None. Raises Stopped, after a save, on request.
+    saved: what state() gave before an interruption, or None. Raises Stopped, nothing half done.
     """
-    steps, recipe, swept = settings["steps"], settings["recipe"], "l1" if settings["l1"] else "k"
-    device, F = next(site.model.parameters()).device, settings["expansion"] * site.d
-    saes = [SAE(site.d, F, settings["activation"], value if swept == "k" else None).initialise(recipe, seed).to(device)
-            for value in settings[swept]]
-    optimizers = [make_optimizer(sae, recipe) for sae in saes]
-    silent = torch.zeros(len(saes), F, dtype=torch.int64, device=device)  # steps since each feature fired
-    history = [{"step": [], "error": [], "penalty": [], "l0": [], "dead": []} for _ in saes]
-    begin, seconds, clock = 0, 0.0, time.time()
-    if saved:
-        begin, seconds, history, silent = saved["step"], saved["seconds"], saved["history"], saved["silent"].to(device)
-        for sae, optimizer, weights, moments in zip(saes, optimizers, saved["weights"], saved["moments"]):
+
+    def __init__(self, site, tokens, settings, seed, saved=None, stop=None):
+        self.settings, self.seed, self.stop = settings, seed, stop
+        self.swept = "l1" if settings["l1"] else "k"
+        self.features = settings["expansion"] * site.d
+        device = next(site.model.parameters()).device
+        self.saes, self.optimizers, self.history = [], [], []
+        for value in settings[self.swept]:
+            k = value if self.swept == "k" else None
+            sae = SAE(site.d, self.features, settings["activation"], k)
+            self.saes.append(sae.initialise(settings["recipe"], seed).to(device))
+            self.optimizers.append(make_optimizer(sae, settings["recipe"]))
+            self.history.append({"step": [], "error": [], "penalty": [], "l0": [], "dead": []})
+        # steps since each feature fired
+        self.silent = torch.zeros(len(self.saes), self.features, dtype=torch.int64, device=device)
+        self.step, self.seconds, self.clock = 0, 0.0, time.time()
+        if saved:
+            self.restore(saved)
+        self.batches = Batches(site, tokens, settings, seed, saved and saved["batches"], stop)
+
+    def restore(self, saved):
+        self.step, self.seconds = saved["step"], saved["seconds"]
+        self.history, self.silent = saved["history"], saved["silent"].to(self.silent.device)
+        for sae, weights in zip(self.saes, saved["weights"]):
             sae.load_state_dict(weights)
+        for optimizer, moments in zip(self.optimizers, saved["moments"]):
             optimizer.load_state_dict(moments)
-    batches = Batches(site, tokens, settings, seed, saved and saved["batches"])
 
-    def save_all(step):
-        save({"step": step, "seconds": seconds + time.time() - clock, "history": history, "silent": silent,
-              "weights": [sae.state_dict() for sae in saes], "moments": [optimizer.state_dict() for optimizer in optimizers],
-              "batches": batches.state()})
-        return time.time()
+    def state(self):
+        """All it takes to go on from here, with the same bits."""
+        return {"step": self.step, "seconds": self.worked(), "history": self.history,
+                "silent": self.silent, "weights": [sae.state_dict() for sae in self.saes],
+                "moments": [optimizer.state_dict() for optimizer in self.optimizers],
+                "batches": self.batches.state()}
 
-    log_every, last_save = max(1, steps // 100), time.time()
-    for step in (bar := tqdm(range(begin, steps), initial=begin, total=steps, desc=title, unit=" steps", mininterval=1)):
-        try:
-            check_stop()
-            x = batches.at(step)  # (batch, d)
-        except Stopped:
-            save_all(step)
-            raise
-        if time.time() - last_save > 300:  # a crash costs five minutes at most
-            last_save = save_all(step)
-        logged = step % log_every == 0 or step == steps - 1
-        for i, (sae, optimizer, past) in enumerate(zip(saes, optimizers, history)):
-            l1 = l1_at(step, steps, settings["l1"][i]) if swept == "l1" else 0.0
-            error, penalty, f = train_step(sae, optimizer, x, lr_at(step, steps, settings["lr"]), l1, recipe)
-            silent[i] = (silent[i] + 1) * (f.amax(0) <= 0)
+    def worked(self):
+        """Seconds, those before an interruption included."""
+        return self.seconds + time.time() - self.clock
+
+    def update(self):
+        """One step of every SAE -> whether it is a point of the history."""
+        check_stop(self.stop)
+        settings, step = self.settings, self.step
+        steps, recipe = settings["steps"], settings["recipe"]
+        x = self.batches.at(step)  # (n, d)
+        lr = lr_at(step, steps, settings["lr"])
+        logged = step % max(1, steps // 100) == 0 or step == steps - 1
+        for i, (sae, optimizer) in enumerate(zip(self.saes, self.optimizers)):
+            l1 = l1_at(step, steps, settings["l1"][i]) if self.swept == "l1" else 0.0
+            error, penalty, f = train_step(sae, optimizer, x, lr, l1, recipe)
+            fired = f.amax(0) > 0  # (F)
+            self.silent[i] = (self.silent[i] + 1) * ~fired
             if logged:
-                point = {"step": step, "error": error.item(), "penalty": penalty.item(),
-                         "l0": f.count_nonzero().item() / len(x), "dead": (silent[i] >= DEAD_AFTER).sum().item()}
-                if not math.isfinite(point["error"] + point["penalty"]):
-                    raise UserError(f"the loss at step {step} is {point['error'] + point['penalty']}: give a smaller --lr")
-                for name, value in point.items():
-                    past[name].append(round(value, 5))
-        if logged:
-            bar.set_postfix_str(", ".join(f"L0 {past['l0'][-1]:.1f} dead {past['dead'][-1]}" for past in history), False)
-    common = {"seed": seed, "features": F, "scale": batches.scale, "seconds": round(seconds + time.time() - clock, 1)}
-    return [{**common, swept: value, "dead": past["dead"][-1] / F if steps > DEAD_AFTER else None, "history": past,
-             "weights": sae.fold(batches.scale).cpu().state_dict()}
-            for sae, value, past in zip(saes, settings[swept], history)]
+                self.log(i, error.item(), penalty.item(), f.count_nonzero().item() / len(x))
+        self.step += 1
+        return logged
+
+    def log(self, i, error, penalty, l0):
+        """A point in the history of SAE number i. Raises UserError when the loss is not finite."""
+        if not math.isfinite(error + penalty):
+            raise UserError(f"the loss at step {self.step} is {error + penalty}: "
+                            f"give a smaller --lr")
+        dead = (self.silent[i] >= DEAD_AFTER).sum().item()
+        point = {"step": self.step, "error": error, "penalty": penalty, "l0": l0, "dead": dead}
+        for name, value in point.items():
+            self.history[i][name].append(round(value, 5))
+
+    def rows(self):
+        """What is to be said and kept of every SAE, a dict each, with its folded weights."""
+        rows = []
+        for sae, value, past in zip(self.saes, self.settings[self.swept], self.history):
+            # fewer steps than it takes to count as dead say nothing
+            dead = past["dead"][-1] / self.features if self.settings["steps"] > DEAD_AFTER else None
+            weights = sae.fold(self.batches.scale).cpu().state_dict()
+            rows.append({
+                "seed": self.seed, "features": self.features, "scale": self.batches.scale,
+                "seconds": round(self.worked(), 1), self.swept: value, "dead": dead,
+                "history": past, "weights": weights})
+        return rows
 
 
-# ------------------------------------------------------------------------------------------- evaluation
+def train_seed(training, save, title):
+    """Steps a Training to its end -> its rows. Now and then, and before Stopped, save(state)."""
+    steps, saved = training.settings["steps"], time.time()
+    with tqdm(initial=training.step, total=steps, desc=title, unit=" steps", mininterval=1) as bar:
+        while training.step < steps:
+            if time.time() - saved > SAVE_EVERY:
+                save(training.state())
+                saved = time.time()
+            try:
+                logged = training.update()
+            except Stopped:
+                save(training.state())
+                raise
+            if logged:
+                last = [(past["l0"][-1], past["dead"][-1]) for past in training.history]
+                words = [f"L0 {l0:.1f} dead {dead}" for l0, dead in last]
+                bar.set_postfix_str(", ".join(words), refresh=False)
+            bar.update()
+    return training.rows()
 
 
-def held_out(model, data, count, device):
-    """At most count windows, spread evenly over the validation split -> (windows, T). ValueError when it holds none."""
-    tokens, T = load_tokens(data, "val"), model.config.block_size
-    if len(tokens) < T:
-        raise UserError(f"{data} has {len(tokens)} validation tokens, fewer than a window of {T}: choose other --data")
-    windows = len(tokens) // T
-    return windows_at(tokens, np.linspace(0, windows, min(count, windows), endpoint=False).astype(int), T, device)
+# ------------------------------------------------------------------------------------- evaluation
+
+
+def token_nats(log_q, idx):
+    """Sum of the cross-entropy of tokens 2 to T of idx (B, T), from log-probabilities (B, T, V)."""
+    nats = -log_q[:, :-1].gather(-1, idx[:, 1:, None])  # (B, T - 1, 1)
+    return nats.cpu().double().sum().item()
+
+
+def divergence(log_p, log_q):
+    """Sum over all positions of KL(p || q), from log-probabilities (B, T, V)."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1).cpu().double().sum().item()
+
+
+def ratio(part, whole):
+    return part / whole if whole else None
+
+
+class Score:
+    """Sums over held-out text of what one SAE does. In float64 on the CPU: some GPUs have none."""
+
+    def __init__(self, sae):
+        self.sae = sae
+        self.nats = self.kl = self.error = 0.0
+        self.fired = torch.zeros(sae.b_enc.numel(), dtype=torch.int64)  # (F), tokens
+
+    def add(self, site, idx, x, log_p):
+        """idx (B, T), its activations x (B T, d), the model's log-probabilities log_p (B, T, V)."""
+        f = self.sae.encode(x)  # (B T, F)
+        x_hat = self.sae.decode(f)  # (B T, d)
+        log_q = site.run(idx, lambda old: x_hat.view_as(old)).log_softmax(-1)  # (B, T, V)
+        self.nats += token_nats(log_q, idx)
+        self.kl += divergence(log_p, log_q)
+        self.error += (x - x_hat).cpu().double().square().sum().item()
+        self.fired += (f > 0).sum(0).cpu()
+
+    def firing(self, n):
+        """What the n tokens say about how often features fire."""
+        shares = self.fired[self.fired > 0].numpy() / n
+        features, edges = np.histogram(np.log10(shares), bins=np.linspace(-7, 0, 29))
+        density = {"log10_edges": edges.round(4).tolist(), "features": features.tolist()}
+        return {"l0": self.fired.sum().item() / n, "tokens": n, "density": density,
+                "never": (self.fired == 0).double().mean().item()}
 
 
 @torch.no_grad()
-def evaluate(site, saes, idx, progress=False):
-    """What each of several folded SAEs does to the model on the windows idx (B, T) -> a dict of numbers each.
+def score_saes(site, saes, idx, stop=None, title=None):
+    """What each of several folded SAEs does to the model on the windows idx (B, T) -> a dict each.
 
-    ce_*: nats per token over the predictions of tokens 2 to T of every window; _clean as it is, _zero with the place
-    replaced by 0, _sae by x^. ce_score = (zero - sae) / (zero - clean); kl_score the same with KL(clean || .) over all
-    positions. l0: features f_i > 0 per token. explained_variance = 1 - sum |x - x^|^2 / sum |x - mean x|^2. never: share
-    of features that stay silent here; density: a histogram over the others of the share of tokens they fire in. What
-    nothing is there to divide by for is None. Sums are in float64, on the CPU, as some GPUs have none.
+    ce_*: nats per token over the predictions of tokens 2 to T of every window; _clean as it is,
+    _zero with the place replaced by 0, _sae by x^. ce_score = (zero - sae) / (zero - clean);
+    kl_score the same with KL(clean || .) over all positions. l0: features f_i > 0 per token.
+    explained_variance = 1 - sum |x - x^|^2 / sum |x - mean x|^2. never: share of features that stay
+    silent here; density: a histogram over the others of the share of tokens they fire in. A ratio
+    to 0 is None.
     """
-    names, V = ("ce_clean", "ce_zero", "ce_sae", "kl_zero", "kl_sae"), site.model.config.vocab_size
-    sums = [dict.fromkeys((*names, "error"), 0.0) for _ in saes]
-    fired = [torch.zeros(sae.b_enc.numel(), dtype=torch.int64) for sae in saes]  # each (F)
-    total, squares, n = torch.zeros(site.d, dtype=torch.float64), 0.0, idx.numel()
-
-    def compare(logits, targets, log_p=None):
-        """-> log-probabilities (B, T, V), sums of cross-entropy and of KL(p || these)"""
-        log_q = logits.log_softmax(-1)
-        nats = -log_q[:, :-1].gather(-1, targets[:, 1:, None]).cpu().double().sum().item()
-        return log_q, nats, 0.0 if log_p is None else (log_p.exp() * (log_p - log_q)).sum(-1).cpu().double().sum().item()
-
-    parts = idx.split(max(1, 2**22 // (idx.size(1) * V)))  # so that the largest tensors, (B, T, V), take 16 MB or a window
-    for part in tqdm(parts, desc="evaluation", unit=" batches", leave=False, disable=not progress):
-        check_stop()
+    n, predicted = idx.numel(), idx.numel() - len(idx)  # tokens
+    scores = [Score(sae) for sae in saes]
+    nats_clean = nats_zero = kl_zero = squares = 0.0
+    total = torch.zeros(site.d, dtype=torch.float64)
+    # so many windows that the largest tensors, (B, T, V), take 16 MB or a window
+    parts = idx.split(max(1, 2**22 // (idx.size(1) * site.model.config.vocab_size)))
+    for part in tqdm(parts, desc=title, unit=" batches", leave=False, disable=title is None):
+        check_stop(stop)
         x = site.read(part)  # (B T, d)
         x64 = x.cpu().double()
-        total, squares = total + x64.sum(0), squares + x64.square().sum().item()
-        log_p, ce_clean, _ = compare(site.model(part), part)
-        _, ce_zero, kl_zero = compare(site.run(part, torch.zeros_like), part, log_p)
-        for i, sae in enumerate(saes):
-            f = sae.encode(x)  # (B T, F)
-            x_hat = sae.decode(f)  # (B T, d)
-            _, ce_sae, kl_sae = compare(site.run(part, lambda old: x_hat.view_as(old)), part, log_p)
-            for name, value in zip(names, (ce_clean, ce_zero, ce_sae, kl_zero, kl_sae)):
-                sums[i][name] += value / (n if name[:2] == "kl" else n - len(idx))
-            sums[i]["error"] += (x - x_hat).cpu().double().square().sum().item()
-            fired[i] += (f > 0).sum(0).cpu()
+        total += x64.sum(0)
+        squares += x64.square().sum().item()
+        log_p = site.model(part).log_softmax(-1)  # (B, T, V)
+        log_q = site.run(part, torch.zeros_like).log_softmax(-1)
+        nats_clean += token_nats(log_p, part)
+        nats_zero += token_nats(log_q, part)
+        kl_zero += divergence(log_p, log_q)
+        for score in scores:
+            score.add(site, part, x, log_p)
 
-    def ratio(part, whole):
-        return part / whole if whole else None
-
-    rows, variance = [], squares - total.square().sum().item() / n
-    variance *= variance > 1e-9 * squares  # else it is rounding: all activations are the same
-    for row, count in zip(sums, fired):
-        error = row.pop("error")
+    variance = squares - total.square().sum().item() / n
+    if variance <= 1e-9 * squares:  # it is rounding: all activations are the same
+        variance = 0.0
+    rows = []
+    for score in scores:
+        row = {"ce_clean": nats_clean / predicted, "ce_zero": nats_zero / predicted,
+               "ce_sae": score.nats / predicted, "kl_zero": kl_zero / n, "kl_sae": score.kl / n}
         row["ce_score"] = ratio(row["ce_zero"] - row["ce_sae"], row["ce_zero"] - row["ce_clean"])
         row["kl_score"] = ratio(row["kl_zero"] - row["kl_sae"], row["kl_zero"])
-        row["l0"], row["explained_variance"] = count.sum().item() / n, ratio(variance - error, variance)
-        row["never"], row["tokens"] = (count == 0).double().mean().item(), n
-        features, edges = np.histogram(np.log10(count[count > 0].numpy() / n), bins=np.linspace(-7, 0, 29))
-        rows.append(row | {"density": {"log10_edges": edges.round(4).tolist(), "features": features.tolist()}})
+        row["explained_variance"] = ratio(variance - score.error, variance)
+        rows.append(row | score.firing(n))
     return rows
 
 
 def warnings(row):
+    """What a reader of this row of "saes" has to know, a sentence each."""
     if "l1" in row and row["l0"] > row["features"] / 20:
         yield (f"L0 {row['l0']:.0f} is more than a twentieth of {row['features']} features: "
                "not converged (take more --steps or a larger --lr) or a small --l1")
-    if row["ce_zero"] - row["ce_clean"] < 0.05:
-        yield (f"without this place the model loses only {row['ce_zero'] - row['ce_clean']:.4f} nats: "
+    lost = row["ce_zero"] - row["ce_clean"]
+    if lost < 0.05:
+        yield (f"without this place the model loses only {lost:.4f} nats: "
                "the CE score divides by that and means little")
 
 
-# ------------------------------------------------------------------------------------------- features to look at
+# ---------------------------------------------------------------------------- features to look at
 
 
 @torch.no_grad()
-def top_snippets(site, sae, tokens, eot, count, snippets=8, context=12):
-    """The most characteristic features, and where they fire most -> [{feature, density, max, snippets}].
+def top_snippets(site, sae, text, count, snippets=8, context=12, stop=None):
+    """The most characteristic features, and where they fire most in a Text.
 
-    Characteristic: of those that fire in at most 2 % of the tokens, the ones that write most, by sum f_i^2 |W_dec,i|^2.
-    A snippet is (tokens, activations, index of the peak), within one story, one a story. tokens: (windows, T) int64
+    -> [{feature, density, max, snippets}], snippets one a story. Characteristic: of the features
+    that fire in at most 2 % of the tokens, those that write most, by sum f_i^2 |W_dec,i|^2.
     """
-    n, F = tokens.numel(), sae.b_enc.numel()
-    energy, fired = torch.zeros(F, device=tokens.device), torch.zeros(F, device=tokens.device)
-    for part in tqdm(tokens.split(WINDOWS), desc="features", unit=" batches", leave=False):
-        check_stop()
-        f = sae.encode(site.read(part))  # (B T, F)
+    F = sae.b_enc.numel()
+    energy, fired = torch.zeros(2, F, device=text.device)  # each (F)
+    tokens, best = 0, Strongest(snippets)
+
+    def features_of(idx):
+        return sae.encode(site.read(idx))
+
+    for f, positions, stories in text.read(features_of, stop, "features"):  # f (n, F)
         energy += f.square().sum(0)
         fired += (f > 0).sum(0)
-    energy *= sae.W_dec.square().sum(1) * (fired <= 0.02 * n)
+        tokens += len(f)
+        best.add(f, positions, stories)
+    energy *= sae.W_dec.square().sum(1) * (fired <= 0.02 * tokens)
     chosen = energy.topk(min(count, int((energy > 0).sum()))).indices  # (N)
-    f = torch.cat([sae.encode(site.read(part))[:, chosen].cpu() for part in tokens.split(WINDOWS)])  # (n, N)
-    flat = tokens.flatten().cpu()  # (n)
-    # a story ends after its end-of-text; windows do not follow on each other, so their ends are ends too
-    bounds = np.union1d(np.arange(0, n + 1, tokens.size(1)), (flat == eot).nonzero()[:, 0].numpy() + 1)
+
+    def chosen_of(idx):
+        return features_of(idx)[:, chosen]  # (n, N)
+
+    values, positions = (kept[chosen.cpu()] for kept in best.found())  # each (N, K)
+    shown = text.snippets(chosen_of, positions, context, context, stop)
     features = []
-    for i, feature in enumerate(chosen.tolist()):
-        shown, rate = {}, fired[feature].item() / n
-        for peak in f[:, i].argsort(descending=True)[: int(fired[feature])].tolist():
-            story = np.searchsorted(bounds, peak, side="right")
-            if story not in shown and len(shown) < snippets:
-                low, high = max(bounds[story - 1], peak - context), min(bounds[story], peak + context + 1)
-                shown[story] = flat[low:high].tolist(), f[low:high, i].tolist(), int(peak - low)
-        features.append({"feature": feature, "density": rate, "max": f[:, i].max().item(), "snippets": list(shown.values())})
+    for feature, peaks, around in zip(chosen.tolist(), values.tolist(), shown):
+        firing = [snippet for snippet, peak in zip(around, peaks) if peak > 0]
+        features.append({"feature": feature, "density": fired[feature].item() / tokens,
+                         "max": peaks[0], "snippets": firing})
     return features
 
 
-def show_features(features, tokenizer, path, title):
-    """Prints them, [brackets] around tokens with at least half of the feature's largest activation, and writes a page."""
-    def text(token):
-        return tokenizer.decode_single_token_bytes(token).decode(errors="replace").replace("\n", "↵")
+PAGE = Template("""\
+<!doctype html>
+<meta charset=utf-8>
+<title>$title</title>
+<style>
+:root { color-scheme: light dark }
+body { font: 15px/1.6 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
+h1 { font-size: 22px }
+h2 { font-size: 17px; margin: 1.6em 0 .3em }
+p { margin: .1em 0 }
+small, b { font-weight: normal; color: #888 }
+b { display: inline-block; width: 4em; font-size: 13px }
+span { border-radius: 3px }
+</style>
+<h1>$title</h1>
+<p>Each feature's largest activations in held-out text, one a story: the stronger the colour, the
+stronger the activation (a token under the mouse tells its own).
+$features
+""")
 
-    page = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>:root{{color-scheme:light dark}}"
-            "body{font:15px/1.6 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}p{margin:.1em 0}"
-            "small,b{font-weight:normal;color:#888}b{display:inline-block;width:4em;font-size:13px}span{border-radius:3px}"
-            f"h1{{font-size:22px}}h2{{font-size:17px;margin:1.6em 0 .3em}}</style><h1>{html.escape(title)}</h1>"
-            "<p>Each feature's largest activations in held-out text, one a story: the stronger the colour, the stronger the "
-            "activation (a token under the mouse tells its own)."]
+
+def show_features(features, tokenizer, path, title):
+    """Prints them, [brackets] around tokens with half of the largest activation; writes a page."""
+    page = []
     for one in features:
         head = f"feature {one['feature']}"
         note = f"fires in {one['density']:.3%} of the tokens, up to {one['max']:.2f}"
         print(f"\n{head}, {note}")
         page.append(f"<h2>{head} <small>{note}</small></h2>")
-        for tokens, values, peak in one["snippets"]:
-            marked = "".join(f"[{text(t)}]" if v >= one["max"] / 2 else text(t) for t, v in zip(tokens, values))
-            print(f"{values[peak]:8.2f}  {marked}")
-            spans = (html.escape(text(t)) if v <= 0 else f"<span style='background:rgba(255,140,0,{v / one['max']:.2f})' "
-                     f"title='{v:.2f}'>{html.escape(text(t))}</span>" for t, v in zip(tokens, values))
-            page.append(f"<p><b>{values[peak]:.2f}</b>{''.join(spans)}")
-    Path(f"{path}.tmp").write_text("\n".join(page), encoding="utf-8")
-    os.replace(f"{path}.tmp", path)
+        for snippet in one["snippets"]:
+            peak = snippet.values[snippet.peak]
+            words, spans = [], []
+            for token, value in zip(snippet.tokens, snippet.values):
+                word = tokenizer.decode_single_token_bytes(token).decode(errors="replace")
+                word = word.replace("\n", "↵")
+                words.append(f"[{word}]" if value >= one["max"] / 2 else word)
+                spans.append(shaded(word, value, one["max"]))
+            print(f"{peak:8.2f}  {''.join(words)}")
+            page.append(f"<p><b>{peak:.2f}</b>{''.join(spans)}")
+    write_text(path, PAGE.substitute(title=html.escape(title), features="\n".join(page)))
     print(f"\nthe same as a page: {path}")
 
 
-# ------------------------------------------------------------------------------------------- results
+def shaded(word, value, largest):
+    """A token as HTML, the stronger its activation the stronger its colour."""
+    if value <= 0:
+        return html.escape(word)
+    return (f"<span style='background:rgba(255,140,0,{value / largest:.2f})' "
+            f"title='{value:.2f}'>{html.escape(word)}</span>")
+
+
+# ---------------------------------------------------------------------------------------- results
 
 
 def coefficient(row):
     return f"l1 {row['l1']:g}" if "l1" in row else f"k {row['k']}"
 
 
+MEASURED = ("l0", "ce_score", "kl_score", "explained_variance", "dead", "ce_clean", "ce_sae",
+            "ce_zero")
+
+
 def table_rows(result):
-    """A row for every l1 (or k) of a checkpoint: means over seeds, and, of several, sample deviations as NAME_sd."""
+    """A row for every l1 (or k) of a run: means over seeds; of several, deviations as NAME_sd."""
+    rows = []
     for name in dict.fromkeys(map(coefficient, result["saes"])):
         group = [row for row in result["saes"] if coefficient(row) == name]
         merged = {"run": result["run"], "coefficient": name, "n": len(group)}
-        for measured in ("l0", "ce_score", "kl_score", "explained_variance", "dead", "ce_clean", "ce_sae", "ce_zero"):
+        for measured in MEASURED:
             values = [row[measured] for row in group]
             if None not in values:
                 merged[measured] = np.mean(values)
                 merged[f"{measured}_sd"] = np.std(values, ddof=1) if len(group) > 1 else None
-        yield merged
+        rows.append(merged)
+    return rows
 
 
-COLUMNS = [("run", lambda r: r["run"]), ("sparsity", lambda r: r["coefficient"]), ("seeds", lambda r: str(r["n"])),
-           ("L0", number("l0", ".2f")), ("CE score", number("ce_score", ".3f")), ("KL score", number("kl_score", ".3f")),
-           ("expl. var.", number("explained_variance", ".3f")), ("dead", number("dead", ".1%")),
-           ("CE clean", lambda r: f"{r['ce_clean']:.4f}"), ("CE SAE", number("ce_sae", ".4f")),
-           ("CE zero", lambda r: f"{r['ce_zero']:.4f}")]  # two that no seed changes
+COLUMNS = [
+    ("run", column("run")),
+    ("sparsity", column("coefficient")),
+    ("seeds", column("n")),
+    ("L0", number("l0", ".2f")),
+    ("CE score", number("ce_score", ".3f")),
+    ("KL score", number("kl_score", ".3f")),
+    ("expl. var.", number("explained_variance", ".3f")),
+    ("dead", number("dead", ".1%")),
+    ("CE clean", column("ce_clean", ".4f")),  # no seed changes it
+    ("CE SAE", number("ce_sae", ".4f")),
+    ("CE zero", column("ce_zero", ".4f")),  # no seed changes it
+]
 
 
-def draw(path, results):
-    """Training curves and firing densities of every SAE; the frontiers, a line for every checkpoint."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def draw_saes(path, results):
+    """Training curves and firing densities of every SAE; the frontiers, a line for every run."""
+    from matplotlib.figure import Figure
 
-    figure, ((error, l0, dead), (density, score, variance)) = plt.subplots(2, 3, figsize=(13, 7.5), layout="constrained")
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    (error, l0, dead), (density, score, variance) = figure.subplots(2, 3)
     for i, result in enumerate(results):
         for j, row in enumerate(result["saes"]):
             label = f"{coefficient(row)}, seed {row['seed']}"
-            style = dict(color=f"C{i}", label=f"{result['run']}, {label}") if results[1:] else dict(color=f"C{j}", label=label)
+            style = {"color": f"C{j}", "label": label}
+            if len(results) > 1:
+                style = {"color": f"C{i}", "label": f"{result['run']}, {label}"}
             for axes, name in ((error, "error"), (l0, "l0"), (dead, "dead")):
                 axes.plot(row["history"]["step"], row["history"][name], linewidth=1, **style)
             density.stairs(row["density"]["features"], row["density"]["log10_edges"], **style)
         for axes, name in ((score, "ce_score"), (variance, "explained_variance")):
-            points = sorted((row["l0"], row[name], row["coefficient"]) for row in table_rows(result) if name in row)
-            axes.plot([p[0] for p in points], [p[1] for p in points], "o-", color=f"C{i}", label=result["run"])
-            for *at, text in points:
-                axes.annotate(text, at, textcoords="offset points", xytext=(5, -10), fontsize="small")
-            axes.margins(0.12)  # room for those words
+            draw_frontier(axes, result, name, f"C{i}")
     error.set(title="squared error per activation, scaled", xlabel="step", yscale="log")
     l0.set(title="L0 in training", xlabel="step", yscale="log")
-    dead.set(title=f"features silent for {DEAD_AFTER:,} steps", xlabel="step", ylim=(0, max(1, 1.05 * dead.get_ylim()[1])))
-    density.set(title="features by firing density, held-out text", xlabel="log10 of the share of tokens it fires in")
+    dead.set(title=f"features silent for {DEAD_AFTER:,} steps", xlabel="step",
+             ylim=(0, max(1, 1.05 * dead.get_ylim()[1])))
+    density.set(title="features by firing density, held-out text",
+                xlabel="log10 of the share of tokens it fires in")
     score.set(title="CE score against L0, held-out text", xlabel="L0")
     variance.set(title="explained variance against L0, held-out text", xlabel="L0")
     for axes in figure.axes:
@@ -553,178 +672,253 @@ def draw(path, results):
     for axes in (error, score):
         if len(axes.lines) <= 6:  # more would cover them
             axes.legend(fontsize="small")
-    figure.suptitle("{site} of block {layer}, {activation}, recipe {recipe}, {steps:,} steps of {batch_size:,}"
-                    .format(**results[0]["settings"]), fontsize="medium")
-    figure.savefig(f"{path}.tmp", format=Path(path).suffix[1:], dpi=110)
-    os.replace(f"{path}.tmp", path)
-    plt.close(figure)
+    title = ("{site} of block {layer}, {activation}, recipe {recipe}, "
+             "{steps:,} steps of {batch_size:,}")
+    figure.suptitle(title.format(**results[0]["settings"]), fontsize="medium")
+    save_figure(path, figure)
 
 
-def save_torch(path, content):
-    torch.save(content, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+def draw_frontier(axes, result, name, color):
+    """A measured number of a run's SAEs against their L0, each with its l1 or k beside it."""
+    rows = [row for row in table_rows(result) if name in row]
+    points = sorted((row["l0"], row[name], row["coefficient"]) for row in rows)
+    xs, ys = [point[0] for point in points], [point[1] for point in points]
+    axes.plot(xs, ys, "o-", color=color, label=result["run"])
+    for x, y, text in points:
+        axes.annotate(text, (x, y), textcoords="offset points", xytext=(5, -10), fontsize="small")
+    axes.margins(0.12)  # room for those words
 
 
-def finished(run, head, force):
-    """The result that is there already, or None. Raises UserError where another one, or half of one, is in the way."""
-    unfinished = result_path(run, "sae.resume.pt")
-    if unfinished.exists():
+# ---------------------------------------------------------------------------------------- one run
+
+
+class Work(NamedTuple):
+    """A run of the command line, opened, and what its job reads."""
+
+    job: Job
+    site: Site  # the model is on the CPU until its turn comes
+    eot: int
+    train: np.ndarray | None  # tokens of both splits; None where nothing is left to do with them
+    val: np.ndarray | None
+
+
+def machine_memory(device):
+    """Bytes of the GPU or, for a CPU, of the machine; infinity where they cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return math.inf
+
+
+def check_memory(settings, d, plan, device):
+    """Raises UserError when training would take more memory than there is."""
+    F, batch = settings["expansion"] * d, settings["batch_size"]
+    saes = len(settings["l1"] or settings["k"])
+    weights = 2 * d * F + F + d
+    # each with its gradient and Adam's two moments; of the seeds that are done the weights alone
+    numbers = saes * weights * (4 + len(settings["seeds"]) - 1)
+    numbers += 3 * batch * F + 2 * saes * F  # features, their gradient, a product; silent, int64
+    # a buffer that does not hold all has half of it read, put together and scaled beside it
+    numbers += plan.size * (d + 2) * (1 if plan.cached else 2)
+    needed, there = 4 * numbers, machine_memory(device)  # bytes of float32
+    if needed > there:
+        raise UserError(
+            f"{F:,} features in each of {saes}, batches of {batch:,} and a buffer of {plan.size:,} "
+            f"need {needed / 2**30:,.0f} GiB of memory, and there are {there / 2**30:,.0f}: "
+            f"give a smaller --expansion, --batch_size or --buffer")
+
+
+def open_work(path, args, splits, device):
+    """Looks a run over before any takes its minutes -> its Work. Raises UserError or ModelError.
+
+    splits: what has been loaded so far, {(folder, split): tokens}.
+    """
+    run = open_run(path)
+    folder, meta = find_data(run, args.data)
+    config = run.model.config
+    layer = max(0, config.n_layer - 2) if args.layer is None else args.layer
+    site = Site(run.model, layer, args.site, not args.raw)
+    settings = {"data": meta["checksum"], "layer": layer, "site": args.site, "center": site.center,
+                "recipe": args.recipe, "activation": args.activation, "l1": args.l1, "k": args.k,
+                "seeds": args.seeds, "expansion": args.expansion}
+    settings |= {name: getattr(args, name) for name in SIZES}
+    F = args.expansion * site.d
+    if args.k and not 1 <= min(args.k) <= max(args.k) <= F:
+        raise UserError(f"--k: keep from 1 to all {F} features of {path}")
+    job = Job(run, "sae", settings, files=[".pt"], force=args.force)
+    if job.result:
         try:
-            other = mismatch(head, torch.load(unfinished, map_location="cpu", weights_only=True, mmap=True))
-        except Exception as error:  # somebody else's file
-            raise UserError(f"{unfinished} is damaged ({type(error).__name__}): delete it") from None
-        if other and not force:
-            raise UserError(f"{unfinished} was made with {other}: --force replaces it")
-    result = earlier_result(result_path(run, "sae.json"), head, force)
-    return result if result_path(run, "sae.pt").exists() else None
+            load_saes(job.path(".pt"))
+        except UserError:
+            if not args.force:
+                raise
+            job.result = None
+    if job.result and not args.features:
+        return Work(job, site, meta["eot"], None, None)
+    for suffix in (".pt", ".png", "_features.html"):
+        check_writable(job.path(suffix))
+    plan = plan_of(settings, meta["train"]["tokens"], config.block_size)
+    check_memory(settings, site.d, plan, device)
+    for split in ("train", "val"):  # once: every byte of it is verified
+        if (folder, split) not in splits:
+            splits[folder, split] = load_tokens(folder, split)
+    val = splits[folder, "val"]
+    held_out_windows(val, config.block_size, 1)  # or it is too short
+    return Work(job, site, meta["eot"], splits[folder, "train"], val)
 
 
-def measure(run, checkpoint, model, data, settings, device, title):
-    """Trains and evaluates the SAEs of one run, or goes on with it -> its result, which is written. Raises Stopped."""
-    result = result_head(run, checkpoint, settings, device)
-    head = {"settings": settings, "checkpoint": result["checkpoint"]}
-    work = {**head, "rows": [], "current": None}  # rows of the seeds that are done, and the state of the one that is not
-    unfinished = result_path(run, "sae.resume.pt")
-    if unfinished.exists():
-        found = torch.load(unfinished, map_location="cpu", weights_only=True)
-        work = work if mismatch(head, found) else found  # another one: main() was told to replace it
-    site = Site(model.to(device), settings["layer"], settings["site"], settings["center"])
-    idx = held_out(model, data, settings["eval_windows"], device)
+def train_saes(work, device, stop, title):
+    """Trains and scores the SAEs of one run, or goes on with it -> its facts. Raises Stopped."""
+    job, site, settings = work.job, work.site, work.job.settings
+    T = site.model.to(device).config.block_size
+    state = job.state or {"rows": [], "current": None}
+    rows = state["rows"]  # of the seeds that are done; current: of the one that is not
 
     def save(current):
-        save_torch(unfinished, {**work, "current": current})
+        job.save({"rows": rows, "current": current})
 
-    done = len(work["rows"]) // len(settings["l1"] or settings["k"])
+    done = len(rows) // len(settings["l1"] or settings["k"])
     for seed in settings["seeds"][done:]:
-        work["rows"] += train(site, load_tokens(data, "train"), settings, seed, work["current"], save, f"{title} seed {seed}")
-        work["current"] = None
+        training = Training(site, work.train, settings, seed, state["current"], stop)
+        rows += train_seed(training, save, f"{title} seed {seed}")
+        state["current"] = None
         save(None)
-    rows, saes = work["rows"], [restore(row, settings).to(device) for row in work["rows"]]
-    result["saes"] = [{**row, **measured} for row, measured in zip(rows, evaluate(site, saes, idx, progress=True))]
-    for row in result["saes"]:
-        del row["weights"]
-    first = next(table_rows(result))
-    result |= {"l0": first["l0"], "ce_score": first.get("ce_score"),  # for eval.py --table1
-               "warnings": [f"{coefficient(row)}, seed {row['seed']}: {warning}"
-                            for row in result["saes"] for warning in warnings(row)]}
-    rows = [{name: row[name] for name in ("seed", "l1", "k", "weights") if name in row} for row in rows]
-    save_torch(result_path(run, "sae.pt"), {**head, "saes": rows})
-    draw(result_path(run, "sae.png"), [result])
-    write_json(result_path(run, "sae.json"), result)  # last: where it is, the rest is too
-    unfinished.unlink()
-    return result
+
+    saes = [sae_from(row, settings).to(device) for row in rows]
+    starts = held_out_windows(work.val, T, settings["eval_windows"])
+    idx = windows_at(work.val, starts, T, device)  # (B, T)
+    facts, kept = {"saes": [], "warnings": []}, []
+    for row, scores in zip(rows, score_saes(site, saes, idx, stop, "evaluation")):
+        kept.append({name: row[name] for name in ("seed", "l1", "k", "weights") if name in row})
+        row = {name: value for name, value in row.items() if name != "weights"} | scores
+        facts["saes"].append(row)
+        name = f"{coefficient(row)}, seed {row['seed']}"
+        facts["warnings"] += [f"{name}: {warning}" for warning in warnings(row)]
+    with replace_file(job.path(".pt")) as file:
+        torch.save({"settings": settings, "checkpoint": job.checkpoint, "saes": kept}, file)
+    draw_saes(job.path(".png"), [{"run": str(job.run.path), "settings": settings, **facts}])
+    return facts
 
 
-def numbers(flag, text, kind):
+def print_features(work, count, device, stop):
+    """The features of a run's first SAE, here and as a page."""
+    job, site = work.job, work.site
+    site.model.to(device)
+    T = site.model.config.block_size
+    sae = load_saes(job.path(".pt"))[0].to(device)
+    starts = held_out_windows(work.val, T, FEATURE_WINDOWS)
+    text = Text(work.val, work.eot, T, device, starts=starts)
+    features = top_snippets(site, sae, text, count, stop=stop)
+    place = f"{site.site} of block {job.settings['layer']}"
+    title = f"{job.run.path}: {place}, {coefficient(job.result['saes'][0])}"
+    print(f"\n--- {title}")
+    tokenizer = load_tokenizer(job.run.tokenizer)
+    show_features(features, tokenizer, job.path("_features.html"), title)
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def parse_list(flag, text, kind):
     """"2,5,10" -> [2, 5, 10]. Raises UserError."""
     try:
         values = [kind(word) for word in text.split(",")]
     except ValueError:
         values = []
-    if not values or len(set(values)) < len(values) or not all(0 <= value < 2**63 for value in values):
-        raise UserError(f"{flag}={text} must be {'numbers' if kind is float else 'whole numbers'} from 0 on, each once, with "
-                         f"commas between them, such as 2,5,10")
+    in_range = all(0 <= value < 2**63 for value in values)
+    if not values or len(set(values)) < len(values) or not in_range:
+        kinds = "numbers" if kind is float else "whole numbers"
+        raise UserError(f"{flag}={text} must be {kinds} from 0 on, each once, with commas between "
+                        f"them, such as 2,5,10")
     return values
 
 
-def parse(argv):
-    """Command-line words -> arguments, with the settings of Table 5 or --small filled in. Raises UserError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = knobs.usage_error
-    parser.add_argument("runs", nargs="+", help="run folders (their best.pt) or .pt files")
-    parser.add_argument("--data", help="prepared data to use (default: the run's own)")
-    parser.add_argument("--layer", type=int, help="block, from 0 (default: the last but one)")
-    parser.add_argument("--site", choices=list(SITES), default="mlp_out",
-                        help="output of the MLP, of the attention, of the whole block, or the MLP's neurons (default mlp_out)")
-    parser.add_argument("--raw", action="store_true", help="do not centre the activations over channels")
-    parser.add_argument("--recipe", choices=["saelens5", "saelens6"], default="saelens5", help="(default saelens5, the paper's)")
-    parser.add_argument("--activation", choices=["relu", "topk", "batchtopk"], default="relu", help="(default relu, the paper's)")
-    parser.add_argument("--l1", help="relu: sparsity coefficients with commas between them (default 5)")
-    parser.add_argument("--k", help="topk, batchtopk: features kept per token, with commas (default 8)")
-    parser.add_argument("--seeds", default="1337", help="of weights and batches, with commas (default 1337)")
-    parser.add_argument("--small", action="store_true", help="defaults for a CPU")
-    notes = {"steps": "updates", "batch_size": "activations per update", "lr": "learning rate",
-             "tokens": "training tokens that activations are taken from, at most",
-             "buffer": "activations held in memory; where it holds all of them, each is computed once",
-             "eval_windows": "held-out windows of block_size tokens, at most"}
-    for name, note in notes.items():
-        parser.add_argument(f"--{name}", type=float if name == "lr" else int,
-                            help=f"{note} (default {PAPER[name] or 'all'}, with --small {SMALL[name]})".replace("%", "%%"))
-    parser.add_argument("--expansion", type=int, default=16, help="features per channel of the site (default 16)")
-    parser.add_argument("--features", type=int, metavar="N", help="show the N most characteristic features of the first SAE")
-    parser.add_argument("--plot", metavar="FILE", help="one picture of all these runs (.png, .pdf or .svg)")
-    parser.add_argument("--force", action="store_true", help="replace results made with other settings or of other weights")
-    parser.add_argument("--device", default="auto", help="auto takes cuda, else mps, else cpu")
-    args = parser.parse_args(argv)
+    add = parser.add_argument
+    add("runs", nargs="+", help="run folders (their best.pt) or .pt files")
+    add("--data", help="prepared data to use (default: the run's own)")
+    add("--layer", type=int, help="block, from 0 (default: the last but one)")
+    add("--site", choices=list(SITES), default="mlp_out",
+        help="output of the MLP, of the attention, of the whole block, or the MLP's neurons "
+             "(default mlp_out)")
+    add("--raw", action="store_true", help="do not centre the activations over channels")
+    add("--recipe", choices=["saelens5", "saelens6"], default="saelens5",
+        help="(default saelens5, the paper's)")
+    add("--activation", choices=["relu", "topk", "batchtopk"], default="relu",
+        help="(default relu, the paper's)")
+    add("--l1", help="relu: sparsity coefficients with commas between them (default 5)")
+    add("--k", help="topk, batchtopk: features kept per token, with commas (default 8)")
+    add("--seeds", default="1337", help="of weights and batches, with commas (default 1337)")
+    add("--small", action="store_true", help="defaults for a CPU")
+    for name, (paper, small, note) in SIZES.items():
+        add(f"--{name}", type=type(small),
+            help=f"{note} (default {paper or 'all'}, with --small {small})")
+    add("--expansion", type=int, default=16, help="features per channel of the site (default 16)")
+    add("--features", type=int, metavar="N",
+        help="show the N most characteristic features of the first SAE")
+    add("--plot", metavar="FILE", help="one picture of all these runs (.png, .pdf or .svg)")
+    add("--force", action="store_true",
+        help="replace results made with other settings or of other weights")
+    add("--device", default="auto", help="auto takes cuda, else mps, else cpu")
+    return parser
 
-    for name, value in (SMALL if args.small else PAPER).items():
+
+def parse(argv):
+    """Command-line words -> arguments, the settings of Table 5 or --small. Raises UserError."""
+    args = make_parser().parse_args(argv)
+    for name, (paper, small, _) in SIZES.items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in (*PAPER, "expansion", "features"):
+            setattr(args, name, small if args.small else paper)
+    for name in (*SIZES, "expansion", "features"):
         value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf or name != "lr" and value == 0:
-            raise UserError(f"--{name}={value} must be more than 0")
+        if value is not None and not 0 < value < (math.inf if name == "lr" else 2**63):
+            raise UserError(f"--{name}={value} must be more than 0, and finite: at most 2**63 - 1")
     useless = "k" if args.activation == "relu" else "l1"
     if getattr(args, useless) is not None:
         raise UserError(f"--{useless} has no effect with --activation {args.activation}: drop it")
-    args.l1 = numbers("--l1", "5" if args.l1 is None else args.l1, float) if args.activation == "relu" else None
-    args.k = None if args.activation == "relu" else numbers("--k", "8" if args.k is None else args.k, int)
-    args.seeds = numbers("--seeds", args.seeds, int)
-    if args.plot and (Path(args.plot).suffix not in (".png", ".pdf", ".svg")
-                      or not os.access(Path(args.plot).absolute().parent, os.W_OK)):
-        raise UserError(f"--plot={args.plot} must end in .png, .pdf or .svg and lie in a folder that can be written")
+    if args.activation == "relu":
+        args.l1 = parse_list("--l1", "5" if args.l1 is None else args.l1, float)
+    else:
+        args.k = parse_list("--k", "8" if args.k is None else args.k, int)
+    args.seeds = parse_list("--seeds", args.seeds, int)
+    if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--plot={args.plot} must end in .png, .pdf or .svg")
     return args
 
 
 def main():
     args = parse(sys.argv[1:])
     device = knobs.pick_device(args.device)
-    jobs = []
-    for path in run_paths(args.runs):  # all of them are looked at before the first takes its minutes
-        run, checkpoint, data = open_run(path, args.data)
-        model = GPTNeo.from_checkpoint(checkpoint)
-        layer = max(0, model.config.n_layer - 2) if args.layer is None else args.layer
-        site = Site(model, layer, args.site, not args.raw)
-        if args.k and not 1 <= min(args.k) <= max(args.k) <= args.expansion * site.d:
-            raise UserError(f"--k: keep from 1 to all {args.expansion * site.d} features of {path}")
-        settings = {"data": load_meta(data)["checksum"], "layer": layer, "site": args.site, "center": site.center,
-                    **{name: getattr(args, name) for name in ("recipe", "activation", "l1", "k", "seeds", "expansion", *PAPER)}}
-        head = {"run": str(run), "settings": settings, "checkpoint": fingerprint(checkpoint)}
-        jobs.append((run, checkpoint, model, data, settings, finished(run, head, args.force)))
-    refuse_mixed([{"run": run, "settings": settings} for run, _, _, _, settings, _ in jobs])
+    if args.plot:
+        check_writable(args.plot)
+    splits = {}
+    works = [open_work(path, args, splits, device) for path in run_paths(args.runs)]
+    work_of = {work.job: work for work in works}
+    stop = knobs.StopRequest()
 
-    def request_stop(number, _):
-        asked_to_stop.append(number)
-        signal.signal(number, signal.SIG_DFL)  # the second time means it
+    def measure(job, title):
+        return train_saes(work_of[job], device, stop, title)
 
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, request_stop)
-    results = []
     try:
-        for i, (run, checkpoint, model, data, settings, result) in enumerate(jobs, 1):
-            if result:
-                print(f"{run}: {result_path(run, 'sae.json')} of {result['date']} has it already", file=sys.stderr)
-            else:
-                result = measure(run, checkpoint, model, data, settings, device, f"[{i}/{len(jobs)}] {run}")
-            results.append(result)
-        for result, (run, checkpoint, model, data, settings, _) in zip(results, jobs if args.features else []):
-            site = Site(model.to(device), settings["layer"], settings["site"], settings["center"])
-            sae = load_saes(result_path(run, "sae.pt"))[0].to(device)
-            idx = held_out(model, data, 1024, device)
-            features = top_snippets(site, sae, idx, load_meta(data)["eot"], args.features)
-            title = f"{run}: {args.site} of block {settings['layer']}, {coefficient(result['saes'][0])}"
-            print(f"\n--- {title}")
-            show_features(features, load_tokenizer(checkpoint["tokenizer"]), result_path(run, "sae_features.html"), title)
+        results = results_of([work.job for work in works], measure, device)
+        for work in works if args.features else ():
+            print_features(work, args.features, device, stop)
     except Stopped:
         raise SystemExit("stopped: the same command again goes on from here") from None
-    print_table([row for result in results for row in table_rows(result)], COLUMNS)
-    if any(row["n"] > 1 for result in results for row in table_rows(result)):
+    rows = [row for result in results for row in table_rows(result)]
+    print_table(rows, COLUMNS)
+    if any(row["n"] > 1 for row in rows):
         print("± is the sample standard deviation over seeds")
     for result in results:
         for warning in result["warnings"]:
             print(f"warning: {result['run']}: {warning}")
     if args.plot:
-        draw(args.plot, results)
+        draw_saes(args.plot, results)
 
 
 if __name__ == "__main__":

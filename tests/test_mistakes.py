@@ -61,6 +61,21 @@ def text(name, content):
     return lambda folder: (folder / name).write_text(content)
 
 
+def autoencoders(*damage, unfinished=False):
+    """Autoencoders in out/run, finished or as a stop leaves them, and then this damage."""
+    def spoil(folder):
+        with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+            sae = importlib.import_module("sae")
+            patch.setattr(sae, "draw_saes", lambda *_: None)
+            assert typed(SAE_WORDS) is None
+            if unfinished:
+                state = {**torch.load("out/run/sae.pt", weights_only=True), "state": {"rows": [], "current": None}}
+                torch.save(state, "out/run/sae.resume.pt")
+        for change in damage:
+            change(folder)
+    return spoil
+
+
 def folder_named(name):
     return lambda folder: (folder / name).mkdir(parents=True)
 
@@ -137,7 +152,39 @@ TABLE1 = [
 
 ACDC = []
 
-SAE = []
+SAE_WORDS = "sae.py out/run --steps=4 --batch_size=64 --expansion=30 --device=cpu"
+
+SAE = [
+    ("sae.py out/run --l1=", "--l1= must be numbers from 0 on"),
+    ("sae.py out/run --l1=5,,2", "--l1=5,,2 must be numbers"),
+    ("sae.py out/run --l1=5,5.0", "--l1=5,5.0 must be numbers from 0 on, each once"),
+    ("sae.py out/run --l1=-1", "--l1=-1 must be numbers from 0 on"),
+    ("sae.py out/run --l1=inf", "--l1=inf must be numbers"),
+    ("sae.py out/run --seeds=1,1", "--seeds=1,1 must be whole numbers from 0 on, each once"),
+    ("sae.py out/run --seeds=1.5", "--seeds=1.5 must be whole numbers"),
+    ("sae.py out/run --seeds=-1", "--seeds=-1 must be whole numbers"),
+    ("sae.py out/run --seeds=18446744073709551616", "--seeds=18446744073709551616 must be whole numbers"),
+    ("sae.py out/run --activation=topk --k=1,x", "--k=1,x must be whole numbers"),
+    ("sae.py out/run --steps=1000000000000000000000", "--steps=1000000000000000000000 must be more than 0, and finite"),
+    (f"{SAE_WORDS} --expansion=100000000", "give a smaller --expansion, --batch_size or --buffer"),
+    (f"{SAE_WORDS} --expansion=1000000000000", "features in each of 1, batches of 64 and a buffer of 2,992 need"),
+    (f"{SAE_WORDS} --batch_size=100000", "too few for batches of 100,000"),
+    (f"{SAE_WORDS} --plot=/proc/all.png", "cannot write /proc/all.png"),
+    (f"{SAE_WORDS} --plot=nowhere/all.png", "cannot write nowhere/all.png"),
+    (f"{SAE_WORDS} --plot=all.png", "cannot write all.png", folder_named("all.png")),
+    (f"{SAE_WORDS}", "out/run/sae.png", folder_named("out/run/sae.png")),
+    (f"{SAE_WORDS} --features=3", "out/run/sae_features.html", folder_named("out/run/sae_features.html")),
+    (f"{SAE_WORDS}", "best.pt is damaged", flip("out/run/best.pt")),
+    (f"{SAE_WORDS}", "data/val.bin is damaged", flip("data/val.bin")),
+    (f"{SAE_WORDS}", "data/train.bin is damaged", flip("data/train.bin")),
+    (f"{SAE_WORDS}", "sae.json is damaged: delete it", text("out/run/sae.json", "{")),
+    (f"{SAE_WORDS}", "sae.resume.pt is damaged: delete it, or add --force", text("out/run/sae.resume.pt", "PK")),
+    (f"{SAE_WORDS}", "sae.resume.pt is damaged: delete it",
+     autoencoders(flip("out/run/sae.resume.pt"), unfinished=True)),
+    (f"{SAE_WORDS}", "sae.pt does not hold autoencoders", autoencoders(flip("out/run/sae.pt"))),
+    (f"{SAE_WORDS} --features=3", "sae.pt does not hold autoencoders", autoencoders(text("out/run/sae.pt", ""))),
+    (f"{SAE_WORDS} --lr=0.1", "sae.json was made with lr=1e-05, not 0.1: --force replaces it", autoencoders()),
+]
 
 BENCH = [
     ("speed.py --device=cpu --variants=locale", "--variants=locale must be"),

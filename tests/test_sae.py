@@ -9,8 +9,12 @@ TransformerLens computed.
 import hashlib
 import json
 import math
+import resource
+import signal
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "interp")]
 import config as knobs
 import sae
+from interp.activations import Snippet, Stopped, Text
 from model import GPTNeo, GPTNeoConfig, load_checkpoint, save_checkpoint
 
 ORACLES = sorted(ROOT.parent.glob("shared/oracles/interp"))
@@ -77,18 +82,20 @@ QUICK = ("--device=cpu", "--steps=40", "--batch_size=32", "--lr=0.003", "--expan
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """sae.py with these words, without the seconds that a new Python takes -> its exit message, what it printed."""
+    """sae.py with these words, without the seconds that a new Python takes -> its exit message, what it printed.
+
+    call.stop.requested = True is a Ctrl-C.
+    """
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["sae.py", *map(str, words)])
-        sae.asked_to_stop.clear()
-        message = None
+        call.stop, message = SimpleNamespace(requested=False), None
         try:
             knobs.cli(sae.main)
         except SystemExit as stop:
             message = stop.code
         return message, capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr(sae.signal, "signal", lambda *_: None)  # pytest keeps its own Ctrl-C
+        patch.setattr(knobs, "StopRequest", lambda: call.stop)  # pytest keeps its own Ctrl-C
         yield call
 
 
@@ -224,39 +231,16 @@ def test_everything_stays_finite(activation, recipe):
     model = tiny()
     model.transformer["h"][1].mlp.c_proj.weight.data.zero_()  # a place that is always the same: nothing to explain
     model.transformer["h"][1].mlp.c_proj.bias.data.zero_()
-    (row,) = sae.evaluate(sae.Site(model, 1, "mlp_out"), [one], torch.from_numpy(tokens(40).astype(np.int64)).view(5, T))
+    (row,) = sae.score_saes(sae.Site(model, 1, "mlp_out"), [one], torch.from_numpy(tokens(40).astype(np.int64)).view(5, T))
     assert row["ce_score"] is None and row["explained_variance"] is None and "nan" not in json.dumps(row).lower()
     assert sae.Batches(sae.Site(model, 1, "mlp_out"), tokens(200), settings(), 0).at(0).isfinite().all()
     model.double().transformer["h"][1].mlp.c_proj.bias.data.copy_(torch.arange(1, 9).double() / 7)  # the same, but not 0
     site, idx = sae.Site(model, 1, "mlp_out", center=False), torch.from_numpy(tokens(800).astype(np.int64)).view(100, T)
-    (row,) = sae.evaluate(site, [one.double()], idx)
+    (row,) = sae.score_saes(site, [one.double()], idx)
     assert row["explained_variance"] is None and row["ce_score"] is not None
 
 
-# ---- the model's activations
-
-
-@pytest.mark.parametrize("site", list(sae.SITES))
-def test_a_site_is_that_tensor_of_the_clean_stream(site):
-    model, idx = tiny().double(), torch.from_numpy(tokens(40).astype(np.int64)).view(5, T)
-    block, kept = model.transformer["h"][1], {}
-    with torch.no_grad():
-        hidden, inputs, _ = model.clean_pass(idx)
-        attended = block.attn["attention"](block.ln_1(inputs[1]))[0]
-        h = block.ln_2(inputs[1] + attended)
-        kept = {"mlp_out": block.mlp(h), "attn_out": attended, "resid": inputs[2],
-                "mlp_act": torch.nn.functional.gelu(block.mlp.c_fc(h), approximate="tanh")}
-        whole = model(idx)
-    x = kept[site]
-    raw, centered = sae.Site(model, 1, site, center=False), sae.Site(model, 1, site)
-    assert torch.allclose(raw.read(idx), x.flatten(0, 1)) and raw.d == x.size(-1)
-    if site != "mlp_act":
-        assert torch.allclose(centered.read(idx), (x - x.mean(-1, keepdim=True)).flatten(0, 1))
-        assert torch.allclose(centered.run(idx, lambda x: x), whole)  # LayerNorm hides the shift
-    assert torch.allclose(raw.run(idx, lambda x: x), whole)
-    changed = raw.run(idx, lambda x: torch.where(torch.arange(T)[:, None] < 5, x, 0 * x))
-    assert torch.allclose(changed[:, :5], whole[:, :5]) and not torch.allclose(changed[:, 5:], whole[:, 5:])
-    assert torch.allclose(model(idx), whole)  # no hook is left
+# ---- its training data
 
 
 @pytest.mark.parametrize("buffer, cached", [(10**6, True), (200, False)])
@@ -264,7 +248,7 @@ def test_batches_are_the_corpus_reshuffled(buffer, cached):
     model, stream = tiny(), tokens(525)
     site = sae.Site(model, 1, "mlp_out")
     batches = sae.Batches(site, stream, settings(buffer=buffer, batch_size=32), 0)
-    every = site.read(sae.windows_at(stream, np.arange(65), T, "cpu"))  # (520, d): 5 tokens make no window
+    every = site.read(sae.windows_at(stream, np.arange(65) * T, T, "cpu"))  # (520, d): 5 tokens make no window
     assert batches.cached is cached and batches.size == (520 if cached else 200)
     assert batches.scale == pytest.approx(math.sqrt(8) / every.norm(dim=1).mean().item(), rel=1e-5)
     if cached:
@@ -293,7 +277,7 @@ def test_the_text_is_read_in_another_order_every_epoch_and_every_window_once():
         list(batches.read(0, 130))
         orders.append(torch.cat(read))
     first, second = orders[0][:65], orders[0][65:]
-    every = sae.windows_at(tokens(525), np.arange(65), T, "cpu")
+    every = sae.windows_at(tokens(525), np.arange(65) * T, T, "cpu")
     assert sorted(first.tolist()) == sorted(second.tolist()) == sorted(every.tolist())
     assert not torch.equal(first, second) and torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
 
@@ -312,7 +296,7 @@ def test_ce_scores_are_those_of_the_published_evaluation(oracles, name):
     site, idx = sae.Site(model, 1, "mlp_out", center=name == "centered"), torch.from_numpy(z["tokens"])
     assert (site.read(idx) - torch.from_numpy(z[f"mlp_out_{name}"]).flatten(0, 1)).abs().max() < 1e-5  # theirs is float32
     assert 4 / site.read(idx).norm(dim=1).mean().item() == pytest.approx(expected["norm_scaling_factor"], abs=1e-6)
-    (row,) = sae.evaluate(site, [one], idx)
+    (row,) = sae.score_saes(site, [one], idx)
     for ours, theirs in {"ce_clean": "ce_loss_without_sae", "ce_zero": "ce_loss_with_ablation", "ce_sae": "ce_loss_with_sae",
                          "ce_score": "ce_loss_score", "kl_zero": "kl_div_with_ablation", "kl_sae": "kl_div_with_sae",
                          "kl_score": "kl_div_score", "l0": "l0", "explained_variance": "explained_variance"}.items():
@@ -327,7 +311,7 @@ def test_nothing_lost_scores_1_and_everything_lost_0(site):
     for sign, half in ((1, slice(0, place.d)), (-1, slice(place.d, None))):  # x = ReLU(x) - ReLU(-x)
         whole.W_enc.data[:, half] = whole.W_dec.data[half] = sign * torch.eye(place.d).double()
     idx = torch.from_numpy(tokens(80).astype(np.int64)).view(10, T)
-    full, zero = sae.evaluate(place, [whole, nothing], idx)
+    full, zero = sae.score_saes(place, [whole, nothing], idx)
     assert full["ce_sae"] == pytest.approx(full["ce_clean"], abs=1e-9) and full["ce_score"] == pytest.approx(1)
     assert full["kl_score"] == pytest.approx(1) and full["explained_variance"] == pytest.approx(1) and full["l0"] == place.d
     assert zero["ce_sae"] == zero["ce_zero"] == full["ce_zero"] and zero["ce_score"] == zero["kl_score"] == 0 == zero["l0"]
@@ -356,16 +340,16 @@ def test_snippets_show_the_tokens_that_a_feature_reads():
     one = sae.SAE(V, 3).eval()
     for feature, token in enumerate((common, rare, never)):
         one.W_enc.data[token, feature], one.W_dec.data[feature, 0] = 2, 1
-    (shown,) = sae.top_snippets(site, one, idx, EOT, count=5, snippets=4, context=3)  # common: too dense; never: silent
+    text = Text(stream, EOT, T, "cpu")
+    (shown,) = sae.top_snippets(site, one, text, count=5, snippets=4, context=3)  # common: too dense; never: silent
     assert shown["feature"] == 1 and shown["density"] == pytest.approx(9 / 800)
-    ends = {*np.flatnonzero(stream == EOT), *range(T - 1, 800, T)}  # a window ends a story too
-    stories = np.cumsum([0] + [i in ends for i in range(799)])
+    stories = np.cumsum([0, *(stream == EOT)])[:800]
     last = {stories[i]: i for i in np.flatnonzero(stream == rare)}  # of each story, where it is strongest
     assert len(last) < 9  # some story has two
     expected = sorted(last.values(), reverse=True)[:4]
     assert len(shown["snippets"]) == len(expected) and shown["max"] == pytest.approx(2 * (1 + expected[0] / 800))
     for i, (words, values, peak) in zip(expected, shown["snippets"]):
-        around = [j for j in range(i - 3, i + 4) if 0 <= j < 800 and stories[j] == stories[i]]
+        around = [j for j in range(i - 3, i + 4) if 0 <= j < 800 and stories[j] == stories[i] and j // T == i // T]
         assert words == stream[around].tolist() and around[peak] == i
         assert values == pytest.approx([2 * (1 + j / 800) if stream[j] == rare else 0 for j in around])
 
@@ -379,7 +363,7 @@ def numbers_of(folder):
     for row in result["saes"]:
         del row["seconds"]
     weights = [one.state_dict() for one in sae.load_saes(folder / "sae.pt")]
-    return {name: result[name] for name in ("checkpoint", "settings", "saes", "l0", "ce_score")}, weights
+    return {name: result[name] for name in ("checkpoint", "settings", "saes", "warnings")}, weights
 
 
 def same(one, other):
@@ -402,8 +386,9 @@ def test_a_run_from_end_to_end(run, call):
     assert message is None
     result, content = json.loads((run / "sae.json").read_text()), torch.load(run / "sae.pt", weights_only=True)
     assert [(row["seed"], row["l1"]) for row in result["saes"]] == [(1, 0.1), (1, 1.0), (2, 0.1), (2, 1.0)]
-    assert result["l0"] == pytest.approx((result["saes"][0]["l0"] + result["saes"][2]["l0"]) / 2)
-    assert result["ce_score"] == pytest.approx((result["saes"][0]["ce_score"] + result["saes"][2]["ce_score"]) / 2)
+    first, _ = sae.table_rows(result)  # means over the seeds
+    assert first["l0"] == pytest.approx((result["saes"][0]["l0"] + result["saes"][2]["l0"]) / 2)
+    assert first["ce_score"] == pytest.approx((result["saes"][0]["ce_score"] + result["saes"][2]["ce_score"]) / 2)
     assert result["settings"]["layer"] == 1 and result["settings"]["center"] is True and result["settings"]["data"] == "abc"
     assert result["saes"][0]["l0"] > result["saes"][1]["l0"] and result["saes"][0]["tokens"] == 96
     assert content["settings"] == result["settings"] and content["checkpoint"] == result["checkpoint"]
@@ -411,11 +396,12 @@ def test_a_run_from_end_to_end(run, call):
     assert lengths == {40} and not (run / "sae.resume.pt").exists()
     # what was saved is what was measured
     model = GPTNeo.from_checkpoint(run)
-    idx = sae.held_out(model, run.parent.parent / "data", 400, "cpu")
-    again = sae.evaluate(sae.Site(model, 1, "mlp_out"), sae.load_saes(run / "sae.pt"), idx)
+    val = sae.load_tokens(run.parent.parent / "data", "val")
+    idx = sae.windows_at(val, sae.held_out_windows(val, T, 400), T, "cpu")
+    again = sae.score_saes(sae.Site(model, 1, "mlp_out"), sae.load_saes(run / "sae.pt"), idx)
     assert all(row[name] == value for row, measured in zip(result["saes"], again) for name, value in measured.items())
     table = out[out.index("run  "):].splitlines()
-    assert table[1].split()[:4] == [str(run), "l1", "0.1", "2"] and f"{result['ce_score']:.3f} ±" in table[1]
+    assert table[1].split()[:4] == [str(run), "l1", "0.1", "2"] and f"{first['ce_score']:.3f} ±" in table[1]
     assert len([line for line in table if line.startswith(str(run.parent))]) == 4
     assert (run / "sae.png").read_bytes().startswith(b"\x89PNG") and b"<svg" in (run.parent / "all.svg").read_bytes()[:500]
     page = (run / "sae_features.html").read_text()
@@ -429,7 +415,8 @@ def test_a_run_from_end_to_end(run, call):
 def test_tokens_are_escaped_in_the_page(tmp_path, capsys):
     from prepare import load_tokenizer
     tokenizer = load_tokenizer({"name": "words", "pieces": ["<b>", "\n"]})
-    sae.show_features([{"feature": 3, "density": 0.01, "max": 2.0, "snippets": [([256, 97, 257], [2.0, 0.5, 0.0], 0)]}],
+    snippet = Snippet([256, 97, 257], [2.0, 0.5, 0.0], 0)
+    sae.show_features([{"feature": 3, "density": 0.01, "max": 2.0, "snippets": [snippet]}],
                       tokenizer, tmp_path / "page.html", "a <title>")
     page = (tmp_path / "page.html").read_text()
     assert "a &lt;title&gt;" in page and "title='2.00'>&lt;b&gt;</span>" in page and "↵" in page and page.count("<b>") == 1
@@ -440,24 +427,24 @@ def test_tokens_are_escaped_in_the_page(tmp_path, capsys):
                                    ("--buffer=200", "--activation=batchtopk", "--k=2,3", "--recipe=saelens6")])
 def test_resumed_is_uninterrupted(run, call, monkeypatch, words):
     """Stopped in training, twice (cached and streaming), and in the evaluation; every number and bit is the same."""
-    monkeypatch.setattr(sae, "draw", lambda *_: None)
+    monkeypatch.setattr(sae, "draw_saes", lambda *_: None)
     monkeypatch.setattr(sae, "DEAD_AFTER", 3)
     assert call(run, *QUICK, *words)[0] is None
     expected, stopped = numbers_of(run), copy(run, "stopped")
-    step, evaluate, count = sae.train_step, sae.evaluate, [0]
+    step, score, count = sae.train_step, sae.score_saes, [0]
 
     def train_step(*rest):
         count[0] += 1
-        sae.asked_to_stop.extend([2] if count[0] in (14, 58) else [])
+        call.stop.requested |= count[0] in (14, 58)
         return step(*rest)
 
-    def stop_once(*rest, **more):
-        monkeypatch.setattr(sae, "evaluate", evaluate)
-        sae.asked_to_stop.append(15)
-        return evaluate(*rest, **more)
+    def stop_once(*rest):
+        monkeypatch.setattr(sae, "score_saes", score)
+        call.stop.requested = True
+        return score(*rest)
 
     monkeypatch.setattr(sae, "train_step", train_step)
-    monkeypatch.setattr(sae, "evaluate", stop_once)
+    monkeypatch.setattr(sae, "score_saes", stop_once)
     for _ in range(3):
         assert call(stopped, *QUICK, *words)[0].startswith("stopped") and (stopped / "sae.resume.pt").exists()
         assert not (stopped / "sae.json").exists()
@@ -467,8 +454,107 @@ def test_resumed_is_uninterrupted(run, call, monkeypatch, words):
     assert all(one.activation == "relu" or one.threshold > 0 for one in sae.load_saes(run / "sae.pt"))
 
 
+def stop_at(call, monkeypatch, step):
+    """A Ctrl-C in this step of training, of this patch's life."""
+    train_step, count = sae.train_step, [0]
+
+    def counted(*rest):
+        count[0] += 1
+        call.stop.requested |= count[0] == step
+        return train_step(*rest)
+
+    monkeypatch.setattr(sae, "train_step", counted)
+
+
+def test_force_replaces_damaged_files(run, call, monkeypatch):
+    monkeypatch.setattr(sae, "draw_saes", lambda *_: None)
+    assert call(run, *QUICK)[0] is None
+    expected = numbers_of(run)
+    for names in (["sae.json"], ["sae.pt"], ["sae.resume.pt"], ["sae.json", "sae.pt", "sae.resume.pt"]):
+        if "sae.resume.pt" in names:
+            (run / "sae.json").unlink()  # a stopped run has none
+        for name in names:
+            (run / name).write_bytes(b"PK damaged")
+        message, _ = call(run, *QUICK)
+        assert message.startswith(f"error: {run / 'sae.'}") and "delete it" in message
+        assert call(run, *QUICK, "--force")[0] is None
+        assert same(numbers_of(run), expected) and not (run / "sae.resume.pt").exists()
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing_written(run, call, monkeypatch):
+    """Files may grow to 4 KB: first with nothing saved yet, then after a stop, whose state stays and goes on."""
+    monkeypatch.setattr(sae, "draw_saes", lambda *_: None)
+    assert call(copy(run, "whole"), *QUICK)[0] is None
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def call_on_full_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))
+        try:
+            return call(run, *QUICK)[0]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    message = f"error: cannot write {run / 'sae.resume.pt'}: File too large"
+    assert call_on_full_disk() == message and [path.name for path in run.iterdir()] == ["best.pt"]
+    with monkeypatch.context() as patch:
+        stop_at(call, patch, 14)
+        assert call(run, *QUICK)[0].startswith("stopped")
+    before = (run / "sae.resume.pt").read_bytes()
+    assert call_on_full_disk() == message and (run / "sae.resume.pt").read_bytes() == before
+    assert sorted(path.name for path in run.iterdir()) == ["best.pt", "sae.resume.pt"]
+    assert call(run, *QUICK)[0] is None and same(numbers_of(run), numbers_of(run.parent / "whole"))
+
+
+def test_each_split_is_read_once(run, call, monkeypatch):
+    """load_tokens verifies every byte; a result that is there needs no text."""
+    monkeypatch.setattr(sae, "draw_saes", lambda *_: None)
+    read, load_tokens = [], sae.load_tokens
+    monkeypatch.setattr(sae, "load_tokens", lambda *which: read.append(which[1]) or load_tokens(*which))
+    runs = (run, copy(run, "other"))
+    assert call(*runs, *QUICK, "--seeds=1,2", "--features=2")[0] is None and read == ["train", "val"]
+    assert call(*runs, *QUICK, "--seeds=1,2")[0] is None and read == ["train", "val"]
+    assert call(*runs, *QUICK, "--seeds=1,2", "--features=2")[0] is None and read == ["train", "val"] * 2
+
+
+def test_memory_is_estimated_before_the_work(run, call, monkeypatch):
+    """4 d F floats and a buffer: twice what it takes is enough, half is not."""
+    monkeypatch.setattr(sae, "draw_saes", lambda *_: None)
+    monkeypatch.setattr(sae, "machine_memory", lambda device: 2**20)
+    assert call(run, *QUICK, "--expansion=16")[0] is None  # 4 x 2 x 8 x 128 floats are 32 KB, the buffer 20 KB
+    assert "need 0 GiB" in call(run, *QUICK, "--expansion=800", "--force")[0]
+    assert "need 0 GiB" in call(run, *QUICK, "--expansion=160", "--l1=1,2,3,4,5", "--force")[0]
+    assert call(run, *QUICK, "--expansion=160", "--force")[0] is None
+    monkeypatch.undo()
+    assert 2**28 < sae.machine_memory(torch.device("cpu")) < 2**50
+
+
+def test_the_readme_loads_them_from_the_project_root(run, call, monkeypatch):
+    monkeypatch.setattr(sae, "draw_saes", lambda *_: None)
+    assert call(run, *QUICK, "--seeds=1,2")[0] is None
+    lines = f"from interp.sae import load_saes; print([one.W_dec.shape[0] for one in load_saes({str(run / 'sae.pt')!r})])"
+    done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[32, 32]\n", done.stderr
+
+
+def test_a_signal_saves_and_leaves(run):
+    """A real process and a real SIGTERM, and the same command again."""
+    words = [sys.executable, ROOT / "interp" / "sae.py", run, *QUICK[2:], "--device=cpu", "--steps=100000"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE) as process:
+        said = b""
+        while b"steps/s" not in said:
+            said += process.stderr.read(1)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate()[1].decode()
+    assert process.returncode == 1 and said.endswith("stopped: the same command again goes on from here\n")
+    assert torch.load(run / "sae.resume.pt", weights_only=True)["state"]["current"]["step"] > 0
+
+
+def stopped(*_):
+    raise Stopped
+
+
 def test_results_with_other_settings_are_not_mixed_or_lost(run, call, monkeypatch):
-    monkeypatch.setattr(sae, "draw", lambda *_: None)
+    monkeypatch.setattr(sae, "draw_saes", lambda *_: None)
     assert call(run, *QUICK)[0] is None
     before = (run / "sae.json").read_bytes()
     message, _ = call(run, *QUICK, "--lr=0.001")
@@ -480,14 +566,14 @@ def test_results_with_other_settings_are_not_mixed_or_lost(run, call, monkeypatc
     torch.save(checkpoint, run / "best.pt")
     assert "no longer has" in call(run, *QUICK, "--lr=0.001")[0]
     with monkeypatch.context() as patch:  # a half-made one is no less in the way
-        patch.setattr(sae, "evaluate", lambda *_, **__: sae.asked_to_stop.append(2) or sae.check_stop())
+        patch.setattr(sae, "score_saes", stopped)
         assert call(run, *QUICK, "--force")[0].startswith("stopped")
     assert "sae.resume.pt was made with lr=0.003" in call(copy_files(run), *QUICK, "--lr=0.002")[0]
     deeper = run.parent / "deeper"
     deeper.mkdir()
     model = tiny(n_layer=4)
     save_checkpoint(deeper / "best.pt", model.config, model.state_dict(), **kept(checkpoint))
-    monkeypatch.setattr(sae, "measure", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(sae, "train_saes", lambda *_: pytest.fail("too late"))
     assert "layer=1" in call(run, deeper, *QUICK, "--force")[0]
     (run / "sae.json").write_text("{")
     assert "sae.json is damaged" in call(run, *QUICK)[0]
@@ -507,7 +593,7 @@ def test_mistakes_get_one_line(run, call, tmp_path):
     torch.save({"settings": {}}, tmp_path / "other.pt")
     save_checkpoint(tmp_path / "bare.pt", tiny().config, tiny().state_dict())
     for words, expected in [
-        ((tmp_path / "nowhere",), "no checkpoint at"), ((tmp_path / "not.pt",), "is not a checkpoint"),
+        ((tmp_path / "nowhere",), "no checkpoint at"), ((tmp_path / "not.pt",), "no file of this project"),
         ((tmp_path / "other.pt",), "holds no 'config'"), ((tmp_path / "bare.pt",), "was not written by train.py"),
         ((run, "--data", tmp_path / "nowhere"), "no prepared data"), ((run, "--layer=3"), "--layer=3: the blocks"),
         ((run, "--layer=-1"), "--layer=-1"), ((run, "--l1=abc"), "--l1=abc"), ((run, "--l1=2,2"), "--l1=2,2"),
@@ -523,7 +609,7 @@ def test_mistakes_get_one_line(run, call, tmp_path):
     with pytest.raises(ValueError, match="does not hold autoencoders"):
         sae.load_saes(run / "best.pt")
     meta = json.loads((tmp_path / "data" / "meta.json").read_text())
-    meta["val"]["tokens"] = 5
+    meta["val"] |= {"tokens": 5, "sha256": hashlib.sha256(tokens(5).tobytes()).hexdigest()}
     (tmp_path / "data" / "meta.json").write_text(json.dumps(meta))
     tokens(5).tofile(tmp_path / "data" / "val.bin")
     assert "5 validation tokens" in call(run, *QUICK)[0]

@@ -1,0 +1,284 @@
+"""What experiments read: places in the clean stream, windows of text, strongest moments of units.
+
+The 20 strongest moments of every neuron of a model in one pass over a text, and what is around:
+
+    sites = [Site(model, layer, "mlp_act") for layer in range(model.config.n_layer)]
+    text = Text(load_tokens(data, "val"), meta["eot"], model.config.block_size, device, context=64)
+    best = Strongest(20)
+    for x, positions, stories in text.read(partial(read_sites, sites)):
+        best.add(x, positions, stories)
+    values, positions = best.found()
+    snippets = text.snippets(partial(read_sites, sites), positions, left=63, right=0)
+
+Memory stays flat for any text: a batch of activations, and what is kept.
+
+Shape letters: B windows of T tokens, d channels of a site, V vocabulary; n tokens of a batch, U
+units (channels, or features of an autoencoder), S stories in a batch, K moments kept of each unit.
+"""
+
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from prepare import UserError
+
+# what a site is the output of, inside its block; of mlp_act, the neurons, it is the input
+SITES = {"mlp_out": "mlp", "attn_out": "attn.attention", "resid": "", "mlp_act": "mlp.c_proj"}
+TOKENS = 8192  # in a forward pass that reads; a constant, so that a resumed run rounds alike
+SCAN = 2**24  # tokens looked through for end-of-text at a time
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM came. Raised only where nothing is half done."""
+
+
+class Reached(Exception):
+    """Ends a forward pass whose rest nobody needs."""
+
+
+def check_stop(stop):
+    """Raises Stopped when a config.StopRequest, or None, has been asked to stop."""
+    if stop and stop.requested:
+        raise Stopped
+
+
+# -------------------------------------------------------------------------- a place in the stream
+
+
+class Site:
+    """A place in the clean stream of a model: block `layer`, and one of SITES.
+
+    center: see x minus its mean over channels. LayerNorm hides that shift from the model; the
+    paper's library, which centres the weights that write to the residual stream, had it so. mlp_act
+    is not in the stream and never centred. Raises UserError when there is no such block.
+    """
+
+    def __init__(self, model, layer, site, center=True):
+        if not 0 <= layer < model.config.n_layer:
+            last = model.config.n_layer - 1
+            raise UserError(f"--layer={layer}: the blocks of this model are 0 to {last}")
+        self.model, self.site = model, site
+        self.center = center and site != "mlp_act"
+        self.d = model.config.n_embd * (4 if site == "mlp_act" else 1)
+        self.module = model.transformer["h"][layer].get_submodule(SITES[site])
+
+    def hook(self, use):
+        """From now on use(x) is called, x (B, T, d); what it returns, unless None, takes x's place.
+
+        -> a handle, whose remove() ends that.
+        """
+        def look(x):
+            return use(x - x.mean(-1, keepdim=True) if self.center else x)
+
+        def on_input(module, args):
+            return look(args[0])
+
+        def on_output(module, args, out):
+            if not isinstance(out, tuple):
+                return look(out)
+            x = look(out[0])  # blocks and attention return (x, keys and values)
+            return None if x is None else (x, *out[1:])
+
+        if self.site == "mlp_act":
+            return self.module.register_forward_pre_hook(on_input)
+        return self.module.register_forward_hook(on_output)
+
+    @torch.no_grad()
+    def run(self, idx, edit):
+        """idx (B, T) -> clean logits (B, T, V), this place's x (B, T, d) replaced by edit(x)."""
+        handle = self.hook(edit)
+        try:
+            return self.model(idx)
+        finally:
+            handle.remove()
+
+    def read(self, idx):
+        """idx (B, T) -> x (B T, d)."""
+        return read_sites([self], idx)
+
+
+@torch.no_grad()
+def read_sites(sites, idx):
+    """idx (B, T) -> x (B T, U), U the channels of all these sites of one model, side by side.
+
+    One forward pass, which ends after the last of them.
+    """
+    found = {}
+
+    def keep_as(number):
+        def keep(x):
+            found[number] = x.flatten(0, 1)  # (B T, d)
+            if len(found) == len(sites):
+                raise Reached
+        return keep
+
+    handles = [site.hook(keep_as(number)) for number, site in enumerate(sites)]
+    try:
+        sites[0].model(idx)
+    except Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat([found[number] for number in range(len(sites))], 1)  # (B T, U)
+
+
+# ------------------------------------------------------------------------------ windows of a text
+
+
+def windows_at(tokens, starts, T, device):
+    """The windows of T tokens that begin at these places: -> (len(starts), T) int64."""
+    idx = tokens[np.asarray(starts)[:, None] + np.arange(T)]  # (B, T) uint16
+    return torch.from_numpy(idx.astype(np.int64)).to(device)
+
+
+def held_out_windows(tokens, T, count):
+    """Where at most count windows begin, spread evenly over validation text. Raises UserError."""
+    windows = len(tokens) // T
+    if not windows:
+        raise UserError(f"{len(tokens)} validation tokens are fewer than a window of {T}: "
+                        f"choose other --data")
+    numbers = np.linspace(0, windows, min(count, windows), endpoint=False)
+    return numbers.astype(np.int64) * T
+
+
+def read_windows(activate, tokens, starts, T, device, stop=None, title=None):
+    """Yields, batch by batch, where windows start (B) and their activations (B, T, U).
+
+    activate: idx (B, T) -> (B T, U), such as Site.read. stop: a config.StopRequest; raises Stopped
+    between two batches. title: of the progress bar, which there is none of without.
+    """
+    step = max(1, TOKENS // T)  # windows in a batch
+    with tqdm(total=len(starts) * T, desc=title, unit=" tokens", unit_scale=True, leave=False,
+              disable=title is None) as bar:
+        for first in range(0, len(starts), step):
+            check_stop(stop)
+            part = starts[first : first + step]
+            x = activate(windows_at(tokens, part, T, device))
+            yield part, x.unflatten(0, (len(part), T))  # (B, T, U)
+            bar.update(len(part) * T)
+
+
+class Snippet(NamedTuple):
+    """A piece of one story, and what one unit does in it."""
+
+    tokens: list
+    values: list  # the unit's activations, one a token
+    peak: int  # which of the tokens it was cut out around
+
+
+class Text:
+    """A stream of tokens, stories that each end in eot, as windows of T tokens for a model to read.
+
+    context: so many tokens at the start of a window are there only to be read; they count in the
+    window before, which it overlaps. So every token that counts was read after that many others, at
+    least. starts: where the windows begin, rising. Without, they cover the text, but for its first
+    `context` tokens and an end that fills no window.
+    """
+
+    def __init__(self, tokens, eot, T, device, context=0, starts=None):
+        if starts is None:
+            starts = np.arange(0, len(tokens) - T + 1, T - context)
+        self.tokens, self.T, self.device = tokens, T, device
+        self.context, self.starts = context, np.asarray(starts)
+        scans = range(0, len(tokens), SCAN)
+        ends = [np.flatnonzero(tokens[i : i + SCAN] == eot) + i for i in scans]
+        self.ends = np.concatenate(ends)  # where the end-of-text of every story is
+
+    def stories(self, positions):
+        """The numbers of the stories that these tokens belong to. An end-of-text ends its own."""
+        return np.searchsorted(self.ends, positions)
+
+    def read(self, activate, stop=None, title=None):
+        """Yields all that count, batch by batch: activations (n, U), positions (n), stories (n)."""
+        batches = read_windows(
+            activate, self.tokens, self.starts, self.T, self.device, stop, title)
+        for starts, x in batches:  # (B), (B, T, U)
+            positions = (starts[:, None] + np.arange(self.context, self.T)).flatten()  # (n)
+            yield x[:, self.context :].flatten(0, 1), positions, self.stories(positions)
+
+    def piece(self, position, start, left, right):
+        """Where a snippet begins and ends: within its story, and the window from start on."""
+        begin, end = start, start + self.T
+        story = self.stories(position)
+        if story > 0:
+            begin = max(begin, self.ends[story - 1] + 1)
+        if story < len(self.ends):
+            end = min(end, self.ends[story] + 1)
+        return max(begin, position - left), min(end, position + right + 1)
+
+    def snippets(self, activate, positions, left, right, stop=None):
+        """The text around positions (U, K) that count: -> for each unit a list of K Snippets.
+
+        Up to left tokens before the position and right tokens after it, as far as its story and
+        window go. Reads the windows that hold them again. activate: idx (B, T) -> (B T, U), those
+        U units.
+        """
+        positions = np.asarray(positions)
+        which = np.searchsorted(self.starts + self.context, positions, side="right") - 1  # (U, K)
+        wanted = defaultdict(list)  # where a window begins: (unit, place) of what lies in it
+        for (unit, place), window in np.ndenumerate(which):
+            wanted[int(self.starts[window])].append((unit, place))
+        found = np.empty(positions.shape, dtype=object)  # (U, K)
+        again = np.array(sorted(wanted), dtype=np.int64)
+        batches = read_windows(activate, self.tokens, again, self.T, self.device, stop)
+        for starts, x in batches:
+            for start, values in zip(starts.tolist(), x.cpu()):  # values (T, U)
+                for unit, place in wanted[start]:
+                    position = int(positions[unit, place])
+                    low, high = self.piece(position, start, left, right)
+                    found[unit, place] = Snippet(
+                        self.tokens[low:high].tolist(),
+                        values[low - start : high - start, unit].tolist(), int(position - low))
+        return found.tolist()
+
+
+# -------------------------------------------------------------------------- the strongest moments
+
+
+class Strongest:
+    """The `count` largest activations of every unit, one a story. Of equals the earliest."""
+
+    def __init__(self, count):
+        self.count = count
+        self.kept = None  # values (K, U), largest first, and positions (K, U)
+        self.story = None  # the last one seen: it may go on in the next batch
+        self.open = None  # its largest values (1, U) so far, and their positions (1, U)
+
+    def add(self, x, positions, stories):
+        """x (n, U); positions (n) and stories (n) of its tokens, which rise from call to call."""
+        if not len(x):
+            return
+        begins = np.flatnonzero(np.diff(stories, prepend=-1))  # (S), rows of x where a story begins
+        lengths = np.diff(begins, append=len(stories)).tolist()
+        tops = [rows.max(0) for rows in x.split(lengths)]  # of equals, max takes the first
+        values = torch.stack([top.values for top in tops])  # (S, U)
+        rows = [top.indices + begin for top, begin in zip(tops, begins.tolist())]  # S times (U)
+        places = torch.from_numpy(positions).to(x.device)[torch.stack(rows)]  # (S, U)
+        if self.story == stories[0]:  # it has gone on
+            larger = values[:1] > self.open[0]  # (1, U)
+            values[:1] = torch.where(larger, values[:1], self.open[0])
+            places[:1] = torch.where(larger, places[:1], self.open[1])
+        elif self.open:
+            self.kept = self.merged(self.open)
+        self.kept = self.merged((values[:-1], places[:-1]))
+        self.story, self.open = stories[-1], (values[-1:], places[-1:])
+
+    def merged(self, later):
+        """What is kept once the (values, positions), each (S, U), of later stories join."""
+        pairs = [self.kept, later] if self.kept else [later]
+        values, places = (torch.cat(rows) for rows in zip(*pairs))  # (K + S, U)
+        # equals stay in the order of the text
+        values, order = values.sort(dim=0, descending=True, stable=True)
+        return values[: self.count], places.gather(0, order)[: self.count]
+
+    def found(self):
+        """values (U, K), largest first, and positions (U, K), on the CPU.
+
+        K < count where stories are few. Units that never fire are there too, with what they have.
+        """
+        values, places = self.merged(self.open)
+        return values.T.cpu(), places.T.cpu()

@@ -140,14 +140,16 @@ class Job:
     def __init__(self, run, name, settings, files=(), force=False):
         self.run, self.name, self.settings, self.force = run, name, settings, force
         self.checkpoint = fingerprint(run.model)
-        unfinished = self.earlier(".resume.pt", read_unfinished)
-        self.state = unfinished["state"] if unfinished else None  # what was given to save
+        self.state = None  # what an interrupted call gave to save
         self.result = self.earlier(".json", read_result)
         if not all(self.path(suffix).exists() for suffix in files):
             self.result = None
         if self.result:
             self.result["run"] = str(run.path)  # the folder may have been renamed since
             return
+        unfinished = self.earlier(".resume.pt", read_unfinished)
+        if unfinished:
+            self.state = unfinished["state"]
         for suffix in (".resume.pt", *files, ".json"):
             check_writable(self.path(suffix))
 

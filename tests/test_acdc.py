@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -16,12 +18,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "interp")]
 import acdc
 import config
 from model import GPTNeo, GPTNeoConfig, save_checkpoint
-from prepare import load_tokenizer
+from prepare import load_tokenizer, word_lists
 
 ORACLES = sorted(ROOT.parent.glob("shared/oracles/interp/acdc_*"))
 NAMES = ["Tom", "Sue", "Ben", "Lily", "Max", "Anna"]
 WORDS = {"name": "words", "pieces": [" " + word for word in [*NAMES, "park", "ball", "and", "gave", "to", "the", "a"]]}
 LENGTHS = [9, 7, 9, 8]
+FIRST_NAMES = [name for kind in ("girls", "more_girls", "boys", "more_boys") for name in word_lists()[kind]]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +39,8 @@ def one_thread():
 def tiny(**changes):
     """A model whose biases, LayerNorms and scores all matter."""
     torch.manual_seed(0)
-    model = GPTNeo(GPTNeoConfig(**{**dict(vocab_size=23, block_size=12, n_layer=2, n_head=3, n_embd=12, ablation="none"), **changes}))
+    knobs = dict(vocab_size=23, block_size=12, n_layer=2, n_head=3, n_embd=12, ablation="none")
+    model = GPTNeo(GPTNeoConfig(**{**knobs, **changes}))
     for p in model.parameters():
         p.data.add_(torch.randn_like(p), alpha=0.4)
     return model.double()
@@ -52,7 +56,8 @@ def pairs(lengths=LENGTHS, vocab_size=23):
 
 
 def circuit_of(model, prompts, dtype=torch.float64):
-    return acdc.Circuit(model.clean_state_dict(), model.config.n_head, model.config.windows, *prompts, dtype)
+    config = model.config
+    return acdc.Circuit(acdc.PatchedModel(model.clean_state_dict(), config.n_head, config.windows, *prompts, dtype))
 
 
 def kept_of(edges, state):
@@ -121,7 +126,7 @@ class OneByOne:
 
 def test_the_papers_model_has_23981_edges():
     graph = acdc.Graph(8, 16)
-    edges = graph.sweep()
+    edges = acdc.sweep_order(graph)
     assert len(edges) == len(set(edges)) == 23_981 and graph.end == 137
     assert graph.edge_name(edges[0]) == "MLP 7->Resid End" and graph.edge_name(edges[-1]) == "Resid Start->A0.15.V"
     assert sum(dest == (137, "") for _, dest in edges) == 137
@@ -133,15 +138,15 @@ def test_the_papers_model_has_23981_edges():
 @pytest.mark.parametrize("rng", [None, 7])
 def test_a_sweep_goes_through_the_stages_from_the_end(rng):
     graph = acdc.Graph(3, 2)
-    edges = graph.sweep("ascending", rng and random.Random(rng))
-    stages = [graph.stage(dest[0]) for _, dest in edges]
-    assert stages == sorted(stages, reverse=True) and set(edges) == set(graph.sweep("descending"))
-    assert (edges != graph.sweep("ascending")) == (rng is not None)
+    edges = acdc.sweep_order(graph, "ascending", rng and random.Random(rng))
+    stages = [graph.stage[dest.node] for _, dest in edges]
+    assert stages == sorted(stages, reverse=True) and set(edges) == set(acdc.sweep_order(graph, "descending"))
+    assert (edges != acdc.sweep_order(graph, "ascending")) == (rng is not None)
 
 
 def test_connected_edges_lie_on_a_path_from_start_to_end():
     graph = acdc.Graph(2, 2)
-    named = {graph.edge_name(edge): edge for edge in graph.sweep()}
+    named = {graph.edge_name(edge): edge for edge in acdc.sweep_order(graph)}
     path = ["Resid Start->A0.1.K", "A0.1->MLP 1", "MLP 1->Resid End", "Resid Start->A1.0.Q", "A1.0->Resid End"]
     loose = ["Resid Start->A0.0.V", "MLP 0->Resid End", "A0.0->A1.1.Q"]
     assert set(graph.connected([named[name] for name in path + loose])) == {named[name] for name in path}
@@ -151,7 +156,7 @@ def test_connected_edges_lie_on_a_path_from_start_to_end():
                                         ("MLP 0->Resid End", "MLP->Resid End"), ("A0.1->A1.0.V", "head->V")])
 def test_kinds_of_edges(edge, kind):
     graph = acdc.Graph(2, 2)
-    assert graph.kind({graph.edge_name(e): e for e in graph.sweep()}[edge]) == kind
+    assert graph.kind({graph.edge_name(e): e for e in acdc.sweep_order(graph)}[edge]) == kind
 
 
 # ---- the circuits
@@ -161,15 +166,15 @@ def test_kinds_of_edges(edge, kind):
 def test_circuits_are_those_of_the_library_that_the_paper_used(folder):
     c, prompts = json.loads((folder / "config.json").read_text()), np.load(folder / "prompts.npz")
     clean, corrupt = (torch.from_numpy(prompts[key]) for key in ("clean", "corrupt"))
-    circuit = acdc.Circuit(torch.load(folder / "model.pt", weights_only=True), c["n_head"], [c["n_ctx"]] * c["n_layer"],
-                           clean, corrupt, torch.full((len(clean),), clean.size(1)))
-    edges = {circuit.graph.edge_name(edge): edge for edge in circuit.graph.sweep()}
+    weights, lengths = torch.load(folder / "model.pt", weights_only=True), torch.full((len(clean),), clean.size(1))
+    circuit = acdc.Circuit(acdc.PatchedModel(weights, c["n_head"], [c["n_ctx"]] * c["n_layer"], clean, corrupt, lengths))
+    edges = {circuit.graph.edge_name(edge): edge for edge in acdc.sweep_order(circuit.graph)}
     runs = [run for run in json.loads((folder / "expected.json").read_text()) if run["min_margin"] >= 1e-5]
     assert len(runs) >= 12
     for run in runs:
         order = [edges[name] for name in run["edge_order"]]
         if run["order"].startswith("canonical"):
-            assert order == circuit.graph.sweep("descending" if run["order"].endswith("desc") else "ascending")
+            assert order == acdc.sweep_order(circuit.graph, "descending" if run["order"].endswith("desc") else "ascending")
         state = acdc.discover(circuit, order, run["tau"])
         assert [circuit.graph.edge_name(edge) for edge in kept_of(order, state)] == run["kept_edges"]
         kl, seen = 0.0, []
@@ -177,24 +182,28 @@ def test_circuits_are_those_of_the_library_that_the_paper_used(folder):
             seen.append(kl + rise)
             kl += 0 if kept else rise
         assert seen == pytest.approx(run["kl"], abs=1e-5)
-        print(f"{folder.name} {run['order']:14} tau {run['tau']:<5}: {run['kept']:2} of {run['total']} edges kept, all of them the library's; "
-              f"KL after each step within {max(abs(a - b) for a, b in zip(seen, run['kl'])):.0e}, {state['evaluations']} evaluations")
-        assert state["kl"] == pytest.approx(run["final_kl"], abs=1e-5) and state["margin"] == pytest.approx(run["min_margin"], abs=1e-5)
+        furthest = max(abs(a - b) for a, b in zip(seen, run["kl"]))
+        print(f"{folder.name} {run['order']:14} tau {run['tau']:<5}: {run['kept']:2} of {run['total']} edges kept, "
+              f"all of them the library's; KL after each step within {furthest:.0e}, {state['evaluations']} evaluations")
+        assert state["kl"] == pytest.approx(run["final_kl"], abs=1e-5)
+        assert state["margin"] == pytest.approx(run["min_margin"], abs=1e-5)
 
 
 @pytest.mark.parametrize("tau, changes, order", [
-    (0.003, {}, "descending"), (0.03, {}, "ascending"), (0.03, {}, 1), (0.1, {"attention_layers": "global,local", "window_size": 3}, 2)])
+    (0.003, {}, "descending"), (0.03, {}, "ascending"), (0.03, {}, 1),
+    (0.1, {"attention_layers": "global,local", "window_size": 3}, 2)])
 def test_circuits_are_those_of_a_full_pass_per_edge(tau, changes, order):
     """Prompts of several lengths, which the fast sweep pads and the slow one does not."""
     model, prompts = tiny(**changes), pairs()
     slow, circuit = OneByOne(model, prompts), circuit_of(model, prompts)
-    edges = circuit.graph.sweep(rng=random.Random(order)) if isinstance(order, int) else circuit.graph.sweep(order)
+    shuffled = {"rng": random.Random(order)} if isinstance(order, int) else {"order": order}
+    edges = acdc.sweep_order(circuit.graph, **shuffled)
     state = acdc.discover(circuit, edges, tau)
     kept, kl = slow.sweep(edges, tau)
     assert kept_of(edges, state) == kept and 0 < len(kept) < len(edges)
     assert state["kl"] == pytest.approx(kl, abs=1e-12)
-    circuit.restore([edge for edge in edges if edge not in kept])
-    assert circuit.result()[0] == pytest.approx(kl, abs=1e-12)
+    circuit.set_removed([edge for edge in edges if edge not in kept])
+    assert circuit.kl() == pytest.approx(kl, abs=1e-12)
 
 
 def test_a_circuit_of_any_edges_is_the_patched_model():
@@ -203,29 +212,29 @@ def test_a_circuit_of_any_edges_is_the_patched_model():
     slow, circuit = OneByOne(model, prompts), circuit_of(model, prompts)
     for seed, share in enumerate((0.02, 0.1, 0.3, 0.6, 0.9, 0.99)):
         rng = random.Random(seed)
-        removed = [edge for edge in circuit.graph.sweep() if rng.random() < share]
-        circuit.restore(removed)
-        assert circuit.result()[0] == pytest.approx(slow.kl(removed), abs=1e-12)
+        removed = [edge for edge in acdc.sweep_order(circuit.graph) if rng.random() < share]
+        circuit.set_removed(removed)
+        assert circuit.kl() == pytest.approx(slow.kl(removed), abs=1e-12)
 
 
 def test_all_edges_are_the_clean_model_and_none_the_corrupt_one():
     model, (clean, corrupt, lengths) = tiny(), pairs()
     circuit = circuit_of(model, (clean, corrupt, lengths))
-    edges = circuit.graph.sweep()
+    edges = acdc.sweep_order(circuit.graph)
     for removed, idx in (([], clean), (edges, corrupt)):
-        circuit.restore(removed)
+        circuit.set_removed(removed)
         expected = torch.stack([model(row[-n:][None])[0, -1] for row, n in zip(idx, lengths)])
-        torch.testing.assert_close(circuit.result()[1], expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(circuit.logits(), expected, rtol=0, atol=1e-12)
 
 
 def test_the_smallest_and_the_largest_threshold():
     model, prompts = tiny(), pairs()
     circuit = circuit_of(model, prompts)
-    edges = circuit.graph.sweep()
+    edges = acdc.sweep_order(circuit.graph)
     state = acdc.discover(circuit, edges, math.inf)
     assert not kept_of(edges, state)
-    circuit.restore(edges)
-    assert state["kl"] == pytest.approx(circuit.result()[0])
+    circuit.set_removed(edges)
+    assert state["kl"] == pytest.approx(circuit.kl())
     # an edge that does not matter: a head that writes nothing; all others do
     model.transformer["h"][0].attn["attention"].out_proj.weight.data[:, :4] = 0
     circuit = circuit_of(model, prompts)
@@ -242,17 +251,17 @@ def test_fp32_keeps_the_digits_of_a_small_kl():
     model, prompts = tiny(vocab_size=2000), pairs(vocab_size=2000)
     model.lm_head.weight.data.mul_(5)
     exact, rounded = circuit_of(model, prompts), circuit_of(model, prompts, torch.float32)
-    removed = [((0), (exact.graph.inputs(1)[0]))]
+    removed = [acdc.Edge(0, exact.graph.dests(1)[0])]
     for circuit in (exact, rounded):
-        circuit.restore(removed)
-    assert rounded.result()[0] == pytest.approx(exact.result()[0], abs=2e-6, rel=1e-4)
-    rounded.restore([])
-    assert abs(rounded.result()[0]) < 1e-6
+        circuit.set_removed(removed)
+    assert rounded.kl() == pytest.approx(exact.kl(), abs=2e-6, rel=1e-4)
+    rounded.set_removed([])
+    assert abs(rounded.kl()) < 1e-6
 
 
 def test_resume_equals_uninterrupted_to_the_last_bit():
     model, prompts = tiny(), pairs()
-    edges = circuit_of(model, prompts).graph.sweep()
+    edges = acdc.sweep_order(circuit_of(model, prompts).graph)
     saved = []
     whole = acdc.discover(circuit_of(model, prompts, torch.float32), edges, 0.03, save=saved.append)
     assert len(saved) == 5  # a stage each: Resid End, MLP 1, heads 1, MLP 0, heads 0
@@ -273,17 +282,18 @@ def test_a_diverged_model_is_refused():
 
 
 def test_our_prompts_ask_for_the_friend_who_did_not_give():
-    tokenizer = load_tokenizer({"name": "words", "pieces": [" " + word for word in acdc.NAMES + ["park", "zoo", "ball"]]})
+    tokenizer = load_tokenizer({"name": "words", "pieces": [" " + word for word in FIRST_NAMES + ["park", "zoo", "ball"]]})
     prompts = acdc.make_prompts(tokenizer, 60, 0)
     assert len({prompt["clean"] for prompt in prompts}) == 60
     first = 0
     for prompt in prompts:
         clean, corrupt = prompt["clean"].split(), prompt["corrupt"].split()
-        names = [word.strip(".,") for word in clean if word.strip(".,") in acdc.NAMES]
-        others = [word.strip(".,") for word in corrupt if word.strip(".,") in acdc.NAMES]
+        names = [word.strip(".,") for word in clean if word.strip(".,") in FIRST_NAMES]
+        others = [word.strip(".,") for word in corrupt if word.strip(".,") in FIRST_NAMES]
         assert len(names) == len(others) == 3 and len(clean) == len(corrupt)
         assert [a for a, b in zip(clean, corrupt) if a != b] and not set(names) & set(others)
-        assert prompt["wrong"] == " " + names[2] and prompt["answer"][1:] in names[:2] and prompt["answer"] != prompt["wrong"]
+        assert prompt["wrong"] == " " + names[2] and prompt["answer"][1:] in names[:2]
+        assert prompt["answer"] != prompt["wrong"]
         first += prompt["answer"][1:] == names[0]
         assert clean[-1] == "to" and "{" not in prompt["clean"] + prompt["corrupt"]
     assert 25 <= first <= 35  # both name orders
@@ -313,15 +323,19 @@ def test_padding_and_errors_of_prompts():
 # ---- the command line
 
 
+def save_run(folder, tokenizer=WORDS, seed=1):
+    """A run folder as train.py leaves it, with no data at hand: circuits need none."""
+    model = tiny(vocab_size=load_tokenizer(tokenizer).n_vocab, block_size=120, n_layer=1, n_head=2, n_embd=8).float()
+    folder.mkdir()
+    save_checkpoint(folder / "best.pt", model.config, model.state_dict(), step=7, tokenizer=tokenizer,
+                    data="abc", train_config={"data": "nowhere", "seed": seed})
+    return folder
+
+
 @pytest.fixture
 def run(tmp_path):
-    """Two run folders as train.py leaves them, with no data at hand: circuits need none."""
-    model = tiny(vocab_size=load_tokenizer(WORDS).n_vocab, block_size=120, n_layer=1, n_head=2, n_embd=8).float()
-    for number in (1, 2):
-        (tmp_path / f"run{number}").mkdir()
-        save_checkpoint(tmp_path / f"run{number}" / "best.pt", model.config, model.state_dict(), step=7, tokenizer=WORDS,
-                        data="abc", train_config={"data": "nowhere", "seed": number})
-    return tmp_path / "run1"
+    save_run(tmp_path / "run2", seed=2)
+    return save_run(tmp_path / "run1")
 
 
 @pytest.fixture
@@ -329,86 +343,132 @@ def call(monkeypatch, capsys):
     """interp/acdc.py with these words -> its exit message, what it printed and its notes."""
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["acdc.py", *map(str, words), "--device=cpu"])
-        message = None
+        message, handler = None, signal.getsignal(signal.SIGTERM)
         try:
             config.cli(acdc.main)
         except SystemExit as stop:
             message = stop.code
+        finally:
+            signal.signal(signal.SIGTERM, handler)
         return message, "".join(capsys.readouterr())
     return call
+
+
+def result_of(run):
+    return json.loads((run / "acdc.json").read_text())
+
+
+def timeless(result):
+    return [{**row, "seconds": 0} for row in result["circuits"]]
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Make a sweep end after so many batches, by a call of how."""
+    def stop_after(batches, how):
+        attempt, calls = acdc.Circuit.attempt, []
+
+        def interrupted(self, edges):
+            calls.append(edges)
+            if len(calls) == batches:
+                how()
+            return attempt(self, edges)
+        monkeypatch.setattr(acdc.Circuit, "attempt", interrupted)
+    return stop_after
+
+
+def ctrl_c():
+    raise KeyboardInterrupt
+
+
+def sigterm():
+    signal.raise_signal(signal.SIGTERM)
 
 
 def test_the_command_as_a_user_types_it(call, run):
     other = run.parent / "run2"
     message, out = call(run, other, "--count=4", "--tau=0.01,0.2", "--orders=2")
     assert message is None and str(run) in out and "random orders" in out
-    result = json.loads((run / "acdc.json").read_text())
+    result = result_of(run)
     assert result["total"] == 13 and result["settings"]["count"] == 4 and len(result["circuits"]) == 6
     first = result["circuits"][0]
     assert result["warnings"] and "warning" in out  # an untrained model
-    assert result["edges"] == first["edges"] == len(first["circuit"]) == sum(first["kinds"].values())
+    assert first["edges"] == len(first["circuit"]) == sum(first["kinds"].values())
     assert len(first["circuit"]) + len(first["removed"]) == 13 and first["kl"] >= 0 and first["kl_heldout"] >= 0
-    assert (run / "acdc.png").read_bytes()[:4] == b"\x89PNG" and not list(run.glob("*.tmp")) + list(run.glob("*resume*"))
+    assert (run / "acdc.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list(run.glob("*.tmp")) + list(run.glob("*resume*"))
 
     before = (run / "acdc.json").read_text()
-    (run.parent / "table1.csv").write_text("what eval.py --table1 leaves")
+    (run.parent / "table1.csv").write_text("what interp/table1.py leaves")
     (run.parent / "notes").mkdir()
     message, out = call(*sorted(run.parent.glob("*")), "--count=4", "--tau=0.01,0.2", "--orders=2")
-    assert message is None and "already" in out and "notes is no run" in out and (run / "acdc.json").read_text() == before
+    assert message is None and "already" in out and "notes is no run" in out
+    assert (run / "acdc.json").read_text() == before
     message, _ = call(other, run, "--count=4", "--tau=0.5")
     assert "tau=[0.01, 0.2], not [0.5]: --force" in message and (run / "acdc.json").read_text() == before
-    (run / "acdc.resume.json").write_text(json.dumps({**json.loads(before), "circuits": []}))  # an interrupted sweep counts too
-    (run / "acdc.json").unlink()
-    assert "resume" in call(run, "--count=4", "--tau=0.5")[0]
     message, _ = call(run, "--count=4", "--tau=0.5", "--force")
-    assert message is None and json.loads((run / "acdc.json").read_text())["settings"]["tau"] == [0.5]
+    assert message is None and result_of(run)["settings"]["tau"] == [0.5]
 
 
-def test_ctrl_c_and_the_same_command_again(call, run, monkeypatch):
+def test_a_result_says_what_can_be_said_of_a_circuit(call, run):
+    """What RESULTS.md, interp/table1.py and a reader a year later look for."""
+    assert call(run, "--count=4", "--orders=1")[0] is None
+    result = result_of(run)
+    assert {"total", "ioi_exact", "ioi_right", "kl_corrupt", "prompts", "circuits", "warnings"} <= result.keys()
+    assert not {"edges", "connected"} & result.keys()  # facts of a circuit stand with it
+    first, second = result["circuits"]
+    facts = {"tau", "order", "edges", "connected", "heads", "kl", "circuit_exact", "circuit_right", "margin",
+             "evaluations", "batches", "seconds", "kinds", "kl_random", "kl_random_sd", "kl_heldout",
+             "kl_random_heldout", "kl_random_heldout_sd"}
+    assert second.keys() == facts and first.keys() == facts | {"circuit", "removed"}
+    assert (first["order"], second["order"]) == ("descending", 0)
+    assert result["prompts"][0].keys() == {"clean", "corrupt", "answer", "wrong"} and len(result["prompts"]) == 8
+
+
+@pytest.mark.parametrize("how", [ctrl_c, sigterm])
+@pytest.mark.parametrize("batches", [1, 9])  # in the first stage; in the second circuit
+def test_ctrl_c_and_the_same_command_again(call, run, stop_after, how, batches):
     words = ("--count=4", "--tau=0.01,0.05")
     assert call(run, *words)[0] is None
-    whole = json.loads((run / "acdc.json").read_text())
+    whole = result_of(run)
     (run / "acdc.json").unlink()
-    attempt, calls = acdc.Circuit.attempt, []
-
-    def interrupted(self, edges):
-        calls.append(edges)
-        if len(calls) == 9:
-            raise KeyboardInterrupt
-        return attempt(self, edges)
-    monkeypatch.setattr(acdc.Circuit, "attempt", interrupted)
-    with pytest.raises(KeyboardInterrupt):  # of which the script makes one line
-        call(run, *words)
-    assert (run / "acdc.resume.json").exists() and not (run / "acdc.json").exists()
+    stop_after(batches, how)
+    message, _ = call(run, *words)
+    assert message == "stopped: the same command goes on from the last stage that was done"
+    assert (run / "acdc.resume.pt").exists() == (batches > 1) and not (run / "acdc.json").exists()
+    if batches > 1:  # an interrupted sweep counts too
+        message, _ = call(run, "--count=4", "--tau=0.5")
+        assert "acdc.resume.pt was made with tau=[0.01, 0.05], not [0.5]: --force" in message
     message, out = call(run, *words)
-    assert message is None and "going on" in out
-    again = json.loads((run / "acdc.json").read_text())
-    strip = lambda result: [{**row, "seconds": 0} for row in result["circuits"]]
-    assert strip(again) == strip(whole)
+    assert message is None and ("going on" in out) == (batches > 1)
+    assert timeless(result_of(run)) == timeless(whole) and not list(run.glob("*resume*"))
 
 
-def test_mistakes_get_one_line(call, run, tmp_path):
-    good = [{"clean": " Tom and Sue gave to", "corrupt": " Ben and Max gave to", "answer": " Tom", "wrong": " Sue"}]
-    for number, (prompts, message) in enumerate((
-            ("not json", "cannot read prompts"), ([], "must be a list"), ([{"clean": "a"}], "must be a list"),
-            ([{**good[0], "corrupt": " Ben gave to"}], "equally long"), ([{**good[0], "answer": " Tommy"}], "single tokens"))):
-        path = tmp_path / f"{number}.json"
-        path.write_text(prompts if isinstance(prompts, str) else json.dumps(prompts))
-        assert message in call(run, f"--prompts={path}")[0]
-    path.write_text(json.dumps(good))
+@pytest.mark.parametrize("name", ["acdc.json", "acdc.resume.pt"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"settings": {}}', b"PK\3\4"])
+def test_force_replaces_a_damaged_file(call, run, name, content):
+    (run / name).write_bytes(content)
+    assert f"{name} is damaged: delete it, or add --force" in call(run, "--count=4")[0]
+    message, out = call(run, "--count=4", "--force")
+    assert message is None and "going on" not in out
+    assert result_of(run)["settings"]["tau"] == [0.03] and not list(run.glob("*resume*"))
+
+
+def test_prompts_of_ones_own(call, run, tmp_path):
+    path = tmp_path / "one.json"
+    one = {"clean": " Tom and Sue gave to", "corrupt": " Ben and Max gave to", "answer": " Tom", "wrong": " Sue"}
+    path.write_text(json.dumps([one]))
     message, out = call(run, f"--prompts={path}")  # one prompt, none to hold out
     assert message is None and "held out" not in out.splitlines()[1] and "0 held out" in out
-    for words, message in ((["--tau=a"], "--tau"), (["--tau=-1"], "--tau"), (["--tau=inf"], "--tau"), (["--tau=0.1,0.1"], "--tau"),
-                           (["--count=0"], "--count"), (["--orders=-1"], "--orders"), (["--prompts=nowhere"], "cannot read"), (["--nonsense"], "nonsense")):
-        assert message in call(run, *words)[0]
+
+
+def test_runs_that_cannot_be_compared_or_saved(call, run, tmp_path, monkeypatch):
     assert "no checkpoint" in call(tmp_path / "nothing")[0]
     torch.save({"config": {}, "model": {}}, tmp_path / "foreign.pt")
     assert "not written by train.py" in call(tmp_path / "foreign.pt")[0]
     # a run with another tokenizer has other prompts: refused before anything is computed
-    other = tmp_path / "other"
-    other.mkdir()
-    tokenizer = {"name": "words", "pieces": WORDS["pieces"] + [" Jack"]}
-    model = tiny(vocab_size=load_tokenizer(tokenizer).n_vocab, block_size=120, n_layer=1, n_head=2, n_embd=8).float()
-    save_checkpoint(other / "best.pt", model.config, model.state_dict(), step=7, tokenizer=tokenizer, data="abc", train_config={})
+    other = save_run(tmp_path / "other", {"name": "words", "pieces": WORDS["pieces"] + [" Jack"]})
     message, _ = call(run, other, "--force")
-    assert "prompts=" in message and not (other / "acdc.json").exists()
+    assert "prompts=" in message and not (other / "acdc.json").exists() and not (run / "acdc.json").exists()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # a read-only folder: for root there is none
+    assert f"{run} cannot be written" in call(run)[0]

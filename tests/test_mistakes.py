@@ -80,6 +80,26 @@ def folder_named(name):
     return lambda folder: (folder / name).mkdir(parents=True)
 
 
+PAIR = {"clean": "abc", "corrupt": "abd", "answer": "a", "wrong": "b"}  # bytes, which all are tokens
+
+
+def pair(**changes):
+    """pairs.json, a --prompts file: this one prompt with some of its texts changed."""
+    return text("pairs.json", json.dumps([{**PAIR, **changes}]))
+
+
+def binary(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def diverged(folder):
+    """out/run as it is when its training has diverged: weights that are not finite."""
+    path = folder / "out" / "run" / "best.pt"
+    fields = torch.load(path, weights_only=True)
+    fields["model"]["transformer.ln_f.weight"].fill_(float("nan"))
+    torch.save(fields, path)
+
+
 RESUME = "train.py config.py --out=out/run --resume"
 
 TRAIN = [
@@ -150,7 +170,57 @@ TABLE1 = [
     ("table1.py out/run", OTHER_TOKENS, flip("data/val.bin")),
 ]
 
-ACDC = []
+PAIRS = "acdc.py out/run --prompts=pairs.json"
+
+ACDC = [
+    ("acdc.py", "the following arguments are required: runs"),
+    ("acdc.py out/run", "only 0 of our names, 0 places and 0 objects are single tokens of this tokenizer"),
+    ("acdc.py out/run --nonsense", "unrecognized arguments: --nonsense"),
+    ("acdc.py nowhere", "no checkpoint at nowhere"),
+    ("acdc.py nowhere.pt", "no checkpoint at nowhere.pt"),
+    ("acdc.py foreign.pt", "foreign.pt was not written by train.py",
+     lambda folder: torch.save({"config": {}, "model": {}}, folder / "foreign.pt")),
+    ("acdc.py out/run", "best.pt is damaged", flip("out/run/best.pt")),
+    ("acdc.py out/run --tau=a", "--tau=a is not a threshold in nats"),
+    ("acdc.py out/run --tau=", "--tau= is not a threshold in nats"),
+    ("acdc.py out/run --tau=0.1,", "--tau=0.1, is not a threshold in nats"),
+    ("acdc.py out/run --tau=-1", "--tau=-1 is not a threshold in nats"),
+    ("acdc.py out/run --tau=inf", "--tau=inf is not a threshold in nats"),
+    ("acdc.py out/run --tau=0.1,nan", "--tau=0.1,nan is not a threshold in nats"),
+    ("acdc.py out/run --tau=0.1,0.10", "--tau=0.1,0.10 is not a threshold in nats, or several different ones"),
+    ("acdc.py out/run --count=0", "--count=0 must be from 1 to 10,000"),
+    ("acdc.py out/run --count=10001", "--count=10001 must be from 1 to 10,000"),
+    ("acdc.py out/run --orders=-1", "--orders=-1 must be from 0 to 1,000"),
+    ("acdc.py out/run --orders=1001", "--orders=1001 must be from 0 to 1,000"),
+    ("acdc.py out/run --seed=-1", "--seed=-1 must be from 0 to 9,223,372,036,854,775,807"),
+    ("acdc.py out/run --seed=9223372036854775808", "--seed=9223372036854775808 must be from 0 to"),
+    ("acdc.py out/run --seed=1.5", "argument --seed: invalid int value: '1.5'"),
+    ("acdc.py out/run --device=cpu:9", "--device=cpu:9 cannot be used"),
+    ("acdc.py out/run --dtype=float16", "argument --dtype: invalid choice: 'float16'"),
+    (PAIRS, "cannot read prompts from pairs.json: No such file"),
+    (PAIRS, "cannot read prompts from pairs.json: Is a directory", folder_named("pairs.json")),
+    (f"{PAIRS}{'n' * 300}", "File name too long"),
+    (PAIRS, "cannot read prompts from pairs.json: Expecting value", text("pairs.json", "not json")),
+    (PAIRS, "cannot read prompts from pairs.json", binary("pairs.json", b"\xff\xfe")),
+    (PAIRS, "cannot read prompts from pairs.json", text("pairs.json", "[" * 200_000)),
+    (PAIRS, "cannot read prompts from pairs.json", text("pairs.json", "[1" + "0" * 6_000 + "]")),
+    (PAIRS, "pairs.json must be a list of", text("pairs.json", "[]")),
+    (PAIRS, "pairs.json must be a list of", text("pairs.json", "{}")),
+    (PAIRS, "pairs.json must be a list of", text("pairs.json", "[1]")),
+    (PAIRS, "pairs.json must be a list of", text("pairs.json", '[{"clean": "a"}]')),
+    (PAIRS, "pairs.json must be a list of", pair(wrong=None)),
+    (PAIRS, "both must be equally long", pair(corrupt="ab")),
+    (PAIRS, "the corrupt prompt must differ", pair(corrupt=PAIR["clean"])),
+    (PAIRS, "the corrupt prompt must differ", pair(clean="", corrupt="")),
+    (PAIRS, "the wrong answer from the right one", pair(wrong=PAIR["answer"])),
+    (PAIRS, "has 17 tokens, the model takes 16", pair(clean="a" * 17, corrupt="b" * 17)),
+    (PAIRS, "'ab' is 2 tokens of this tokenizer", pair(answer="ab")),
+    (PAIRS, "'' is 0 tokens of this tokenizer", pair(wrong="")),
+    (PAIRS, "out/run/acdc.json is damaged: delete it, or add --force", pair(), text("out/run/acdc.json", "{")),
+    (PAIRS, "out/run/acdc.resume.pt is damaged: delete it, or add --force", pair(), text("out/run/acdc.resume.pt", "{")),
+    (PAIRS, "cannot write out/run/acdc.png: there is a folder of that name", pair(), folder_named("out/run/acdc.png")),
+    (PAIRS, "out/run has weights that are not finite: its training has diverged", pair(), diverged),
+]
 
 SAE_WORDS = "sae.py out/run --steps=4 --batch_size=64 --expansion=30 --device=cpu"
 

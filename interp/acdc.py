@@ -3,26 +3,17 @@
     python interp/acdc.py out/local_k2                              tau 0.03, 64 prompts of our own
     python interp/acdc.py out/local_k2 out/baseline --tau 0.03,0.1  several runs and thresholds
     python interp/acdc.py out/local_k2 --orders 8                   also 8 random orders of the sweep
-    python interp/acdc.py out/local_k2 --prompts mine.json          a list of prompts, such as
-              [{"clean": "Tom and Sue ...", "corrupt": "Ben and Max ...", "answer": " Tom", "wrong": " Sue"}]
+    python interp/acdc.py out/local_k2 --prompts mine.json          [{"clean": ..., "corrupt": ...,
+                                                           "answer": " Tom", "wrong": " Sue"}, ...]
 
 Task: "Then, Tom and Sue went to the park. Sue gave a ball to" -> " Tom". A corrupt prompt has other
 names in the three places. A circuit is a set of edges: an edge in it carries what its source gives
 in the circuit, every other edge what its source gives on the corrupt prompt.
 
-The method is ACDC (Conmy et al. 2023) as the paper ran it. Each part has its heading below:
-
-    the task       pairs of prompts, clean and corrupt
-    the graph      nodes and edges; an edge stands for all positions together
-    the metric     KL(clean model || circuit) at the last position
-    the model      GPT-Neo, computed one node at a time
-    the circuit    which edges are removed, and what every node then reads and gives
-    the order      from the end to the start
-    the rule       an edge stays removed if its removal raises KL by less than tau
-    the result     what there is to say of a circuit
-
-What is kept depends on the order. Within a stage (all heads of a block, or one MLP) it hangs on a
-hash seed in the paper's library; here it is fixed, and --orders shows how much it matters.
+The method is ACDC (Conmy et al. 2023) as the paper ran it. What is kept depends on the order of the
+sweep; within a stage (all heads of a block, or one MLP) that hangs on a hash seed in the paper's
+library. Here it is fixed, and --orders shows how much it matters. Below, each under its heading:
+the task, the graph, the metric, the model, the circuit, the order, the rule, the result.
 
 Writes acdc.json and acdc.png beside the checkpoint. After Ctrl-C the same command goes on.
 
@@ -71,6 +62,9 @@ ALL, LAST = slice(None), slice(-1, None)  # the positions of a node's input that
 # ------------------------------------------------------------------------------------------- the task
 
 
+KEYS = ("clean", "corrupt", "answer", "wrong")  # of a prompt, a dict of texts
+
+
 class Tokens(NamedTuple):
     """Pairs of prompts as int64 tokens, padded on the left to the longest."""
 
@@ -82,11 +76,6 @@ class Tokens(NamedTuple):
 
     def rows(self, start, stop):
         return Tokens(*(tensor[start:stop] for tensor in self))
-
-    def digest(self):
-        """16 hex digits that name these prompts."""
-        content = b"".join(tensor.numpy().tobytes() for tensor in self)
-        return hashlib.sha256(content).hexdigest()[:16]
 
 
 def single_tokens(words, tokenizer):
@@ -129,22 +118,18 @@ def make_prompts(tokenizer, count, seed):
                     f"prompts: lower --count")
 
 
-def is_prompt(value):
-    """Whether this piece of JSON is one of our prompts."""
-    names = ("clean", "corrupt", "answer", "wrong")
-    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in names)
-
-
 def read_prompts(path):
     """A --prompts file -> its list of dicts. Raises UserError."""
     try:
         prompts = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        texts = [prompt[key] for prompt in prompts for key in KEYS]
     except OSError as error:
         raise UserError(f"cannot read prompts from {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # no JSON, a number without end, brackets without end
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot read prompts from {path}: {reason}") from None
-    if not isinstance(prompts, list) or not prompts or not all(map(is_prompt, prompts)):
+    except (ValueError, RecursionError) as error:  # no JSON, a number or brackets without end
+        raise UserError(f"cannot read prompts from {path}: {' '.join(str(error).split())}") from None
+    except (TypeError, KeyError):
+        texts = []
+    if not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(f'{path} must be a list of {{"clean": TEXT, "corrupt": TEXT, '
                         f'"answer": TEXT, "wrong": TEXT}}')
     return prompts
@@ -178,15 +163,14 @@ def pad(rows):
 
 def tokenize(prompts, tokenizer, block_size):
     """Texts -> Tokens. Raises UserError on prompts that do not fit each other or the model."""
-    columns = {"clean": [], "corrupt": [], "answer": [], "wrong": []}
+    rows = []
     for prompt in prompts:
-        tokens = {key: tokenizer.encode_ordinary(prompt[key]) for key in columns}
+        tokens = {key: tokenizer.encode_ordinary(prompt[key]) for key in KEYS}
         check_prompt(prompt, tokens, block_size)
-        for key, rows in columns.items():
-            rows.append(tokens[key])
-    lengths = torch.tensor([len(row) for row in columns["clean"]])
-    answers, wrong = pad(columns["answer"])[:, 0], pad(columns["wrong"])[:, 0]  # (B)
-    return Tokens(pad(columns["clean"]), pad(columns["corrupt"]), lengths, answers, wrong)
+        rows.append(tokens.values())
+    clean, corrupt, answers, wrong = zip(*rows)
+    lengths = torch.tensor([len(row) for row in clean])
+    return Tokens(pad(clean), pad(corrupt), lengths, pad(answers)[:, 0], pad(wrong)[:, 0])
 
 
 # ------------------------------------------------------------------------------------------- the graph
@@ -347,13 +331,14 @@ class PatchedModel:
 
     def split_heads(self, block):
         """A block's matrices head by head: Q, K and V (H, C, D), O (H, D, C)."""
-        matrices, n_head = {}, self.graph.n_head
+        heads, n_head = {}, self.graph.n_head
         for part, name in (("Q", "q_proj"), ("K", "k_proj"), ("V", "v_proj"), ("O", "out_proj")):
-            matrices[part] = self.weights[f"h.{block}.attn.attention.{name}.weight"].T  # (C, C)
-        heads = {"O": matrices["O"].unflatten(0, (n_head, -1)).contiguous()}
-        for part in "QKV":
-            by_head = matrices[part].unflatten(1, (n_head, -1))  # (C, H, D)
-            heads[part] = by_head.transpose(0, 1).contiguous()
+            matrix = self.weights[f"h.{block}.attn.attention.{name}.weight"].T  # (C, C)
+            if part == "O":
+                matrix = matrix.unflatten(0, (n_head, -1))  # (H, D, C)
+            else:
+                matrix = matrix.unflatten(1, (n_head, -1)).transpose(0, 1)  # (H, C, D)
+            heads[part] = matrix.contiguous()
         return heads
 
     def norm(self, name, x):
@@ -363,18 +348,23 @@ class PatchedModel:
     def linear(self, name, x):
         return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
 
-    def mlp(self, block, x):
-        """What an MLP reads -> what it gives, both (..., C)."""
-        h = self.norm(f"h.{block}.ln_2", x)
-        neurons = F.gelu(self.linear(f"h.{block}.mlp.c_fc", h), approximate="tanh")  # (..., 4C)
-        return self.linear(f"h.{block}.mlp.c_proj", neurons)
+    def project(self, dest, x):
+        """What a node first makes of one of its inputs (..., C).
 
-    def project(self, block, head, part, x):
-        """What an input of a head reads -> its queries, keys or values: (..., C) -> (..., D)."""
-        return self.norm(f"h.{block}.ln_1", x) @ self.heads[block][part][head]
+        A head makes its queries, keys or values of it, (..., D), an MLP the LayerNorm of it.
+        """
+        block, head = self.graph.place(dest.node)
+        if head is None:
+            return self.norm(f"h.{block}.ln_2", x)
+        return self.norm(f"h.{block}.ln_1", x) @ self.heads[block][dest.part][head]
 
-    def attend(self, block, head, q, k, v):
-        """q (..., B, T or 1, D), k and v (..., B, T, D) -> what the head gives, (..., B, T or 1, C)."""
+    def output(self, node, projected):
+        """What a node gives, (..., B, T or 1, C), from the list of its projections."""
+        block, head = self.graph.place(node)
+        if head is None:
+            hidden = self.linear(f"h.{block}.mlp.c_fc", projected[0])  # (..., B, T or 1, 4C)
+            return self.linear(f"h.{block}.mlp.c_proj", F.gelu(hidden, approximate="tanh"))
+        q, k, v = projected  # q (..., B, T or 1, D), k and v (..., B, T, D)
         mask = self.masks[block][:, -q.size(-2) :]  # (B, T or 1, T)
         scores = q @ k.transpose(-1, -2) + mask  # (..., B, T or 1, T); no 1/sqrt(D), as in GPT-Neo
         return scores.softmax(-1) @ v @ self.heads[block]["O"][head]
@@ -383,16 +373,17 @@ class PatchedModel:
         """Tokens and positions (B, T) -> every source's output (S, B, T, C), every stage's input."""
         x = self.weights["wte.weight"][idx] + self.weights["wpe.weight"][position]  # (B, T, C)
         outputs, residual = [x], []
-        for block in range(self.graph.n_layer):
+        for stage in self.graph.stages[:-1]:
             residual.append(x)
-            heads = []
-            for head in range(self.graph.n_head):
-                q, k, v = (self.project(block, head, part, x) for part in "QKV")  # (B, T, D)
-                heads.append(self.attend(block, head, q, k, v))
-            x = x + sum(heads) + self.weights[f"h.{block}.attn.attention.out_proj.bias"]
-            residual.append(x)
-            outputs += [*heads, self.mlp(block, x)]
-            x = x + outputs[-1]
+            given = []
+            for node in stage:
+                projected = [self.project(dest, x) for dest in self.graph.dests(node)]
+                given.append(self.output(node, projected))
+            outputs += given
+            x = x + sum(given)
+            if self.graph.role(stage[0]) == "head":
+                block, _ = self.graph.place(stage[0])
+                x = x + self.weights[f"h.{block}.attn.attention.out_proj.bias"]
         return torch.stack(outputs), [*residual, x]
 
 
@@ -440,7 +431,7 @@ class Circuit:
                     self.everywhere.update(self.kept[dest])
         self.current = self.model.clean.clone()  # (S, B, T, C), what every source gives
         self.changed = set()  # the sources that no longer give what they give in the clean model
-        # by Dest, made when first needed: what it reads, (B, T or 1, C); q, k or v, (B, T or 1, D)
+        # {Dest: ...}, made when first needed: what it reads, (B, T or 1, C), and its projection
         self.inputs, self.projections = {}, {}
         for node in sorted(self.live - {0, graph.end}):
             if any(self.removed[dest] or not self.is_clean(dest) for dest in graph.dests(node)):
@@ -477,31 +468,20 @@ class Circuit:
             self.inputs[dest] = (x + change.sum(0))[:, self.positions(dest)]
         return self.inputs[dest]
 
-    def projection_of(self, dest):
-        """The queries, keys or values of a head, (B, T or 1, D)."""
-        if dest not in self.projections:
-            place = self.graph.place(dest.node)
-            x = self.input_of(dest)
-            self.projections[dest] = self.model.project(*place, dest.part, x)
-        return self.projections[dest]
-
     def output_of(self, node, new):
         """What a node gives, (..., B, T or 1, C), when some of its inputs read something new.
 
         new: {Dest: (..., B, T or 1, C)}
         """
-        block, head = self.graph.place(node)
-        dests = self.graph.dests(node)
-        if head is None:
-            x = new[dests[0]] if new else self.input_of(dests[0])
-            return self.model.mlp(block, x)
-        qkv = []
-        for dest in dests:
+        projected = []
+        for dest in self.graph.dests(node):
             if dest in new:
-                qkv.append(self.model.project(block, head, dest.part, new[dest]))
-            else:
-                qkv.append(self.projection_of(dest))
-        return self.model.attend(block, head, *qkv)
+                projected.append(self.model.project(dest, new[dest]))
+                continue
+            if dest not in self.projections:
+                self.projections[dest] = self.model.project(dest, self.input_of(dest))
+            projected.append(self.projections[dest])
+        return self.model.output(node, projected)
 
     def removals(self, edges):
         """What their inputs read after removing the first, the first two, ... of these edges.
@@ -532,17 +512,14 @@ class Circuit:
             for dest in dests:
                 sources = [source for source in self.kept[dest] if source in outputs]
                 if sources:
-                    inputs[dest] = self.input_of(dest) + self.changes(sources, outputs, dest)
+                    rows = self.positions(dest)
+                    changes = (outputs[source][:, :, rows] - self.current[source][:, rows] for source in sources)
+                    inputs[dest] = self.input_of(dest) + sum(changes)  # (K, B, T or 1, C)
             new = {dest: inputs[dest] for dest in dests if dest in inputs}
             if new and node != self.graph.end:
                 outputs[node] = self.output_of(node, new)
         end = self.model.norm("ln_f", inputs[self.end][:, :, -1])  # (K, B, C)
         return Attempt(edges, inputs, outputs, self.model.divergence(end).tolist())
-
-    def changes(self, sources, outputs, dest):
-        """How much the new outputs of these sources change what an input reads: (K, B, T or 1, C)."""
-        rows = self.positions(dest)
-        return sum(outputs[source][:, :, rows] - self.current[source][:, rows] for source in sources)
 
     def commit(self, attempt, count):
         """Remove the first count of the edges of an attempt, the last one made."""
@@ -638,37 +615,35 @@ def decide(circuit, edges, kl, tau):
 
 def sweep_stage(circuit, edges, tau, state, bar):
     """Decide the edges of the next stage. -> the state of the sweep after it, see discover."""
-    began, done, kl, margin = time.time(), len(state["decided"]), state["kl"], state["margin"]
-    # from scratch for every stage: so going on after a stop is equal to the last bit
-    circuit.set_removed([edge for edge, (kept, _) in zip(edges, state["decided"]) if not kept])
-    stage_of = circuit.graph.stage
-    stage = stage_of[edges[done].dest.node]
-    stage_edges = [edge for edge in edges[done:] if stage_of[edge.dest.node] == stage]
+    began, done, state = time.time(), state["decided"], dict(state)
+    # from scratch for every stage, so that going on after a stop is equal to the last bit
+    circuit.set_removed([edge for edge, (kept, _) in zip(edges, done) if not kept])
+    stage_of, left = circuit.graph.stage, edges[len(done) :]
+    stage_edges = [edge for edge in left if stage_of[edge.dest.node] == stage_of[left[0].dest.node]]
     # All edges out of these nodes are decided. A node that keeps none has no effect at all, so that
     # removing an edge into it raises KL by exactly 0: no need to look.
     dead = [edge for edge in stage_edges if edge.dest.node not in circuit.live]
     verdicts = {edge: [not stays_removed(0.0, tau), 0.0] for edge in dead}
+    todo = [edge for edge in stage_edges if edge.dest.node in circuit.live]
     bar.update(len(dead))
 
-    todo = [edge for edge in stage_edges if edge.dest.node in circuit.live]
-    evaluations = batches = 0
-    # a CPU begins with one edge, as most of a sweep's refusals come in clusters
+    # refusals come in clusters: on a CPU, where batches cost, try one edge after each, then more
     smallest, largest = (1, WINDOW) if circuit.current.device.type == "cpu" else (GPU_WINDOW, GPU_WINDOW)
     size = smallest
     while todo:
         tried = todo[:size]
-        decided, kl = decide(circuit, tried, kl, tau)
-        evaluations, batches = evaluations + len(tried), batches + 1
-        margin = min(margin, *(abs(rise - tau) for _, rise in decided))
+        decided, state["kl"] = decide(circuit, tried, state["kl"], tau)
+        state["batches"] += 1
+        state["evaluations"] += len(tried)
+        state["margin"] = min(state["margin"], *(abs(rise - tau) for _, rise in decided))
         verdicts.update(zip(tried, decided))
-        put_back = decided[-1][0]
+        put_back, _ = decided[-1]
         size = smallest if put_back else min(2 * size, largest)
         todo = todo[len(decided) :]
         bar.update(len(decided))
-    return {
-        "decided": state["decided"] + [verdicts[edge] for edge in stage_edges], "kl": kl,
-        "margin": margin, "evaluations": state["evaluations"] + evaluations,
-        "batches": state["batches"] + batches, "seconds": state["seconds"] + time.time() - began}
+    state["decided"] = done + [verdicts[edge] for edge in stage_edges]
+    state["seconds"] += time.time() - began
+    return state
 
 
 def discover(circuit, edges, tau, state=None, save=lambda state: None):
@@ -982,9 +957,10 @@ def open_job(path, args):
     else:
         prompts = make_prompts(tokenizer, 2 * args.count, args.seed)
     tokens = tokenize(prompts, tokenizer, run.model.config.block_size)
+    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tokens)).hexdigest()
     settings = {
         "tau": args.tau, "order": args.order, "orders": args.orders, "seed": args.seed,
-        "prompts": f"{args.prompts or 'templates'}, tokens {tokens.digest()}",
+        "prompts": f"{args.prompts or 'templates'}, tokens {digest[:16]}",
         "count": min(args.count, len(prompts)), "heldout": max(0, len(prompts) - args.count),
         "dtype": args.dtype}
     job = Job(run, "acdc", settings, force=args.force)

@@ -1,10 +1,10 @@
-"""Circuits: the edges of a model that ACDC keeps for the indirect-object task (Table 1 of the paper).
+"""Circuits: the edges of a model that ACDC keeps for the indirect-object task (paper: Table 1).
 
-    python interp/acdc.py out/local_k2                              tau 0.03, 64 prompts of our own
-    python interp/acdc.py out/local_k2 out/baseline --tau 0.03,0.1  several runs and thresholds
-    python interp/acdc.py out/local_k2 --orders 8                   also 8 random orders of the sweep
-    python interp/acdc.py out/local_k2 --prompts mine.json          [{"clean": ..., "corrupt": ...,
-                                                           "answer": " Tom", "wrong": " Sue"}, ...]
+    python interp/acdc.py out/local_k2                             tau 0.03, 64 prompts of our own
+    python interp/acdc.py out/local_k2 out/base --tau 0.03,0.1     several runs and thresholds
+    python interp/acdc.py out/local_k2 --orders 8                  8 random orders of the sweep too
+    python interp/acdc.py out/local_k2 --prompts mine.json         [{"clean": ..., "corrupt": ...,
+                                                          "answer": " Tom", "wrong": " Sue"}, ...]
 
 Task: "Then, Tom and Sue went to the park. Sue gave a ball to" -> " Tom". A corrupt prompt has other
 names in the three places. A circuit is a set of edges: an edge in it carries what its source gives
@@ -53,13 +53,13 @@ TEMPLATES = (  # A and B in the order of their mention; G is the giver, one of t
     "One day, {A} and {B} were at the {place}, and {G} brought a {object} to",
     "Soon, {A} and {B} found a {object} at the {place}. {G} gave the {object} to",
 )
-WINDOW = 16  # edges tried in one batch on a CPU; of a larger one, a refusal throws more away
-GPU_WINDOW = 32  # a GPU takes as long for one as for many
+WINDOW = 16  # edges tried in one batch; of a larger one, more is thrown away when one is put back
+GPU_WINDOW = 32  # the same on a GPU, where more is faster
 RANDOM = 10  # random circuits of the same size that a circuit's KL is compared with
 ALL, LAST = slice(None), slice(-1, None)  # the positions of a node's input that count
 
 
-# ------------------------------------------------------------------------------------------- the task
+# ----------------------------------------------------------------------------------------- the task
 
 
 KEYS = ("clean", "corrupt", "answer", "wrong")  # of a prompt, a dict of texts
@@ -84,10 +84,10 @@ def single_tokens(words, tokenizer):
 
 
 def make_prompts(tokenizer, count, seed):
-    """Distinct prompts as dicts of texts: clean, corrupt, answer, wrong; each name order in half of them.
+    """Distinct prompts, dicts of texts by KEYS; the giver is named first in half of them.
 
-    In the corrupt prompt each of the three names is drawn anew, independently of the other two, from
-    those that the clean prompt has not. Raises UserError on a vocabulary without enough of our words.
+    In the corrupt prompt each of the three names is another one, drawn independently of the other
+    two. Raises UserError on a vocabulary that lacks too many of our words.
     """
     rng, lists = random.Random(seed), word_lists()
     every_name = lists["girls"] + lists["more_girls"] + lists["boys"] + lists["more_boys"]
@@ -126,7 +126,8 @@ def read_prompts(path):
     except OSError as error:
         raise UserError(f"cannot read prompts from {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # no JSON, a number or brackets without end
-        raise UserError(f"cannot read prompts from {path}: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read prompts from {path}: {reason}") from None
     except (TypeError, KeyError):
         texts = []
     if not texts or not all(isinstance(text, str) for text in texts):
@@ -145,14 +146,14 @@ def check_prompt(prompt, tokens, block_size):
         raise UserError(f"{shown} has {length} tokens and its corrupt prompt "
                         f"{len(tokens['corrupt'])}: both must be equally long")
     if tokens["clean"] == tokens["corrupt"] or prompt["answer"] == prompt["wrong"]:
-        raise UserError(f"{shown}: the corrupt prompt must differ from the clean one, and the wrong "
-                        f"answer from the right one")
+        raise UserError(f"{shown}: the corrupt prompt must differ from the clean one, "
+                        f"and the wrong answer from the right one")
     if length > block_size:
         raise UserError(f"{shown} has {length} tokens, the model takes {block_size}")
     for key in ("answer", "wrong"):
         if len(tokens[key]) != 1:
             raise UserError(f"{prompt[key][:80]!r} is {len(tokens[key])} tokens of this tokenizer, "
-                            f"not one: names must be single tokens, as a rule with their leading space")
+                            f"not one: names must be single tokens, as a rule with a leading space")
 
 
 def pad(rows):
@@ -173,7 +174,7 @@ def tokenize(prompts, tokenizer, block_size):
     return Tokens(pad(clean), pad(corrupt), lengths, pad(answers)[:, 0], pad(wrong)[:, 0])
 
 
-# ------------------------------------------------------------------------------------------- the graph
+# ---------------------------------------------------------------------------------------- the graph
 
 
 class Dest(NamedTuple):
@@ -254,14 +255,14 @@ class Graph:
         return [edge for edge in kept if edge.source in reached and edge.dest.node in reaching]
 
 
-# ------------------------------------------------------------------------------------------ the metric
+# --------------------------------------------------------------------------------------- the metric
 
 
 class Divergence:
-    """KL(clean model || circuit) in nats: at the last position, whole vocabulary, mean over prompts.
+    """KL(clean model || circuit) in nats, at the last position, mean over prompts.
 
-    With p the clean model's distribution, E_p the mean over the vocabulary by it, and d the change of
-    the logits, the circuit's log q is log p + d - log E_p[exp d], and so
+    With p the clean model's distribution, E_p the mean over the vocabulary by it, and d the change
+    of the logits, the circuit's log q is log p + d - log E_p[exp d], and so
         KL = E_p[log p - log q] = log E_p[exp d] - E_p[d]
     Nothing large cancels here, so fp32 keeps the digits of a small KL; only sums need float64.
     """
@@ -271,7 +272,7 @@ class Divergence:
         p = (clean @ unembed).double().softmax(-1)  # (B, V)
         self.clean, self.unembed = clean, unembed
         self.log_p = p.log().to(clean.dtype)  # (B, V)
-        self.p_unembed = p @ unembed.double().T  # (B, C): E_p[d] as a product of C numbers, not of V
+        self.p_unembed = p @ unembed.double().T  # (B, C), for E_p[d] without logits
 
     def __call__(self, circuits):
         """What ln_f gives in K circuits, (K, B, C) -> (K) float64."""
@@ -287,11 +288,11 @@ class Divergence:
         return (torch.stack(log_mean_exp) - mean).mean(-1)
 
 
-# ------------------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------------------------------- the model
 
 
 def attention_mask(position, window):
-    """position (B, T), negative on padding -> (B, T, T): 0 where a query may look, -inf elsewhere."""
+    """position (B, T), negative on padding -> (B, T, T): 0 where a query looks, -inf elsewhere."""
     T = position.size(1)
     query, key = torch.arange(T)[:, None], torch.arange(T)
     seen = (key <= query) & (key > query - window) & (position[:, None, :] >= 0)  # (B, T, T)
@@ -319,7 +320,7 @@ class PatchedModel:
         self.unembed = self.weights["lm_head.weight"].T  # (C, V)
 
         position = position.clamp_min(0).to(device)
-        # what every source gives, (S, B, T, C), and the residual stream before every stage, (B, T, C)
+        # what every source gives, (S, B, T, C), and what every stage reads, a list of (B, T, C)
         self.clean, self.clean_residual = self.run(clean.to(device), position)
         self.corrupt, self.corrupt_residual = self.run(corrupt.to(device), position)
         for residual in (self.clean_residual, self.corrupt_residual):
@@ -370,7 +371,7 @@ class PatchedModel:
         return scores.softmax(-1) @ v @ self.heads[block]["O"][head]
 
     def run(self, idx, position):
-        """Tokens and positions (B, T) -> every source's output (S, B, T, C), every stage's input."""
+        """Tokens and positions (B, T) -> all sources' outputs (S, B, T, C), all stages' inputs."""
         x = self.weights["wte.weight"][idx] + self.weights["wpe.weight"][position]  # (B, T, C)
         outputs, residual = [x], []
         for stage in self.graph.stages[:-1]:
@@ -387,7 +388,7 @@ class PatchedModel:
         return torch.stack(outputs), [*residual, x]
 
 
-# ----------------------------------------------------------------------------------------- the circuit
+# -------------------------------------------------------------------------------------- the circuit
 
 
 class Attempt(NamedTuple):
@@ -453,8 +454,8 @@ class Circuit:
     def input_of(self, dest):
         """What an input reads, (B, T or 1, C), by the shorter of two sums.
 
-        From the corrupt model's, with every kept edge set right; or, while its sources are clean, from
-        the clean model's, with every removed edge spoilt. Few terms, and no drift from adding up.
+        Either what it reads on the corrupt prompts, with every kept edge set right; or, while its
+        sources are clean, what it reads on the clean ones, with every removed edge spoilt.
         """
         if dest not in self.inputs:
             model, stage = self.model, self.graph.stage[dest.node]
@@ -493,8 +494,8 @@ class Circuit:
             x, tries = self.input_of(dest), []
             for edge in edges:
                 if edge.dest == dest:
-                    spoilt = self.model.corrupt[edge.source] - self.model.clean[edge.source]  # (B, T, C)
-                    x = x + spoilt[:, self.positions(dest)]
+                    spoilt = self.model.corrupt[edge.source] - self.model.clean[edge.source]
+                    x = x + spoilt[:, self.positions(dest)]  # (B, T or 1, C)
                 tries.append(x)
             inputs[dest] = torch.stack(tries)  # (K, B, T or 1, C)
         return inputs
@@ -502,8 +503,8 @@ class Circuit:
     def attempt(self, edges):
         """An Attempt to remove the first, the first two, ... of these edges of one stage.
 
-        K circuits in one batch. A removal changes its own input and what that still reaches: the live
-        nodes behind it with a kept source that has changed. Only they are computed.
+        K circuits in one batch. A removal changes its own input and what that still reaches: live
+        nodes behind it, with a kept source that has changed. Only they are computed.
         """
         inputs, outputs = self.removals(edges), {}
         first = min(dest.node for dest in inputs)
@@ -512,14 +513,19 @@ class Circuit:
             for dest in dests:
                 sources = [source for source in self.kept[dest] if source in outputs]
                 if sources:
-                    rows = self.positions(dest)
-                    changes = (outputs[source][:, :, rows] - self.current[source][:, rows] for source in sources)
-                    inputs[dest] = self.input_of(dest) + sum(changes)  # (K, B, T or 1, C)
+                    inputs[dest] = self.input_of(dest) + self.changes(sources, outputs, dest)
             new = {dest: inputs[dest] for dest in dests if dest in inputs}
             if new and node != self.graph.end:
                 outputs[node] = self.output_of(node, new)
         end = self.model.norm("ln_f", inputs[self.end][:, :, -1])  # (K, B, C)
         return Attempt(edges, inputs, outputs, self.model.divergence(end).tolist())
+
+    def changes(self, sources, outputs, dest):
+        """How much new outputs of these sources change what an input reads: (K, B, T or 1, C)."""
+        rows, change = self.positions(dest), 0
+        for source in sources:
+            change = change + (outputs[source][:, :, rows] - self.current[source][:, rows])
+        return change
 
     def commit(self, attempt, count):
         """Remove the first count of the edges of an attempt, the last one made."""
@@ -550,7 +556,7 @@ class Circuit:
         return self.read_out() @ self.model.unembed
 
 
-# ------------------------------------------------------------------------------------------- the order
+# ---------------------------------------------------------------------------------------- the order
 
 
 def sweep_order(graph, order="descending", rng=None):
@@ -574,7 +580,7 @@ def sweep_order(graph, order="descending", rng=None):
     return edges
 
 
-# -------------------------------------------------------------------------------------------- the rule
+# ----------------------------------------------------------------------------------------- the rule
 #
 # All of ACDC, one edge at a time:
 #
@@ -627,8 +633,10 @@ def sweep_stage(circuit, edges, tau, state, bar):
     todo = [edge for edge in stage_edges if edge.dest.node in circuit.live]
     bar.update(len(dead))
 
-    # refusals come in clusters: on a CPU, where batches cost, try one edge after each, then more
-    smallest, largest = (1, WINDOW) if circuit.current.device.type == "cpu" else (GPU_WINDOW, GPU_WINDOW)
+    # On a CPU many edges cost more than one: begin with one after each that is put back.
+    smallest, largest = GPU_WINDOW, GPU_WINDOW
+    if circuit.current.device.type == "cpu":
+        smallest, largest = 1, WINDOW
     size = smallest
     while todo:
         tried = todo[:size]
@@ -652,7 +660,7 @@ def discover(circuit, edges, tau, state=None, save=lambda state: None):
     decided: a verdict for every edge so far, see decide. kl: of what is left of the model, in nats.
     margin: how close a rise of KL came to tau. evaluations, batches, seconds: what it took.
 
-    save is called with the state after every stage. Given back as state, the sweep goes on from there.
+    save is called with the state after every stage. The sweep goes on from one that is given.
     """
     state = state or {"decided": [], "kl": 0.0, "margin": math.inf,
                       "evaluations": 0, "batches": 0, "seconds": 0.0}
@@ -664,11 +672,12 @@ def discover(circuit, edges, tau, state=None, save=lambda state: None):
     return state
 
 
-# ------------------------------------------------------------------------------------------ the result
+# --------------------------------------------------------------------------------------- the result
 
 
 def accuracy(logits, tokens):
-    """Logits (B, V) -> shares of prompts: the answer is the likeliest token; it beats the wrong name."""
+    """logits (B, V) -> in which share of prompts the answer is the likeliest token, and in which
+    it beats the wrong name."""
     rows = torch.arange(len(logits), device=logits.device)
     answers, wrong = tokens.answers.to(logits.device), tokens.wrong.to(logits.device)
     exact = logits.argmax(-1) == answers  # (B)
@@ -676,8 +685,8 @@ def accuracy(logits, tokens):
     return exact.double().mean().item(), right.double().mean().item()
 
 
-def kl_of_random(circuit, removals):
-    """Mean and standard deviation of the KL of random circuits, given by the edges removed in each."""
+def kl_of_several(circuit, removals):
+    """Mean and standard deviation of the KL of circuits, given by the edges removed in each."""
     kls = []
     for removed in removals:
         circuit.set_removed(removed)
@@ -715,11 +724,11 @@ def describe(circuit, heldout, edges, state, tokens, seed):
     facts["kinds"] = dict(Counter(graph.kind(edge) for edge in kept))
 
     removals = random_removals(edges, len(kept), random.Random(seed))
-    facts["kl_random"], facts["kl_random_sd"] = kl_of_random(circuit, removals)
+    facts["kl_random"], facts["kl_random_sd"] = kl_of_several(circuit, removals)
     if heldout:
         heldout.set_removed(removed)
         facts["kl_heldout"] = heldout.kl()
-        mean, spread = kl_of_random(heldout, removals)
+        mean, spread = kl_of_several(heldout, removals)
         facts |= {"kl_random_heldout": mean, "kl_random_heldout_sd": spread}
     facts["circuit"] = {graph.edge_name(edge): rise for edge, rise in rises[True].items()}
     facts["removed"] = {graph.edge_name(edge): rise for edge, rise in rises[False].items()}
@@ -731,9 +740,9 @@ def find_circuits(job, prompts, tokens, args, device, title):
     config, weights, count = job.run.model.config, job.run.model.clean_state_dict(), args.count
 
     def circuit_on(tokens):
-        prompts = tokens.clean, tokens.corrupt, tokens.lengths
-        dtype = getattr(torch, args.dtype)
-        return Circuit(PatchedModel(weights, config.n_head, config.windows, *prompts, dtype, device))
+        model = PatchedModel(weights, config.n_head, config.windows, tokens.clean, tokens.corrupt,
+                             tokens.lengths, getattr(torch, args.dtype), device)
+        return Circuit(model)
 
     found_on = tokens.rows(0, count)
     circuit = circuit_on(found_on)
@@ -786,14 +795,14 @@ def doubts(exact, first, dtype):
     return warnings
 
 
-# ----------------------------------------------------------------------------------------- the picture
+# -------------------------------------------------------------------------------------- the picture
 
 
 COLORS = {"Q": "tab:red", "K": "tab:blue", "V": "tab:green", "": "0.35"}
 
 
 def spot(graph, node):
-    """Where a node is drawn, (x, y): blocks from bottom to top, heads on the left, MLPs on the right."""
+    """Where a node is drawn, (x, y): blocks from bottom to top, heads left, MLPs right."""
     role, (block, head) = graph.role(node), graph.place(node)
     if role == "head":
         return head, 2 * block + 0.6
@@ -811,9 +820,8 @@ def draw_edges(axes, graph, rises):
         axes.plot((x0, x1), (y0, y1), color=COLORS[edge.dest.part], alpha=0.65, zorder=1,
                   lw=0.6 + 4 * math.sqrt(max(rise, 0) / top), solid_capstyle="round",
                   ls="-" if edge in connected else ":")
-    labels = {"Q": "into queries", "K": "into keys", "V": "into values", "": "into an MLP or the end"}
-    for part, label in labels.items():
-        axes.plot([], [], color=COLORS[part], lw=2, label=label)
+    for part, kind in (("Q", "queries"), ("K", "keys"), ("V", "values"), ("", "an MLP or the end")):
+        axes.plot([], [], color=COLORS[part], lw=2, label=f"into {kind}")
     axes.plot([], [], color=COLORS[""], ls=":", label="dangling: on no path from start to end")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
 
@@ -824,14 +832,15 @@ def draw_nodes(axes, graph, used):
     for node in range(graph.end + 1):
         x, y = spot(graph, node)
         if node in used:
-            axes.text(x, y, graph.name(node), ha="center", va="center", fontsize=8, zorder=3, bbox=box)
+            axes.text(x, y, graph.name(node), ha="center", va="center", fontsize=8, bbox=box,
+                      zorder=3)
         else:
             axes.plot(x, y, "o", color="0.85", ms=4, zorder=2)
 
 
 def draw_circuit(path, run, facts, graph):
     """The first circuit of a result."""
-    from matplotlib.figure import Figure  # half a second that --help need not wait for
+    from matplotlib.figure import Figure  # here, so that --help need not wait for it
 
     row = facts["circuits"][0]
     edges = {graph.edge_name(edge): edge for edge in sweep_order(graph)}
@@ -851,7 +860,7 @@ def draw_circuit(path, run, facts, graph):
     save_figure(path, figure)
 
 
-# ------------------------------------------------------------------------------------ the command line
+# --------------------------------------------------------------------------------- the command line
 
 
 def by_the_circuit(row):
@@ -878,7 +887,7 @@ COLUMNS = [  # heading, how to print it; a column that no row has is left out
 
 
 def rows_of(result):
-    """A row per tau: its circuit of the fixed order, and mean and spread of the edges of the others."""
+    """A row per tau: the circuit of the fixed order, and how many edges the random orders keep."""
     for tau in result["settings"]["tau"]:
         first, *others = [row for row in result["circuits"] if row["tau"] == tau]
         row = result | first
@@ -895,9 +904,9 @@ def report(results):
     print()
     print_table([row for result in results for row in rows_of(result)], COLUMNS)
     settings = results[0]["settings"]
-    print("found on {count} prompts, {heldout} held out, seed {seed}; sources {order}".format(**settings))
-    if settings["orders"] > 1:
-        print("± of random orders is the sample standard deviation over them")
+    how = "found on {count} prompts, {heldout} held out, seed {seed}; sources {order}"
+    print(how.format(**settings))
+    print("± is the sample standard deviation over random orders, or over random circuits")
     for result in results:
         first = result["circuits"][0]
         kinds = [f"{count} {kind}" for kind, count in Counter(first["kinds"]).most_common()]
@@ -923,15 +932,15 @@ def parse_args():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = knobs.usage_error
     parser.add_argument("runs", nargs="+", help="run folders (their best.pt) or .pt files")
-    parser.add_argument("--tau", default="0.03", help="an edge stays removed when its removal raises "
-                        "KL by less (0.03); a list: 0.03,0.1")
+    parser.add_argument("--tau", default="0.03", help="an edge stays removed if that raises KL by "
+                        "fewer nats (0.03); a list: 0.03,0.1")
     parser.add_argument("--order", choices=("descending", "ascending"), default="descending",
                         help="of the sources of an input: later or earlier ones first (descending)")
     parser.add_argument("--orders", type=int, default=0, help="how many random orders to add (0)")
     parser.add_argument("--prompts", metavar="FILE",
                         help="JSON list of clean, corrupt, answer, wrong (our templates)")
-    parser.add_argument("--count", type=int, default=64, help="prompts to find circuits on (64); as "
-                        "many more, or what is left of a file, are held out")
+    parser.add_argument("--count", type=int, default=64, help="prompts to find circuits on (64); "
+                        "as many more, or what is left of a file, are held out")
     parser.add_argument("--seed", type=int, default=0,
                         help="of the prompts, the random orders and the random circuits (0)")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
@@ -988,7 +997,8 @@ def main():
     try:
         results = results_of([job for job, *_ in opened.values()], find, device)
     except KeyboardInterrupt:
-        raise SystemExit("stopped: the same command goes on from the last stage that was done") from None
+        advice = "the same command goes on from the last stage that was done"
+        raise SystemExit(f"stopped: {advice}") from None
     report(results)
 
 

@@ -725,7 +725,7 @@ def describe(circuit, heldout, edges, state, tokens, seed):
 
     removals = random_removals(edges, len(kept), random.Random(seed))
     facts["kl_random"], facts["kl_random_sd"] = kl_of_several(circuit, removals)
-    if heldout:
+    if heldout is not None:
         heldout.set_removed(removed)
         facts["kl_heldout"] = heldout.kl()
         mean, spread = kl_of_several(heldout, removals)
@@ -768,13 +768,13 @@ def find_circuits(job, prompts, tokens, args, device, title):
     orders = [args.order, *range(args.orders)]  # a number is that of a random order
     to_find = [(tau, order) for tau in args.tau for order in orders]
     for tau, order in to_find[len(circuits) :]:
-        shuffled = order != args.order
-        edges = sweep_order(circuit.graph, args.order)
-        if shuffled:
+        if order == args.order:
+            edges = sweep_order(circuit.graph, order)
+        else:
             edges = sweep_order(circuit.graph, rng=random.Random(f"{args.seed} {order}"))
         sweep = discover(circuit, edges, tau, state["sweep"], save)
         row = describe(circuit, heldout, edges, sweep, found_on, args.seed)
-        if shuffled:  # the numbers alone: a sweep of 8 x 16 has 23,981 edges
+        if order != args.order:  # the numbers alone: a sweep of 8 x 16 has 23,981 edges
             del row["circuit"], row["removed"]
         circuits.append({"tau": tau, "order": order, **row})
         state["sweep"] = None

@@ -149,7 +149,8 @@ def parse(field, value):
             pass
     kinds = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
     wants = "one of " + ", ".join(choices) if choices else kinds[field.type]
-    raise UserError(f"{field.name}={text} is not {wants}")
+    shown = text if len(text) < 100 else f"{text[:100]} ..."
+    raise UserError(f"{field.name}={shown} is not {wants}")
 
 
 def load(argv):
@@ -180,8 +181,8 @@ def load(argv):
 
 
 def usage_error(message):
-    """argparse's complaint as one line, like every other."""
-    raise UserError(message)
+    """argparse's complaint as one short line, like every other."""
+    raise UserError(message if len(message) < 300 else f"{message[:300]} ...")
 
 
 def read_file(path):

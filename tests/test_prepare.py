@@ -219,17 +219,17 @@ def test_checksum_names_tokens_and_tokenizer(tmp_path):
 
 def test_held_out_share_is_seeded_complete_and_about_right():
     stories = [f"story {i}" for i in range(5000)]
-    split = list(prepare.held_out(stories, 0.1, 0))
+    split = list(prepare.split_off(stories, 0.1, 0))
     assert [story for _, story in split] == stories
-    assert split == list(prepare.held_out(iter(stories), 0.1, 0)) != list(prepare.held_out(stories, 0.1, 1))
+    assert split == list(prepare.split_off(iter(stories), 0.1, 0)) != list(prepare.split_off(stories, 0.1, 1))
     assert 400 < sum(chosen == "val" for chosen, _ in split) < 600
 
 
 def test_held_out_share_never_empties_a_side_and_never_splits_duplicates():
     for seed in range(30):
         for share in 0.001, 0.5, 0.999:
-            assert {chosen for chosen, _ in prepare.held_out(["a", "a", "b"], share, seed)} == {"train", "val"}
-            split = list(prepare.held_out([f"story {i % 40}" for i in range(200)], share, seed))
+            assert {chosen for chosen, _ in prepare.split_off(["a", "a", "b"], share, seed)} == {"train", "val"}
+            split = list(prepare.split_off([f"story {i % 40}" for i in range(200)], share, seed))
             sides = {chosen: {story for side, story in split if side == chosen} for chosen in ("train", "val")}
             assert sides["train"] and sides["val"] and not sides["train"] & sides["val"]
 
@@ -524,9 +524,11 @@ def test_toy_names_places_and_objects_are_single_tokens(toy):
     meta = prepare.load_meta(toy)
     assert meta["vocab_size"] < 800
     tokenizer = prepare.load_tokenizer(meta["tokenizer"])
-    words = prepare.GIRLS + prepare.BOYS + prepare.PLACES + prepare.OBJECTS
-    assert len(set(words)) == len(words) and (len(prepare.PLACES), len(prepare.OBJECTS)) >= (10, 15)
-    assert len(prepare.GIRLS + prepare.BOYS) >= 20
+    lists = prepare.word_lists()
+    words = lists["girls"] + lists["boys"] + lists["places"] + lists["objects"]
+    assert len(set(words)) == len(words)
+    assert (len(lists["places"]), len(lists["objects"])) >= (10, 15)
+    assert len(lists["girls"] + lists["boys"]) >= 20
     for word in words:
         assert len(tokenizer.encode_ordinary(" " + word)) == 1, word
 
@@ -536,13 +538,12 @@ def test_toy_grammar_is_used_up_and_reads_well(toy):
     assert not re.search(r"[{}|\u00b6]", text)  # every slot was filled
     assert not re.search(r" a [aeiou]|  |[.!?] [a-z]", text.replace('!" ', '!", ').replace('?" ', '?", '))
     assert not re.search(r"(?m)^[a-z]| $", text)
-    for lines in prepare.LINES.values():  # every way to write a slot turns up
+    for lines in prepare.read_asset("toy.txt").values():  # every way to write a slot turns up
         for line in lines:
             parts = [re.escape(part) for part in re.split(r"{\w+}", line)]
             assert re.search(".+?".join(parts), text, re.S), line
-    for boys, girls in (prepare.BOYS, prepare.GIRLS), (prepare.GIRLS, prepare.BOYS):  # pronouns fit
-        wrong = "girl" if boys is prepare.BOYS else "boy"
-        assert not re.search(rf"{wrong} named ({'|'.join(boys)})\b", text)
+    for names, wrong in ("boys", "girl"), ("girls", "boy"):  # pronouns fit
+        assert not re.search(rf"{wrong} named ({'|'.join(prepare.word_lists()[names])})\b", text)
 
 
 def test_two_at_once_into_one_folder_are_kept_apart(tmp_path):

@@ -62,7 +62,9 @@ class UserError(ValueError):
 
 
 def one_line(error):
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """The reason in an exception; of the system's own, without the path: messages have that already."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return " ".join(reason.split())[:300] or type(error).__name__
 
 
 # ------------------------------------------------------------------ what every other program uses
@@ -151,9 +153,9 @@ def load_tokenizer(spec):
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # no network, a proxy's error page, a damaged cache: one advice
-        raise UserError(f"cannot get the GPT-2 tokenizer ({type(error).__name__}): set TIKTOKEN_CACHE_DIR "
-                        "to a folder with its two BPE files, or use --tokenizer words, which needs no "
-                        "download") from error
+        raise UserError(f"cannot get the GPT-2 tokenizer ({type(error).__name__}): set "
+                        "TIKTOKEN_CACHE_DIR to a folder with its two BPE files, or use "
+                        "--tokenizer words, which needs no download") from error
 
 
 def word_lists():
@@ -193,8 +195,8 @@ def lock_folder(folder, busy):
             return None
         lock = os.open(folder, os.O_RDONLY)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        reason = one_line(error)
-        raise UserError(f"cannot write {folder}: {reason}: choose another --out") from error
+        raise UserError(f"cannot write {folder} ({one_line(error)}): "
+                        "choose another --out") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -389,7 +391,7 @@ class Story(dict):
 
 
 def toy_texts(count, seed):
-    """So many stories of assets/toy.txt. Raises UserError if that or assets/words.txt is damaged."""
+    """Stories of assets/toy.txt. Raises UserError if that file or assets/words.txt is damaged."""
     rng, grammar, words = random.Random(seed), read_asset("toy.txt"), word_lists()
     for number in range(1, count + 1):
         try:
@@ -400,7 +402,7 @@ def toy_texts(count, seed):
         yield f"toy story {number}", text
 
 
-# -------- stories -> jobs -> all cores -> results in the order of the jobs, for any number of workers
+# ------- stories -> jobs -> all cores -> results in the order of the jobs, however many workers
 
 
 def start_worker(spec):
@@ -564,9 +566,9 @@ def write_tokens(folder, corpus, spec, workers):
                 facts[split]["bytes"] += size
     for split in SPLITS:
         if not facts[split]["stories"]:
-            raise UserError(f"no story for the {split} split: give --train and --val files with text in "
-                            "them, or at least two different stories; in .txt files these are separated "
-                            f"by lines that say {EOT}")
+            raise UserError(f"no story for the {split} split: give --train and --val files with text "
+                            "in them, or at least two different stories; in .txt files lines that say "
+                            f"{EOT} separate them")
         facts[split]["sha256"] = digests[split].hexdigest()
     return facts
 

@@ -93,7 +93,8 @@ PREPARE = [
     (f"{FILES}a.jsonl", "line 2 is not a JSON object that can be read (Exceeds", text("a.jsonl", GOOD_ROW + "1" * 6000)),
     (f"{FILES}a.jsonl", "line 1 is not a JSON object that can be read (maximum", text("a.jsonl", "[" * 200_000)),
     (f"{FILES}a.jsonl", "a.jsonl: line 2: a int where text should be", text("a.jsonl", GOOD_ROW + '{"text": 1}')),
-    (f"{FILES}a.jsonl b.jsonl", "b.jsonl: line 2: a dict where", text("a.jsonl", GOOD_ROW), text("b.jsonl", GOOD_ROW + '{"text": {}}')),
+    (f"{FILES}config.py a.jsonl", "config.py: unknown kind of file", text("a.jsonl", GOOD_ROW)),
+    (f"{FILES}a.jsonl b.jsonl", "b.jsonl: line 1: a dict where", text("a.jsonl", GOOD_ROW), text("b.jsonl", '{"text": {}}')),
 ]
 
 EVAL = []

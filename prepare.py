@@ -1,18 +1,38 @@
-"""
-Turns text into tokens. The only writer, and the only reader, of data/<name>/{train.bin, val.bin, meta.json}.
+"""Turns text into tokens; the one writer and reader of data/<name>/{train.bin, val.bin, meta.json}.
 
-python prepare.py                                            # TinyStories from the Hugging Face hub, GPT-2 tokens
+python prepare.py                                            # TinyStories from the Hugging Face hub
 python prepare.py --tokenizer words --vocab_size 10000       # the same with whole words as tokens
-python prepare.py --dataset Skylion007/openwebtext           # another hub dataset, or a folder with one
-python prepare.py --train a.txt b.jsonl.gz --val c.parquet   # local files; without --val a share is held out
-python prepare.py toy                                        # stories from the grammar below, no network
+python prepare.py --dataset Skylion007/openwebtext           # another hub dataset, or a folder
+python prepare.py --train a.txt b.jsonl.gz --val c.parquet   # local files; --val or a share of them
+python prepare.py toy                                        # stories by assets/toy.txt, no network
 
-In a .txt file lines that say <|endoftext|> separate the stories. A .bin file is flat little-endian uint16, every
-story followed by the end-of-text token. meta.json is written last: where it is, the data are complete.
+In a .txt file lines that say <|endoftext|> separate the stories. A .bin file is flat little-endian
+uint16, every story followed by the end-of-text token. meta.json is written last: where it is, the
+data are complete.
 """
-import argparse, gzip, hashlib, itertools, json, multiprocessing, os, random, shutil, signal, threading, zlib
+
+import signal
+
+if __name__ == "__main__":  # until script() takes over Ctrl-C just ends: nothing to tidy up yet
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import gzip
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import threading
+import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 try:
@@ -25,429 +45,686 @@ import tiktoken
 from tqdm import tqdm
 
 EOT = "<|endoftext|>"
-JOB = 128  # stories: 0.1 MB of TinyStories, 0.6 MB of web pages; sending that costs nothing beside the work on it
+SPLITS = ("train", "val")
+JOB = 128  # stories: 0.1 MB of TinyStories, 0.6 MB of web pages; sending that costs next to nothing
 MAX_PIECES = 4_000_000  # different pieces counted before the rarest are forgotten: about half a GB
-# how GPT-2 cuts text before merging: contractions, words with their leading space, numbers, punctuation, whitespace
+# how GPT-2 cuts text before merging: contractions, words with their leading space, numbers, ...
 PIECE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+ASSETS = Path(__file__).resolve().parent / "assets"
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
 
 class UserError(ValueError):
     """Something that the user can mend: scripts print its message, one line, and no traceback.
 
-    It stands here because prepare.py needs it too, and must not wait for torch, nor hold it in every worker.
+    It stands here because prepare.py needs it too, and must not wait for torch in every worker.
     """
 
 
-# ---- the reader: every other program uses these three ---------------------------------------------------------
+def one_line(error):
+    """The reason in an exception; of the system's own, without the path: messages have that already."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return " ".join(reason.split())[:300] or type(error).__name__
+
+
+# ------------------------------------------------------------------ what every other program uses
+
 
 def load_meta(folder):
+    """meta.json of a prepared folder, every field there and of its type. Raises UserError.
+
+    {"tokenizer": {"name": "gpt2"} or {"name": "words", "pieces": [str, ...]}, "vocab_size": int,
+     "eot": int, the id of the end-of-text token, "source": dict, "checksum": str, of all tokens,
+     "train", "val": {"tokens", "stories", "bytes": int, UTF-8 bytes of text, "sha256": str}}
+    """
     path = Path(folder) / "meta.json"
-    if not path.is_file():
-        raise UserError(f"no prepared data in {folder} (no meta.json): name the folder that has it with --data, "
-                         "or make some, see python prepare.py --help")
+    if not os.path.isfile(path):
+        raise UserError(f"no prepared data in {folder} (no meta.json): name the folder that has it "
+                        "with --data, or make some, see python prepare.py --help")
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        complete = {"tokenizer", "vocab_size", "eot", "checksum", "train", "val"} <= meta.keys()
-        complete = complete and {"tokens", "stories", "bytes"} <= meta["train"].keys() & meta["val"].keys()
-    except (ValueError, AttributeError):  # not JSON, or JSON but not objects
+        meta = json.loads(path.read_bytes())
+        complete = is_complete(meta)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+    except (ValueError, RecursionError, KeyError, TypeError):  # no JSON, or other JSON than ours
         complete = False
     if not complete:
         raise UserError(f"{path} is damaged: run prepare.py again with --out {folder} --force")
     return meta
 
 
+def is_complete(meta):
+    """Whether all fields hold what `write` puts there; KeyError or TypeError: they do not."""
+    spec = meta["tokenizer"]
+    pieces = spec["pieces"] if spec["name"] == "words" else []
+    texts, counts = [spec["name"], meta["checksum"], *pieces], [meta["vocab_size"]]
+    for split in SPLITS:
+        texts.append(meta[split]["sha256"])
+        counts += [meta[split][name] for name in ("tokens", "stories", "bytes")]
+    ids_fit = type(meta["eot"]) is int and 0 <= meta["eot"] < meta["vocab_size"] <= 65_536
+    if spec["name"] == "words":  # the 256 bytes, the pieces, end-of-text
+        ids_fit = ids_fit and type(pieces) is list and meta["vocab_size"] == 257 + len(pieces)
+    return (ids_fit and isinstance(meta["source"], dict)
+            and all(isinstance(text, str) for text in texts)
+            and all(type(count) is int and 0 < count < 2**63 for count in counts))  # no bool
+
+
 def load_tokens(folder, split):
-    """The tokens of "train" or "val": uint16 (tokens,), read-only, mapped from disk rather than loaded."""
-    path, expected = Path(folder) / f"{split}.bin", 2 * load_meta(folder)[split]["tokens"]
-    size = path.stat().st_size if path.exists() else 0
-    if size != expected:
-        raise UserError(f"{path} has {size:,} bytes where meta.json promises {expected:,}: "
-                         f"run prepare.py again with --out {folder} --force")
-    return np.memmap(path, dtype="<u2", mode="r")
+    """The tokens of "train" or "val": uint16 (tokens,), read-only, mapped from disk, not loaded.
+
+    Reads the file once, a second a gigabyte. Raises UserError if it is not the one in meta.json.
+    """
+    path, promised = Path(folder) / f"{split}.bin", load_meta(folder)[split]
+    advice = f"run prepare.py again with --out {folder} --force"
+    try:
+        size, expected = path.stat().st_size if path.exists() else 0, 2 * promised["tokens"]
+        if size != expected:
+            raise UserError(f"{path} has {size:,} bytes where meta.json promises {expected:,}: "
+                            f"{advice}")
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != promised["sha256"]:
+            raise UserError(f"{path} is damaged, its sha256 is not that of meta.json: {advice}")
+        return np.memmap(path, dtype="<u2", mode="r")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def load_tokenizer(spec):
-    """The tiktoken.Encoding that `spec`, meta["tokenizer"] or a checkpoint's copy of it, describes."""
-    if spec["name"] == "words":
-        # ids: the 256 bytes, then the pieces from frequent to rare, then end-of-text. tiktoken looks a piece up whole
-        # and otherwise merges its bytes into what there is, lowest id first, so that any text can be written.
-        tokens = [bytes([byte]) for byte in range(256)] + [piece.encode() for piece in spec["pieces"]]
+    """The tiktoken.Encoding of a spec: meta["tokenizer"], or a checkpoint's copy of it.
+
+    Raises UserError if it is no such spec, or if the files of GPT-2's tokenizer cannot be had.
+    """
+    name = spec.get("name") if isinstance(spec, dict) else None
+    if name == "words":
+        # ids: the 256 bytes, then the pieces from frequent to rare, then end-of-text. tiktoken
+        # looks a piece up whole and otherwise merges its bytes into what there is, lowest id first,
+        # so that any text can be written.
+        try:
+            tokens = [bytes([byte]) for byte in range(256)]
+            tokens += [piece.encode() for piece in spec["pieces"]]
+        except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
+            raise UserError(f"the words of the tokenizer are damaged: {one_line(error)}") from error
         ranks = {token: rank for rank, token in enumerate(tokens)}
-        return tiktoken.Encoding("words", pat_str=PIECE, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
-    if spec["name"] != "gpt2":
-        raise UserError(f"unknown tokenizer {spec['name']!r}: run prepare.py again with --tokenizer gpt2 or words")
+        return tiktoken.Encoding("words", pat_str=PIECE, mergeable_ranks=ranks,
+                                 special_tokens={EOT: len(ranks)})
+    if name != "gpt2":
+        raise UserError(f"unknown tokenizer {name!r}: run prepare.py with --tokenizer gpt2 or words")
     try:
         return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # no network, a proxy's error page, a damaged cache: all need the same advice
-        raise UserError(f"cannot get the GPT-2 tokenizer ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a folder "
-                         "with the two GPT-2 BPE files, or use --tokenizer words, which needs no download") from error
+    except Exception as error:  # no network, a proxy's error page, a damaged cache: one advice
+        raise UserError(f"cannot get the GPT-2 tokenizer ({type(error).__name__}): set "
+                        "TIKTOKEN_CACHE_DIR to a folder with its two BPE files, or use "
+                        "--tokenizer words, which needs no download") from error
 
 
-# ---- where texts come from: every source yields one text after the other and keeps none -----------------------
+def word_lists():
+    """The lists of assets/words.txt, {name: [word, ...]}. Raises UserError if one is missing."""
+    lists = {name: " ".join(rows).split() for name, rows in read_asset("words.txt").items()}
+    for name in ("girls", "boys", "more_girls", "more_boys", "places", "objects"):
+        if name not in lists:
+            raise UserError(f"{ASSETS / 'words.txt'} is damaged: it has no {name}")
+    return lists
 
-def read_file(path, column):
-    import pyarrow.parquet
-    *_, kind = path.name.removesuffix(".gz").rpartition(".")
-    story, number, offset = [], 0, 0
+
+def read_asset(name):
+    """{slot: [ways to write it]} of a file that has a slot and a way to write it in every row.
+
+    A # begins a comment, | separates two ways, ¶ is a new line. Raises UserError.
+    """
+    path, ways = ASSETS / name, {}
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            if kind == "parquet":
-                table = pyarrow.parquet.ParquetFile(file)
-                check_column(path, column, table.schema_arrow.names)
-                batches = (batch.column(0) for batch in table.iter_batches(batch_size=1000, columns=[column]))
-                for number, value in enumerate(itertools.chain.from_iterable(batches), 1):
-                    yield value.as_py()
-                return
-            for number, raw in enumerate(file, 1):  # as bytes, so that line ends stay and a bad byte can be located
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                offset += len(raw)
-                if kind == "jsonl":
-                    if line.strip():
-                        yield json.loads(line)[column]
-                elif line.strip() == EOT:
-                    yield "".join(story)
-                    story = []
+        for row in path.read_text(encoding="utf-8-sig").splitlines():
+            if row.strip() and not row.startswith("#"):
+                slot, text = row.split(maxsplit=1)
+                ways.setdefault(slot, []).extend(text.replace("¶", "\n").split("|"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged: {one_line(error)}") from error
+    return ways
+
+
+def lock_folder(folder, busy):
+    """Makes a folder, parents too, and locks it. -> file descriptor, or None on Windows.
+
+    The system releases the lock when the descriptor is closed, or when its owner dies. Raises
+    UserError(busy) if another process holds it, and UserError if the folder cannot be made.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)  # it is there after a run that was killed
+        if fcntl is None:
+            return None
+        lock = os.open(folder, os.O_RDONLY)
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        raise UserError(f"cannot write {folder} ({one_line(error)}): "
+                        "choose another --out") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(busy) from None
+    except OSError:
+        pass  # some network file systems cannot lock: there nobody is kept apart
+    return lock
+
+
+# ------------- where texts come from: every source yields (where it stands, text) and keeps nothing
+
+
+def read_files(paths, column):
+    """.txt, .jsonl and .parquet files, each also .gz. Raises UserError on what cannot be read."""
+    for path in paths:
+        kind = path.name.removesuffix(".gz").rpartition(".")[2]
+        try:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                if kind == "parquet":
+                    yield from read_parquet(file, path, column)
+                elif kind == "jsonl":
+                    yield from read_jsonl(file, path, column)
                 else:
-                    story.append(line)
-            yield "".join(story)
+                    yield from read_txt(file, path)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def read_txt(file, path):
+    story = []
+    for number, line in read_lines(file, path):
+        if line.strip() == EOT:
+            yield f"{path}: line {number}", "".join(story)
+            story = []
+        else:
+            story.append(line)
+    yield f"{path}: its end", "".join(story)
+
+
+def read_jsonl(file, path, column):
+    for number, line in read_lines(file, path):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # no JSON, 6,000 digits, 200,000 brackets
+            raise UserError(f"{where} is not a JSON object that can be read ({one_line(error)}): "
+                            "mend it or take it out") from error
+        if not isinstance(row, dict) or column not in row:
+            raise UserError(f"{where} is not a JSON object with {column!r} in it: name the field of "
+                            "the text with --text_column")
+        yield where, row[column]
+
+
+def read_lines(file, path):
+    """Yields (number, line). Decodes bytes: line ends stay, and a bad byte can be located."""
+    offset = 0
+    for number, raw in enumerate(file, 1):
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise not_utf8(path, number, offset + error.start) from error
+        yield number, line
+        offset += len(raw)
+
+
+def read_parquet(file, path, column):
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        check_column(path, column, table.schema_arrow.names)
+        for batch in table.iter_batches(batch_size=1000, columns=[column]):
+            for number, value in enumerate(batch.column(0), number + 1):
+                yield f"{path}: row {number}", value.as_py()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: line or row {number} is not UTF-8 (byte {offset + error.start:,}): convert the file, "
-                         "for example with iconv -f latin1 -t utf-8") from error
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        raise not_utf8(path, number, error.start) from error
+    except pyarrow.ArrowException as error:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: line {number} is not a JSON object with {column!r} in it ({one_line(error)}): name "
-                         "the field that holds the text with --text_column") from error
 
 
-def read_hub(dataset, config, column):
-    """{split: function that starts an iterator over its texts}; `datasets` keeps them on disk, not in memory."""
-    import datasets, huggingface_hub
-    datasets.logging.set_verbosity_error()  # a failed download is told in one line, not once per retry
+def not_utf8(path, number, byte):
+    return UserError(f"{path}: line or row {number} is not UTF-8 (byte {byte:,}): convert the "
+                     "file, for example with iconv -f latin1 -t utf-8")
+
+
+def load_hub(dataset, config, column):
+    """{split: function that starts an iterator over its texts}; `datasets` keeps them on disk.
+
+    Raises UserError if the dataset cannot be had, or has no train split or no such column.
+    """
+    import datasets
+    import huggingface_hub
+
+    datasets.logging.set_verbosity_error()  # a failed download is one line, not one line a retry
     huggingface_hub.logging.set_verbosity_error()
     try:
         data = datasets.load_dataset(dataset, config)
-    except Exception as error:  # a dozen kinds from four libraries; what to do about them is the same
-        raise UserError(f"cannot load the dataset {dataset!r}: {one_line(error)}. Without a network: "
-                         "python prepare.py --train FILE or python prepare.py toy") from error
+    except Exception as error:  # a dozen kinds from four libraries; the advice is the same
+        raise UserError(f"cannot load the dataset {dataset!r}: {one_line(error)}. Without a "
+                        "network: python prepare.py --train FILE or python prepare.py toy") from error
     if "train" not in data:
-        raise UserError(f"{dataset} has no train split, only {', '.join(data)}: give files with --train FILE instead")
+        raise UserError(f"{dataset} has no train split, only {', '.join(data)}: "
+                        "give files with --train FILE instead")
     texts = {}
-    for split, name in ("train", "train"), ("val", "validation"):
+    for split, name in (("train", "train"), ("val", "validation")):
         if name in data:
             check_column(dataset, column, data[name].column_names)
             rows = data[name].select_columns([column])
-            texts[split] = lambda rows=rows: (text for batch in rows.iter(1000) for text in batch[column])
+            texts[split] = partial(read_hub, rows, column, f"{dataset}, split {name}")
     return texts
+
+
+def read_hub(rows, column, where):
+    number = 0
+    for batch in rows.iter(1000):
+        for number, value in enumerate(batch[column], number + 1):
+            yield f"{where}: row {number}", value
 
 
 def check_column(where, column, names):
     if column not in names:
-        raise UserError(f"{where} has no column {column!r}, only {', '.join(names)}: name the text with --text_column")
+        raise UserError(f"{where} has no column {column!r}, only {', '.join(names)}: "
+                        "name the text with --text_column")
 
 
-def one_line(error):
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def stories_of(texts, val_share, seed):
+    """Yields (split, story). If val has no texts of its own, it gets a share of train's."""
+    if "val" not in texts:
+        yield from split_off(cleaned(texts["train"]()), val_share, seed)
+        return
+    for split in texts:
+        for story in cleaned(texts[split]()):
+            yield split, story
 
 
 def cleaned(texts):
-    for text in texts:
+    """(where, text) -> stories: stripped, UTF-8, not empty. Raises UserError if a text is none."""
+    for where, text in texts:
         if not isinstance(text, str | None):
-            raise UserError(f"a {type(text).__name__} where text should be: name the column of texts with --text_column")
-        # half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes U+FFFD, as it would in tiktoken
-        text = (text or "").strip().encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if text:
-            yield text
+            raise UserError(f"{where}: a {type(text).__name__} where text should be: "
+                            "name the column of texts with --text_column")
+        # half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes U+FFFD
+        pairs = (text or "").strip().encode("utf-16", "surrogatepass")
+        story = pairs.decode("utf-16", "replace")
+        if story:
+            yield story
 
 
-def held_out(stories, share, seed):
-    """Yields (split, story). A story's own hash decides, so its duplicates go the same way and no list is kept;
-    but the first always trains and the next that differs always validates, so that neither side is ever empty."""
+def split_off(stories, share, seed):
+    """Yields (split, story), a share of them "val".
+
+    A story's own hash decides, so its duplicates go the same way and no list is kept; but the first
+    always trains and the next that differs always validates, so that neither side is ever empty.
+    """
     first = second = None
     for story in stories:
         digest = hashlib.blake2b(story.encode(), digest_size=8, key=str(seed).encode()).digest()
-        first = first or digest
-        second = second or (digest if digest != first else None)
+        if first is None:
+            first = digest
+        elif second is None and digest != first:
+            second = digest
         drawn = int.from_bytes(digest, "little") < share * 2**64
-        yield "val" if digest == second or drawn and digest != first else "train", story
-
-
-# ---- the toy corpus: a grammar, one way to write a {slot} a line; a slot keeps its first choice for a whole story.
-# {A} and {B} are the friends, {X} and {Y} the same two in either order, {G} gives and {R} receives, {M} is a parent;
-# {A_he}, {A_him}, {A_his} and {A_boy} become she, her, her and girl where they must.
-
-GIRLS = "Lily Anna Sara Emma Lucy Ella Amy Jane Kate Sue Mary Rose".split()
-BOYS = "Tom Ben Tim Max Sam Jack Leo Dan Bob Nick Joe Paul".split()
-PLACES = "park beach farm zoo school lake river store market library hospital station".split()
-OBJECTS = "ball book kite doll drum hat boat truck bell shell ring bone puzzle robot basket necklace".split()
-SPOTS = ("under a bench", "behind a tree", "in the grass", "near the gate", "on a big rock", "by the road")
-GRAMMAR = """
-story    {opening}¶{give} {thanks}¶{middle}¶{home}
-story    {opening}¶{give} {quarrel}¶{peace} {home}
-middle   {play}|{animals}|{lost} {search}|{rain}|{give_back}
-opening  Once upon a time, there was a {trait} {A_boy} named {A}. {A_He} had a friend named {B}. {habit}
-opening  Once upon a time, there were two friends named {X} and {Y}. {habit}
-opening  {A} was a {trait} {A_boy} who lived in a {size} house with {A_his} {M}. {A_His} best friend was {B}. {habit}
-opening  One day, {A} woke up and felt happy. "I want to see {B} today," {A_he} said. {A_His} {M} smiled.
-habit    They liked to {hobby} together.|Every day, they went out to {hobby}.|They were always kind to each other.
-give     Then, {X} and {Y} went to the {place}. {G} gave a {gift} to {R}.
-give     Then, {X} and {Y} had a lot of fun at the {place}. {G} gave a {gift} to {R}.
-give     When {X} and {Y} got to the {place}, {G} gave a {gift} to {R}.
-give     After {X} and {Y} went to the {place}, {G} handed a {gift} to {R}.
-give     While {X} and {Y} were playing at the {place}, {G} showed a {gift} to {R}.
-give     One day, {X} and {Y} were at the {place}, and {G} brought a {gift} to {R}.
-give     {X} and {Y} found a {gift} at the {place}. {G} gave the {gift} to {R}.
-thanks   "Thank you, {G}!" said {R}. "I love this {gift}." {R_He} gave {G_him} a big hug.
-thanks   {R} was very happy. {R_He} smiled and said, "What a {size} {gift}! Thank you, {G}."
-thanks   "Is this for me?" asked {R}. "Yes," said {G}. "You are my best friend." {R} was so happy.
-play     They took turns with the {gift}. First {G} had it, and then {R} had it. They laughed a lot.
-play     "Now let us {hobby}," said {X}. "Yes!" said {Y}. They did not stop until the sun went down.
-animals  They saw a {animal} {spot}. It was hungry. {X} gave some {food} to the {animal}, and it ate it all.
-animals  They heard a sound. A {animal} was stuck {spot}. {X} and {Y} pulled and pulled, and then it was free.
-animals  A {animal} sat {spot}. It was lost and sad. {X} and {Y} walked with the {animal} until they found its mom.
-lost     But then {A} could not find {A_his} {colour} {toy}. {A_He} looked {spot}, but it was not there.
-lost     "Oh no! Where is my {colour} {toy}?" said {A}. {A_He} was very sad and began to cry.
-search   "Do not cry, {A}," said {B}. "I will help you." Then {B} saw the {toy} {other_spot}. {B} gave the {toy} to {A}.
-search   {B} looked and looked. At last, {B_he} found the {toy} {other_spot}. {A} hugged {B} and was happy again.
-rain     Then it began to rain. "Run!" said {X}. They ran to a {colour} house, and {B_his} {M} gave them some {food}.
-rain     Then it began to rain. {X} was sad, but {Y} had an idea. They sat under a tree and told stories.
-give_back  The next day, {Y} and {X} went to the {other_place}. {R} gave a {toy} to {G}. "This is for you," said {R}.
-give_back  {R} wanted to be kind too. When {X} and {Y} met at the {other_place}, {R} gave a {toy} to {G}.
-quarrel  But then {G} wanted the {gift} back. "It is mine!" said {G}. "No, you gave it to me!" said {R}.
-quarrel  "I do not like it," said {R}. {G} was sad. {G_He} went away and sat {spot}.
-peace    {A_His} {M} saw them. "Be kind," {M_he} said. "I am sorry," said {R}. They learned that it is good to say sorry.
-peace    Soon, {R} felt bad. "Let us play together," {R_he} said. {G} smiled. They learned that it is good to share.
-home     Then they went home. From that day on, {X} and {Y} were best friends.
-home     When {A} came home, {A_he} told {A_his} {M} about the day. "{B} is a good friend," said {A_his} {M}.
-home     {X} and {Y} were tired but happy. They went home and had some {food}.
-trait    kind|little|brave|happy|clever|shy|funny|quiet
-size     big|small|tiny|nice|pretty|new
-colour   red|blue|green|yellow|pink|white
-animal   cat|dog|bird|rabbit|duck|frog|mouse|pony|fox|bear
-food     bread|cake|soup|cheese|milk|pie
-hobby    run and jump|sing songs|draw pictures|look at the birds|tell stories|climb trees|play games
-"""
-LINES = {}
-for slot, text in (row.split(maxsplit=1) for row in GRAMMAR.strip().splitlines()):
-    LINES.setdefault(slot, []).extend(text.replace("¶", "\n").split("|"))
+        yield "val" if digest == second or (drawn and digest != first) else "train", story
 
 
 class Story(dict):
-    def __init__(self, rng):
-        """Casts the story: who, where, what. Who comes first and who gives are drawn apart, so only the names tell."""
-        self.rng, friends = rng, rng.sample(GIRLS + BOYS, 2)
-        cast = friends + rng.sample(friends, 2) + rng.sample(friends, 2) + [rng.choice(["mom", "grandma", "dad", "grandpa"])]
+    """{slot: text} of one toy story. Slots of the grammar are filled when they are asked for."""
+
+    def __init__(self, rng, grammar, words):
+        """Casts who, where, what. Who comes first and who gives are drawn apart: the names tell."""
+        self.rng, self.grammar = rng, grammar
+        friends = rng.sample(words["girls"] + words["boys"], 2)
+        cast = friends + rng.sample(friends, 2) + rng.sample(friends, 2)
+        cast.append(rng.choice(["mom", "grandma", "dad", "grandpa"]))
+        female = {*words["girls"], "mom", "grandma"}
         for slot, name in zip("ABXYGRM", cast):
             self[slot] = name
             for he, she in (("he", "she"), ("him", "her"), ("his", "her"), ("boy", "girl")):
-                word = she if name in GIRLS or name in ("mom", "grandma") else he
+                word = she if name in female else he
                 self[f"{slot}_{he}"], self[f"{slot}_{he.title()}"] = word, word.title()
-        for slots, words in (("place", "other_place"), PLACES), (("gift", "toy"), OBJECTS), (("spot", "other_spot"), SPOTS):
-            self.update(zip(slots, rng.sample(words, 2)))
+        self["place"], self["other_place"] = rng.sample(words["places"], 2)
+        self["gift"], self["toy"] = rng.sample(words["objects"], 2)
+        self["spot"], self["other_spot"] = rng.sample(grammar["spot"], 2)
 
     def __missing__(self, slot):  # str.format_map asks here for every slot that has no value yet
-        self[slot] = self.rng.choice(LINES[slot]).format_map(self)
+        self[slot] = self.rng.choice(self.grammar[slot]).format_map(self)
         return self[slot]
 
 
 def toy_texts(count, seed):
-    rng = random.Random(seed)
-    return (Story(rng)["story"] for _ in range(count))
+    """Stories of assets/toy.txt. Raises UserError if that file or assets/words.txt is damaged."""
+    rng, grammar, words = random.Random(seed), read_asset("toy.txt"), word_lists()
+    for number in range(1, count + 1):
+        try:
+            text = Story(rng, grammar, words)["story"]
+        except (ValueError, LookupError, AttributeError, RecursionError) as error:
+            raise UserError(f"{ASSETS / 'toy.txt'} or words.txt is damaged: "
+                            f"{type(error).__name__}: {one_line(error)}") from error
+        yield f"toy story {number}", text
 
 
-# ---- stories -> jobs -> all cores -> results in the order of the stories, whatever the number of workers -------
+# ------- stories -> jobs -> all cores -> results in the order of the jobs, however many workers
+
 
 def start_worker(spec):
     global encoding
     encoding = spec and load_tokenizer(spec)
     if multiprocessing.parent_process():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops its workers
-        # a parent that was killed cannot stop them: they wait for its end themselves
-        watch = lambda: (multiprocessing.parent_process().join(), os._exit(1))
-        threading.Thread(target=watch, daemon=True).start()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, and stops its workers
+        threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    """A parent that was killed cannot stop its workers: they wait for its end themselves."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def count_pieces(job):
+    """[(split, story), ...] -> Counter of the pieces of its training stories."""
     import regex
-    pattern = regex.compile(PIECE)
-    return Counter(piece for split, story in job if split == "train" for piece in pattern.findall(story))
+
+    pattern, counts = regex.compile(PIECE), Counter()
+    for split, story in job:
+        if split == "train":
+            counts.update(pattern.findall(story))
+    return counts
 
 
 def encode(job):
-    """Returns {split: (uint16 tokens as bytes, number of stories, UTF-8 bytes of their texts)}."""
+    """[(split, story), ...] -> {split: (uint16 tokens as bytes, stories, UTF-8 bytes of text)}."""
     encoded = {}
-    for split in "train", "val":
+    for split in SPLITS:
         stories = [story for chosen, story in job if chosen == split]
         text = "".join(story + EOT for story in stories)
-        if text.count(EOT) == len(stories):  # one call for all: a quarter faster, and the same tokens
+        if text.count(EOT) == len(stories):  # one call for all: a quarter faster, the same tokens
             tokens = encoding.encode_to_numpy(text, allowed_special="all")
         else:  # a story that itself says <|endoftext|>: there it is ordinary text
-            tokens = np.array([t for story in stories for t in (*encoding.encode_ordinary(story), encoding.eot_token)])
-        encoded[split] = tokens.astype("<u2").tobytes(), len(stories), len(text.encode()) - len(EOT) * len(stories)
+            parts = [[*encoding.encode_ordinary(story), encoding.eot_token] for story in stories]
+            tokens = np.concatenate(parts)
+        size = len(text.encode()) - len(EOT) * len(stories)
+        encoded[split] = tokens.astype("<u2").tobytes(), len(stories), size
     return encoded
 
 
 def on_all_cores(work, corpus, spec, workers, title):
-    """Yields work(job) in order and reads only a few jobs ahead, where Pool.imap would first read the whole corpus."""
-    stories = iter(tqdm(corpus(), desc=title, unit=" stories", unit_scale=True))
-    jobs = iter(lambda: list(itertools.islice(stories, JOB)), [])
-    first = list(itertools.islice(jobs, 2))
-    jobs = itertools.chain(first, jobs)
-    if workers == 1 or len(first) < 2:  # not worth starting processes
-        start_worker(spec)
-        yield from map(work, jobs)
-        return
-    # "spawn", because a fork copies whatever locks the threads of pyarrow and tqdm hold at that moment
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (spec,)) as pool:
-        waiting = deque(pool.submit(work, job) for job in itertools.islice(jobs, 4 * workers))
-        while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(pool.submit(work, job) for job in itertools.islice(jobs, 1))
+    """Yields work(job) in order. Reads a few jobs ahead; Pool.imap would read the whole corpus.
+
+    Whoever stops early must close it, then its workers end. Raises UserError if one is killed.
+    """
+    with tqdm(corpus(), desc=title, unit=" stories", unit_scale=True) as bar:
+        stories = iter(bar)
+        jobs = iter(lambda: list(itertools.islice(stories, JOB)), [])
+        first = list(itertools.islice(jobs, 2))
+        jobs = itertools.chain(first, jobs)
+        if workers == 1 or len(first) < 2:  # not worth starting processes
+            start_worker(spec)
+            yield from map(work, jobs)
+            return
+        # "spawn": a fork copies whatever locks the threads of pyarrow and tqdm hold at that moment
+        spawn = multiprocessing.get_context("spawn")
+        pool, waiting = ProcessPoolExecutor(workers, spawn, start_worker, (spec,)), deque()
+        try:
+            for job in jobs:
+                with uninterrupted():  # the first ones start the processes
+                    waiting.append(pool.submit(work, job))
+                if len(waiting) == 4 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError("a worker process was killed, probably for lack of memory: "
+                            f"use fewer, for example --workers {workers // 2}") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def uninterrupted():
+    """A stop signal that comes in this block takes effect after it, and no process that is started
+    in it gets a Ctrl-C."""
+    came, handlers = [], [signal.getsignal(number) for number in STOPS]
+    for number in STOPS:
+        signal.signal(number, lambda number, frame: came.append(number))
+    masks = hasattr(signal, "pthread_sigmask")  # not on Windows
+    if masks:  # for new processes, which inherit it; in this one another thread may take the signal
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        if masks:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in zip(STOPS, handlers):
+            signal.signal(number, handler)
+    for number in came[:1]:
+        signal.raise_signal(number)
 
 
 def frequent_pieces(corpus, count, workers):
-    """The `count` most frequent pieces of the train split that are longer than a byte, from frequent to rare."""
+    """The `count` most frequent pieces of train longer than a byte, the most frequent first."""
     counts, rare = Counter(), 0
-    for found in on_all_cores(count_pieces, corpus, None, workers, "counting words"):
-        counts.update(found)
-        while len(counts) > MAX_PIECES:
-            rare += 1
-            counts = Counter({piece: n for piece, n in counts.items() if n > rare})
+    with closing(on_all_cores(count_pieces, corpus, None, workers, "counting words")) as results:
+        for found in results:
+            counts.update(found)
+            while len(counts) > MAX_PIECES:
+                rare += 1
+                counts = Counter({piece: n for piece, n in counts.items() if n > rare})
     pieces = [piece for piece in counts if len(piece.encode()) > 1]
     return sorted(pieces, key=lambda piece: (-counts[piece], piece))[:count]
 
 
-def claim(folder):
-    """Makes a folder that no other prepare.py is using. -> a lock, which the system lets go of when its owner dies"""
+@contextmanager
+def unfinished(out):
+    """A folder beside out, of this process alone, for what is not complete. It is removed again."""
+    folder = out.with_name(out.name + ".tmp")
+    busy = f"another prepare.py is at work in {folder}: wait for it or choose another --out"
+    lock = lock_folder(folder, busy)
     try:
-        folder.mkdir(parents=True, exist_ok=True)  # there already after a run that was killed
-        if fcntl is None:
-            return None
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return lock
-    except BlockingIOError:
-        raise UserError(f"another prepare.py is at work in {folder}: wait for it or choose another --out") from None
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {one_line(error)}: choose another --out") from error
-
-
-def write(folder, corpus, spec, workers, source):
-    """Writes the three files into a folder beside `folder` and moves them there when all are complete."""
-    unfinished = folder.with_name(folder.name + ".tmp")
-    tokenizer = load_tokenizer(spec)
-    meta = {"tokenizer": spec, "vocab_size": tokenizer.n_vocab, "eot": tokenizer.eot_token}
-    meta |= {split: {"tokens": 0, "stories": 0, "bytes": 0, "sha256": hashlib.sha256()} for split in ("train", "val")}
-    lock = claim(unfinished)
-    try:
-        with open(unfinished / "train.bin", "wb") as train, open(unfinished / "val.bin", "wb") as val:
-            for encoded in on_all_cores(encode, corpus, spec, workers, "tokenizing"):
-                for split, file in ("train", train), ("val", val):
-                    tokens, stories, size = encoded[split]
-                    file.write(tokens)
-                    meta[split]["sha256"].update(tokens)
-                    meta[split]["tokens"] += len(tokens) // 2
-                    meta[split]["stories"] += stories
-                    meta[split]["bytes"] += size
-        for split in "train", "val":
-            if not meta[split]["stories"]:
-                raise UserError(f"no story for the {split} split: give --train and --val files with text in them, or at "
-                                 f"least two different stories, which in .txt files are separated by lines that say {EOT}")
-            meta[split]["sha256"] = meta[split]["sha256"].hexdigest()
-        identity = json.dumps([spec, meta["train"]["sha256"], meta["val"]["sha256"]])
-        meta |= {"source": source, "checksum": hashlib.sha256(identity.encode()).hexdigest()[:16]}
-        (unfinished / "meta.json").write_text(json.dumps(meta, indent=1, default=str))
-        folder.mkdir(exist_ok=True)
-        (folder / "meta.json").unlink(missing_ok=True)  # until the last move a reader finds nothing rather than a mixture
-        for name in "train.bin", "val.bin", "meta.json":
-            os.replace(unfinished / name, folder / name)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {one_line(error)}: free some space or choose another --out") from error
+        yield folder
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def write(folder, out, corpus, spec, workers, source):
+    """Writes the three files into folder and, when all are complete, moves them to out. -> meta
+
+    Raises UserError if a split has no stories, and if the disk takes no more.
+    """
+    tokenizer = load_tokenizer(spec)
+    meta = {"tokenizer": spec, "vocab_size": tokenizer.n_vocab, "eot": tokenizer.eot_token}
+    try:
+        meta |= write_tokens(folder, corpus, spec, workers)
+        identity = json.dumps([spec, meta["train"]["sha256"], meta["val"]["sha256"]])
+        checksum = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        meta |= {"source": source, "checksum": checksum}
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1, default=str))
+        with uninterrupted():
+            out.mkdir(exist_ok=True)
+            (out / "meta.json").unlink(missing_ok=True)  # a reader shall find nothing, no mixture
+            for name in ("train.bin", "val.bin", "meta.json"):
+                os.replace(folder / name, out / name)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {one_line(error)}: "
+                        "free some space or choose another --out") from error
     return meta
 
 
+def write_tokens(folder, corpus, spec, workers):
+    """Writes train.bin and val.bin. -> {split: {"tokens", "stories", "bytes", "sha256"}}"""
+    facts = {split: {"tokens": 0, "stories": 0, "bytes": 0} for split in SPLITS}
+    digests = {split: hashlib.sha256() for split in SPLITS}
+    with (open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val,
+          closing(on_all_cores(encode, corpus, spec, workers, "tokenizing")) as results):
+        for encoded in results:
+            for split, file in (("train", train), ("val", val)):
+                tokens, stories, size = encoded[split]
+                file.write(tokens)
+                digests[split].update(tokens)
+                facts[split]["tokens"] += len(tokens) // 2
+                facts[split]["stories"] += stories
+                facts[split]["bytes"] += size
+    for split in SPLITS:
+        if not facts[split]["stories"]:
+            raise UserError(f"no story for the {split} split: give --train and --val files with text "
+                            "in them, or at least two different stories; in .txt files lines that say "
+                            f"{EOT} separate them")
+        facts[split]["sha256"] = digests[split].hexdigest()
+    return facts
+
+
+# --------------------------------------------------------------------------------- the command line
+
+KNOBS = {"toy": ("stories",), "files": ("train", "val", "text_column"),
+         "dataset": ("dataset", "config", "text_column")}  # flags that fit each kind of source
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("toy", nargs="?", choices=["toy"], help="write stories from the grammar in this file")
-    parser.add_argument("--stories", type=int, default=20_000, help="toy: how many, held-out ones included (20000)")
-    parser.add_argument("--dataset", default="roneneldan/TinyStories", help="on the Hugging Face hub, or a local folder")
-    parser.add_argument("--config", help="configuration of the dataset, where it has several")
-    parser.add_argument("--train", nargs="+", type=Path, metavar="FILE", help=".txt, .jsonl or .parquet, each also .gz")
-    parser.add_argument("--val", nargs="+", type=Path, metavar="FILE", help="validation files (a share of --train)")
-    parser.add_argument("--text_column", default="text", help="column or JSON field that holds the text (text)")
-    parser.add_argument("--val_share", type=float, default=0.01, help="share to hold out where no validation is given (0.01)")
-    parser.add_argument("--seed", type=int, default=0, help="of the toy stories and of the held-out share (0)")
-    parser.add_argument("--tokenizer", choices=["gpt2", "words"], help="(gpt2; words for toy)")
-    parser.add_argument("--vocab_size", type=int, default=10_000, help="words: with 256 bytes and end-of-text (10000)")
-    parser.add_argument("--out", type=Path, help="folder to write (data/<name of the source>)")
-    parser.add_argument("--force", action="store_true", help="replace what is there, once the new data are complete")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one per core)")
+    args = parse_arguments(argv)
+    out = output_folder(args)
+    if args.tokenizer == "gpt2":
+        load_tokenizer({"name": "gpt2"})  # if this download fails, then before that of the text
+
+    with unfinished(out) as folder:
+        # called, it gives a fresh iterator over (split, story): the words tokenizer needs two
+        corpus = partial(stories_of, sources(args), args.val_share, args.seed)
+        spec = {"name": args.tokenizer}
+        if args.tokenizer == "words":
+            spec["pieces"] = frequent_pieces(corpus, args.vocab_size - 257, args.workers)
+        knobs = (*KNOBS[args.source], "val_share", "seed")
+        source = {"kind": args.source, **{name: getattr(args, name) for name in knobs}}
+        meta = write(folder, out, corpus, spec, args.workers, source)
+    report(meta, out, args)
+
+
+def parse_arguments(argv):
+    """The command line, and in args.source which kind of source it asks for. Raises UserError."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = usage_error
+    add = parser.add_argument
+    add("toy", nargs="?", choices=["toy"], help="write stories from the grammar in assets/toy.txt")
+    add("--stories", type=int, default=20_000, help="toy: how many, those of val included (20000)")
+    add("--dataset", default="roneneldan/TinyStories", help="on the Hugging Face hub, or a folder")
+    add("--config", help="configuration of the dataset, where it has several")
+    add("--train", nargs="+", type=Path, metavar="FILE", help=".txt, .jsonl, .parquet, also .gz")
+    add("--val", nargs="+", type=Path, metavar="FILE", help="validation files (a share of --train)")
+    add("--text_column", default="text", help="column or JSON field that holds the text (text)")
+    add("--val_share", type=float, default=0.01, help="share for val if it has no files (0.01)")
+    add("--seed", type=int, default=0, help="of the toy stories and of the share for val (0)")
+    add("--tokenizer", choices=["gpt2", "words"], help="(gpt2; words for toy)")
+    add("--vocab_size", type=int, default=10_000, help="words: with 256 bytes, end-of-text (10000)")
+    add("--out", help="folder to write (data/<name of the source>)")
+    add("--force", action="store_true", help="replace what is there, once the new is complete")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (one per core)")
     args = parser.parse_args(argv)
 
-    source = "toy" if args.toy else "files" if args.train else "dataset"
-    knobs = {"toy": ["stories"], "files": ["train", "val", "text_column"], "dataset": ["dataset", "config", "text_column"]}
-    for flag in itertools.chain.from_iterable(knobs.values()):
-        if getattr(args, flag) != parser.get_default(flag) and flag not in knobs[source]:
-            raise UserError(f"--{flag} has no effect here: drop it, or see python prepare.py --help for what goes together")
+    args.source = "files" if args.train else "dataset"
+    if args.toy:
+        args.source = "toy"
+    for flag in itertools.chain.from_iterable(KNOBS.values()):
+        if getattr(args, flag) != parser.get_default(flag) and flag not in KNOBS[args.source]:
+            raise UserError(f"--{flag} has no effect here: drop it, or see what goes together with "
+                            "python prepare.py --help")
     args.tokenizer = args.tokenizer or ("words" if args.toy else "gpt2")
-    if args.vocab_size != parser.get_default("vocab_size") and args.tokenizer == "gpt2":
-        raise UserError("--vocab_size has no effect on the GPT-2 tokenizer: drop it or add --tokenizer words")
-    for flag, low, high in ("vocab_size", 258, 65_536), ("stories", 2, 10**12), ("workers", 1, 1024):  # ids are uint16
-        if not low <= getattr(args, flag) <= high:
-            raise UserError(f"--{flag} must lie between {low:,} and {high:,}, not {getattr(args, flag):,}")
-    if not 0 < args.val_share < 1:
-        raise UserError(f"--val_share must lie between 0 and 1, for example 0.01, not {args.val_share}")
-    for path in (args.train or []) + (args.val or []):
-        if not path.is_file():
-            raise UserError(f"no file {path}: check the path after --train or --val")
-        if Path(path.name.removesuffix(".gz")).suffix not in (".txt", ".jsonl", ".parquet"):
-            raise UserError(f"{path}: unknown kind of file: rename it to .txt, .jsonl or .parquet, each also with .gz")
-    name = {"toy": "toy", "files": args.train and args.train[0].name.split(".")[0], "dataset": Path(args.dataset).name.lower()}
-    out = Path(os.path.abspath(args.out or Path("data") / name[source]))
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: choose another --out")
-    # token files without meta.json are somebody else's, unless a run of ours was killed while it moved them there
-    killed = out.with_name(out.name + ".tmp").exists()
-    if not args.force and ((out / "meta.json").exists() or (out / "train.bin").exists() and not killed):
-        raise UserError(f"{out} already holds data: add --force to replace it, or choose another --out")
-    if args.tokenizer == "gpt2":
-        load_tokenizer({"name": "gpt2"})  # a download that fails should fail now, not after that of the text
-
-    if source == "toy":
-        texts = {"train": lambda: toy_texts(args.stories, args.seed)}
-    elif source == "files":
-        texts = {split: lambda paths=paths: (text for path in paths for text in read_file(path, args.text_column))
-                 for split, paths in (("train", args.train), ("val", args.val)) if paths}
-    else:
-        texts = read_hub(args.dataset, args.config, args.text_column)
-
-    def corpus():  # a fresh iterator over (split, story), because `words` needs two
-        if "val" not in texts:
-            return held_out(cleaned(texts["train"]()), args.val_share, args.seed)
-        return ((split, story) for split in texts for story in cleaned(texts[split]()))
-
-    spec = {"name": args.tokenizer}
-    if args.tokenizer == "words":
-        spec["pieces"] = frequent_pieces(corpus, args.vocab_size - 257, args.workers)
-        if len(spec["pieces"]) < args.vocab_size - 257:
-            print(f"the text has only {len(spec['pieces']):,} different words and marks: a smaller vocabulary than asked for")
-    how = {"kind": source} | {flag: getattr(args, flag) for flag in (*knobs[source], "val_share", "seed")}
-    meta = write(out, corpus, spec, args.workers, how)
-    for split in "train", "val":
-        print("{0:6}{stories:,} stories, {tokens:,} tokens, {bytes:,} bytes of text".format(split, **meta[split]))
-    print(f"vocabulary of {meta['vocab_size']:,} ({args.tokenizer}), checksum {meta['checksum']}, in {out}")
+    if args.tokenizer == "gpt2" and args.vocab_size != parser.get_default("vocab_size"):
+        raise UserError("--vocab_size has no effect on the GPT-2 tokenizer: "
+                        "drop it or add --tokenizer words")
+    check_values(args)
+    return args
 
 
 def usage_error(message):
     raise UserError(f"{message}: see python prepare.py --help")
 
 
-if __name__ == "__main__":
+def check_values(args):
+    ranges = {"stories": (2, 10**12), "seed": (-2**63, 2**63 - 1), "workers": (1, 1024),
+              "vocab_size": (258, 65_536)}  # ids are uint16
+    for flag, (low, high) in ranges.items():
+        value = getattr(args, flag)
+        if not low <= value <= high:
+            raise UserError(f"--{flag} must lie between {low:,} and {high:,}, not {value:,}")
+    if not 0 < args.val_share < 1:
+        raise UserError(f"--val_share must lie between 0 and 1, not {args.val_share}: try 0.01")
+    for path in (args.train or []) + (args.val or []):
+        if not os.path.isfile(path):
+            raise UserError(f"no file {path}: check the path after --train or --val")
+        if Path(path.name.removesuffix(".gz")).suffix not in (".txt", ".jsonl", ".parquet"):
+            raise UserError(f"{path}: unknown kind of file: rename it to .txt, .jsonl or .parquet, "
+                            "each also with .gz")
+
+
+def output_folder(args):
+    """The folder to write, absolute. Raises UserError if there is none or it holds data already."""
+    name = args.source  # of the default folder
+    if args.source == "files":
+        name = args.train[0].name.split(".")[0] or name
+    if args.source == "dataset":
+        name = Path(os.path.abspath(args.dataset)).name.lower() or name
+    chosen = os.path.join("data", name) if args.out is None else args.out
+    out = Path(os.path.abspath(chosen))
+    if not chosen or not out.name:
+        raise UserError(f"--out {chosen!r} names no folder: choose one, for example data/mine")
+    if os.path.exists(out) and not out.is_dir():
+        raise UserError(f"{out} is a file: choose another --out")
+    # token files without meta.json are somebody else's, unless a run of ours was killed moving them
+    killed = os.path.exists(out.with_name(out.name + ".tmp"))
+    has_tokens = os.path.exists(out / "train.bin") and not killed
+    if not args.force and (has_tokens or os.path.exists(out / "meta.json")):
+        raise UserError(f"{out} already holds data: add --force to replace it or choose another --out")
+    return out
+
+
+def sources(args):
+    """{split: function that starts an iterator over its texts}; no "val" means a share of train."""
+    if args.source == "toy":
+        return {"train": partial(toy_texts, args.stories, args.seed)}
+    if args.source == "dataset":
+        return load_hub(args.dataset, args.config, args.text_column)
+    texts = {"train": partial(read_files, args.train, args.text_column)}
+    if args.val:
+        texts["val"] = partial(read_files, args.val, args.text_column)
+    return texts
+
+
+def report(meta, out, args):
+    lines = []
+    if args.tokenizer == "words" and meta["vocab_size"] < args.vocab_size:
+        lines.append(f"the text has only {meta['vocab_size'] - 257:,} different words and marks: "
+                     "a smaller vocabulary than asked for")
+    form = "{0:6}{stories:,} stories, {tokens:,} tokens, {bytes:,} bytes of text"
+    lines += [form.format(split, **meta[split]) for split in SPLITS]
+    lines.append(f"vocabulary of {meta['vocab_size']:,} ({args.tokenizer}), "
+                 f"checksum {meta['checksum']}, in {out}")
+    try:
+        print(*lines, sep="\n", flush=True)
+    except OSError as error:  # a closed pipe, a full disk; what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UserError(f"cannot write the output ({one_line(error)}), but the data in {out} are "
+                        "complete") from error
+
+
+def script():
+    """`python prepare.py`: as config.cli, without torch. A mistake is one line and exit code 1."""
+    for number in STOPS:
+        signal.signal(number, stop)
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may not be ASCII
     try:
         main()
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: what was not complete is removed") from None
+
+
+def stop(number, frame):
+    """Ctrl-C and SIGTERM end in the same way; a second one kills at once."""
+    for either in STOPS:
+        signal.signal(either, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    script()

@@ -110,7 +110,27 @@ TRAIN = [
     ("train.py leaves.py", "config file leaves.py does not run: SystemExit: 3", text("leaves.py", "import sys; sys.exit(3)")),
 ]
 
-PREPARE = []
+TOY = "prepare.py toy --stories=20 --workers=1 --out="
+FILES = "prepare.py --tokenizer=words --workers=1 --out=new --train "
+GOOD_ROW = '{"text": "a"}\n'
+
+PREPARE = [
+    (TOY, "--out '' names no folder"),
+    (f"{TOY}/", "--out '/' names no folder"),
+    (TOY + "x" * 300, ".tmp (File name too long): choose another --out"),
+    (f"{TOY}a\0b", ".tmp (embedded null byte): choose another --out"),
+    (f"{TOY}config.py", "config.py is a file: choose another --out"),
+    (f"{TOY}config.py/new", "new.tmp (Not a directory): choose another --out"),
+    (f"{TOY}data", "already holds data: add --force"),
+    (f"{TOY}new --seed=" + "9" * 70, "--seed must lie between"),
+    (FILES + "x" * 300 + ".txt", "check the path after --train or --val"),
+    (f"{FILES}a\0b.txt", "check the path after --train or --val"),
+    (f"{FILES}a.jsonl", "line 2 is not a JSON object that can be read (Exceeds", text("a.jsonl", GOOD_ROW + "1" * 6000)),
+    (f"{FILES}a.jsonl", "line 1 is not a JSON object that can be read (maximum", text("a.jsonl", "[" * 200_000)),
+    (f"{FILES}a.jsonl", "a.jsonl: line 2: a int where text should be", text("a.jsonl", GOOD_ROW + '{"text": 1}')),
+    (f"{FILES}config.py a.jsonl", "config.py: unknown kind of file", text("a.jsonl", GOOD_ROW)),
+    (f"{FILES}a.jsonl b.jsonl", "b.jsonl: line 1: a dict where", text("a.jsonl", GOOD_ROW), text("b.jsonl", '{"text": {}}')),
+]
 
 NO_DATA = "no prepared data in nowhere (no meta.json): name the folder that has it with --data"
 MISFIT = "out/run: the checkpoint's config and weights do not fit"

@@ -5,7 +5,20 @@
 Nothing here needs a network. The GPT-2 tokenizer takes part where its two files lie in ../shared/tiktoken or in
 $TIKTOKEN_CACHE_DIR; every property is always checked with the `words` tokenizer.
 """
-import collections, gzip, hashlib, io, json, os, random, re, resource, signal, subprocess, sys, time
+import collections
+import errno
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +112,15 @@ def script(*args, **kwargs):
     env = os.environ | {"HF_HUB_OFFLINE": "1"} | kwargs.pop("env", {})
     return subprocess.run([sys.executable, ROOT / "prepare.py", *map(str, args)], capture_output=True, text=True,
                           cwd=ROOT, env=env, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A prepared folder, to copy from."""
+    return make(tmp_path_factory.mktemp("template"))
+
+
+ABSENT = object()
 
 
 @pytest.fixture
@@ -219,17 +241,17 @@ def test_checksum_names_tokens_and_tokenizer(tmp_path):
 
 def test_held_out_share_is_seeded_complete_and_about_right():
     stories = [f"story {i}" for i in range(5000)]
-    split = list(prepare.held_out(stories, 0.1, 0))
+    split = list(prepare.split_off(stories, 0.1, 0))
     assert [story for _, story in split] == stories
-    assert split == list(prepare.held_out(iter(stories), 0.1, 0)) != list(prepare.held_out(stories, 0.1, 1))
+    assert split == list(prepare.split_off(iter(stories), 0.1, 0)) != list(prepare.split_off(stories, 0.1, 1))
     assert 400 < sum(chosen == "val" for chosen, _ in split) < 600
 
 
 def test_held_out_share_never_empties_a_side_and_never_splits_duplicates():
     for seed in range(30):
         for share in 0.001, 0.5, 0.999:
-            assert {chosen for chosen, _ in prepare.held_out(["a", "a", "b"], share, seed)} == {"train", "val"}
-            split = list(prepare.held_out([f"story {i % 40}" for i in range(200)], share, seed))
+            assert {chosen for chosen, _ in prepare.split_off(["a", "a", "b"], share, seed)} == {"train", "val"}
+            split = list(prepare.split_off([f"story {i % 40}" for i in range(200)], share, seed))
             sides = {chosen: {story for side, story in split if side == chosen} for chosen in ("train", "val")}
             assert sides["train"] and sides["val"] and not sides["train"] & sides["val"]
 
@@ -264,6 +286,16 @@ def test_dataset_folder_with_and_without_validation(tmp_path):
     done = script("--dataset", folder, "--text_column", "body", "--tokenizer", "words", "--out", tmp_path / "out3", env=env)
     complaint(done, "no column 'body', only id, text", "--text_column")
     assert not (tmp_path / "out3").exists()
+
+
+def test_a_row_of_a_dataset_that_is_no_text_is_named():
+    class Rows:  # as a dataset hands out its rows
+        def iter(self, size):
+            return [{"text": ["a", "b"]}, {"text": ["c", 4.5]}]
+
+    rows = prepare.read_hub(Rows(), "text", "some/set, split train")
+    with pytest.raises(prepare.UserError, match="some/set, split train: row 4: a float where text"):
+        list(prepare.cleaned(rows))
 
 
 def complaint(done, *words):
@@ -332,6 +364,7 @@ def test_bad_flags(refused, tmp_path):
     ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', ["line 2", "'text'", "--text_column"]),
     ("a.jsonl", b'["a"]\n', ["line 1 is not a JSON object"]),
     ("a.jsonl", b'{"text": 7}\n', ["int where text should be"]),
+    ("a.jsonl", b'{"text": "a"}\n\n{"text": ["b"]}', ["a.jsonl: line 3: a list where text should be"]),
     ("a.parquet", b"no parquet", ["cannot read", "a.parquet"]),
     ("a.txt.gz", b"no gzip", ["cannot read", "a.txt.gz"]),
     ("a.txt.gz", gzip.compress(b"cut off " * 999, mtime=0)[:-30], ["cannot read", "a.txt.gz"]),
@@ -348,7 +381,8 @@ def test_bad_parquet_columns(refused, tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), path)
     assert "no column 'text', only body, n" in refused("--train", path, "--tokenizer", "words")
-    assert "int where text should be" in refused("--train", path, "--tokenizer", "words", "--text_column", "n")
+    message = refused("--train", path, "--tokenizer", "words", "--text_column", "n")
+    assert "a.parquet: row 1: a int where text should be" in message
     broken = pyarrow.StringArray.from_buffers(2, pyarrow.py_buffer(np.array([0, 1, 3], np.int32)), pyarrow.py_buffer(b"ab\xff"))
     pyarrow.parquet.write_table(pyarrow.table({"text": broken}), path)
     assert "row 2 is not UTF-8 (byte 1)" in refused("--train", path, "--tokenizer", "words")
@@ -412,15 +446,153 @@ def test_reader_refuses_what_is_not_complete(tmp_path):
     for folder in out, tmp_path / "absent":
         with pytest.raises(ValueError, match="no prepared data.*--data.*prepare.py --help"):
             prepare.load_meta(folder)
-    with pytest.raises(ValueError, match="unknown tokenizer"):
-        prepare.load_tokenizer({"name": "bert"})
+    for spec in {"name": "bert"}, {}, None, "words", ["gpt2"]:
+        with pytest.raises(ValueError, match="unknown tokenizer"):
+            prepare.load_tokenizer(spec)
+    for pieces in None, 7, ["a", 7], ["\ud800"]:
+        with pytest.raises(prepare.UserError, match="words of the tokenizer are damaged"):
+            prepare.load_tokenizer({"name": "words", "pieces": pieces})
+    with pytest.raises(prepare.UserError, match="words of the tokenizer are damaged"):
+        prepare.load_tokenizer({"name": "words"})
+
+
+def test_reader_refuses_other_bytes_of_the_same_length(tmp_path):
+    out = make(tmp_path)
+    for split in "train", "val":
+        raw = bytearray((out / f"{split}.bin").read_bytes())
+        raw[len(raw) // 2] ^= 1
+        (out / f"{split}.bin").write_bytes(raw)
+        with pytest.raises(prepare.UserError, match=rf"{split}\.bin is damaged.*sha256.* --force"):
+            prepare.load_tokens(out, split)
+
+
+COUNTS = [f"{split}.{name}" for split in ("train", "val") for name in ("tokens", "stories", "bytes", "sha256")]
+
+
+@pytest.mark.parametrize("field", [
+    "tokenizer", "tokenizer.name", "tokenizer.pieces", "vocab_size", "eot", "checksum", "source",
+    "train", "val", *COUNTS,
+])
+def test_reader_refuses_a_missing_or_mistyped_field(tmp_path, template, field):
+    """None of these values is right anywhere, and none may end in another exception than ours."""
+    *outer, name = field.split(".")
+    for wrong in ABSENT, None, True, -1, 1.5, 2**64, float("nan"), [7], [[]], {7: 7}:
+        if name == "source" and wrong == {7: 7}:
+            continue
+        meta = json.loads((template / "meta.json").read_text())
+        place = meta[outer[0]] if outer else meta
+        place[name] = wrong
+        if wrong is ABSENT:
+            del place[name]
+        (tmp_path / "meta.json").write_text(json.dumps(meta))
+        with pytest.raises(prepare.UserError, match="meta.json is damaged.*--force"):
+            prepare.load_meta(tmp_path)
+
+
+def test_reader_refuses_ids_beyond_the_vocabulary(tmp_path, template):
+    meta = json.loads((template / "meta.json").read_text())
+    size = meta["vocab_size"]
+    for changes in {"eot": size}, {"vocab_size": size + 1}, {"vocab_size": 65_537, "tokenizer": {"name": "gpt2"}}:
+        (tmp_path / "meta.json").write_text(json.dumps(meta | changes))
+        with pytest.raises(prepare.UserError, match="meta.json is damaged"):
+            prepare.load_meta(tmp_path)
+    (tmp_path / "meta.json").write_text("[" * 200_000)
+    with pytest.raises(prepare.UserError, match="meta.json is damaged"):
+        prepare.load_meta(tmp_path)
 
 
 def test_reading_needs_none_of_the_heavy_packages():
     code = "import sys, prepare; print([m for m in ('datasets', 'pyarrow', 'torch', 'requests') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
 
+def test_workers_need_none_of_the_heavy_packages(tmp_path):
+    """A torch that cannot be imported bothers neither prepare.py nor its workers."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    done = script("toy", "--stories", "300", "--workers", "2", "--out", tmp_path / "out",
+                  env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    check_complete(tmp_path / "out")
+
+
+@pytest.mark.parametrize("stdout, code", [("closed pipe", 1), ("full disk", 1), ("no stdout", 0)])
+def test_an_output_that_takes_nothing(tmp_path, stdout, code):
+    """The data are complete and the one line says so; where there is no stdout at all, nobody asked."""
+    shell = {"closed pipe": "{ %s; echo $? >&2; } | true", "full disk": "%s >/dev/full; echo $? >&2",
+             "no stdout": "%s >&-; echo $? >&2"}
+    run = f"{sys.executable} {ROOT / 'prepare.py'} toy --stories 20 --out {tmp_path / 'out'}"
+    command = f"sleep 0.2; {run}"  # until `true` has ended
+    done = subprocess.run(["bash", "-c", shell[stdout] % command], capture_output=True, text=True)
+    *_, message, status = done.stderr.splitlines()
+    assert int(status) == code
+    assert ("error: cannot write the output" in message and "complete" in message) == (code == 1)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    check_complete(tmp_path / "out")
+
 # ---- interruption -----------------------------------------------------------------------------------------------
+
+def begin(folder, until=None):
+    """A run that would take minutes, in a process group of its own, once both its workers are busy."""
+    command = [sys.executable, ROOT / "prepare.py", "toy", "--stories", "1000000", "--workers", "2"]
+    process = subprocess.Popen([*command, "--out", folder / "out"], stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    # the progress bar counts in thousands once it has read more than the first jobs
+    while not (until() if until else "k stories" in process.stderr.readline()):
+        assert process.poll() is None
+    return process
+
+
+def last_line(process):
+    """What it says after the progress bar, when it and its workers have ended."""
+    lines = [line.strip() for line in process.stderr if line.strip()]  # \r ends a line here, too
+    assert process.wait() == 1
+    *bars, line = lines
+    assert all(bar.startswith("counting words") for bar in bars), lines
+    wait_until_gone(process.pid)
+    return line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("send", [os.kill, os.killpg])  # to the program alone, or as a terminal does
+def test_stop_signals_end_in_one_line(tmp_path, number, send):
+    process = begin(tmp_path)
+    send(process.pid, number)
+    assert last_line(process).startswith("stopped: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stop_signals_at_any_moment(tmp_path):
+    """Also while workers start, which are in the terminal's group and get its Ctrl-C themselves."""
+    for delay in 0, 0.1, 0.2, 0.3:
+        process = begin(tmp_path, until=lambda: (tmp_path / "out.tmp").exists())
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGINT)
+        assert last_line(process).startswith("stopped: ")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_stop_signal_between_the_last_moves_waits_for_them(tmp_path):
+    out = make(tmp_path)
+    code = f"""
+import os, signal, prepare
+real, left = os.replace, [signal.SIGINT, signal.SIGTERM]
+os.replace = lambda *paths: (real(*paths), left and os.kill(os.getpid(), left.pop()))
+prepare.main(["toy", "--stories", "50", "--out", {str(out)!r}, "--force"])"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert done.returncode == -signal.SIGTERM  # what it does without a handler, after the last move
+    check_complete_files(out)
+
+
+def test_a_killed_worker_is_one_line(tmp_path):
+    process = begin(tmp_path)
+    listed = subprocess.run(["ps", "-A", "-ww", "-o", "ppid=,pid=,args="], capture_output=True, text=True)
+    rows = [line.split(maxsplit=2) for line in listed.stdout.splitlines()]
+    children = {int(pid): args for parent, pid, args in rows if parent == str(process.pid)}
+    workers = [pid for pid, args in children.items() if "spawn_main" in args]
+    os.kill(workers[0], signal.SIGKILL)  # as the kernel does when memory is short
+    line = last_line(process)
+    assert line.startswith("error: a worker process was killed") and "memory" in line and "--workers 1" in line
+    assert list(tmp_path.iterdir()) == []
+
 
 def test_killed_at_any_moment(tmp_path):
     out = tmp_path / "out"
@@ -486,6 +658,44 @@ def test_token_files_of_somebody_else_are_safe(refused, tmp_path):
 
 # ---- the toy corpus ---------------------------------------------------------------------------------------------
 
+def test_word_lists_are_read_when_they_are_needed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lists = prepare.word_lists()
+    names = [lists[name] for name in ("girls", "more_girls", "boys", "more_boys")]
+    assert [len(part) for part in names] == [12, 36, 12, 39]
+    assert [part[0] for part in names] == ["Lily", "Mia", "Tom", "John"]
+    assert [part[-1] for part in names] == ["Rose", "Meg", "Paul", "Chris"]
+    assert len(set(sum(names, []))) == 99
+    monkeypatch.setattr(prepare, "ASSETS", tmp_path)
+    with pytest.raises(prepare.UserError, match="words.txt is missing or damaged: No such file"):
+        prepare.word_lists()
+    (tmp_path / "words.txt").write_text("girls Lily\nboys Tom\n")
+    with pytest.raises(prepare.UserError, match="words.txt is damaged: it has no more_girls"):
+        prepare.word_lists()
+
+
+@pytest.mark.parametrize("damage, words", [
+    (None, "toy.txt is missing or damaged: No such file"),
+    (b"story \xff", "toy.txt is missing or damaged"),
+    (b"story", "toy.txt is missing or damaged"),
+    (b"", "damaged: KeyError: 'spot'"),
+    (b"spot a|b", "damaged: KeyError: 'story'"),
+    (b"spot a|b\nstory {A} {absent}", "KeyError: 'absent'"),
+    (b"spot a|b\nstory {A", "damaged: ValueError"),
+    (b"spot a|b\nstory {}", "damaged: ValueError"),
+    (b"spot a|b\nstory {story}", "damaged: RecursionError"),
+    (b"spot a|b\nstory {A.b}", "damaged: AttributeError"),
+    (b"spot a\nstory {A}", "damaged: ValueError"),
+])
+def test_a_damaged_grammar_is_one_line(refused, tmp_path, monkeypatch, damage, words):
+    (tmp_path / "words.txt").write_bytes((prepare.ASSETS / "words.txt").read_bytes())
+    if damage is not None:
+        (tmp_path / "toy.txt").write_bytes(damage)
+    monkeypatch.setattr(prepare, "ASSETS", tmp_path)
+    message = refused("toy", "--stories", "5", "--out", "out")
+    assert "toy.txt" in message and words in message
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     out = tmp_path_factory.mktemp("toy") / "toy"
@@ -495,6 +705,7 @@ def toy(tmp_path_factory):
 
 def test_toy_gives_as_many_stories_as_asked_and_is_seeded(toy, tmp_path):
     meta = check_complete(toy)
+    assert meta["checksum"] == "5e786cf2da43a281"  # trained models and their figures rest on this corpus
     assert meta["train"]["stories"] + meta["val"]["stories"] == 2000 and meta["val"]["stories"] > 10
     for seed, same in ("0", True), ("1", False):
         prepare.main(["toy", "--stories", "2000", "--seed", seed, "--workers", "1", "--out", str(tmp_path / seed)])
@@ -524,9 +735,11 @@ def test_toy_names_places_and_objects_are_single_tokens(toy):
     meta = prepare.load_meta(toy)
     assert meta["vocab_size"] < 800
     tokenizer = prepare.load_tokenizer(meta["tokenizer"])
-    words = prepare.GIRLS + prepare.BOYS + prepare.PLACES + prepare.OBJECTS
-    assert len(set(words)) == len(words) and (len(prepare.PLACES), len(prepare.OBJECTS)) >= (10, 15)
-    assert len(prepare.GIRLS + prepare.BOYS) >= 20
+    lists = prepare.word_lists()
+    words = lists["girls"] + lists["boys"] + lists["places"] + lists["objects"]
+    assert len(set(words)) == len(words)
+    assert (len(lists["places"]), len(lists["objects"])) >= (10, 15)
+    assert len(lists["girls"] + lists["boys"]) >= 20
     for word in words:
         assert len(tokenizer.encode_ordinary(" " + word)) == 1, word
 
@@ -536,13 +749,12 @@ def test_toy_grammar_is_used_up_and_reads_well(toy):
     assert not re.search(r"[{}|\u00b6]", text)  # every slot was filled
     assert not re.search(r" a [aeiou]|  |[.!?] [a-z]", text.replace('!" ', '!", ').replace('?" ', '?", '))
     assert not re.search(r"(?m)^[a-z]| $", text)
-    for lines in prepare.LINES.values():  # every way to write a slot turns up
+    for lines in prepare.read_asset("toy.txt").values():  # every way to write a slot turns up
         for line in lines:
             parts = [re.escape(part) for part in re.split(r"{\w+}", line)]
             assert re.search(".+?".join(parts), text, re.S), line
-    for boys, girls in (prepare.BOYS, prepare.GIRLS), (prepare.GIRLS, prepare.BOYS):  # pronouns fit
-        wrong = "girl" if boys is prepare.BOYS else "boy"
-        assert not re.search(rf"{wrong} named ({'|'.join(boys)})\b", text)
+    for names, wrong in ("boys", "girl"), ("girls", "boy"):  # pronouns fit
+        assert not re.search(rf"{wrong} named ({'|'.join(prepare.word_lists()[names])})\b", text)
 
 
 def test_two_at_once_into_one_folder_are_kept_apart(tmp_path):
@@ -557,3 +769,26 @@ def test_two_at_once_into_one_folder_are_kept_apart(tmp_path):
     os.close(lock)
     prepare.main(["toy", "--stories", "20", "--workers", "1", "--out", str(tmp_path / "out")])
     assert len(prepare.load_tokens(tmp_path / "out", "train"))
+
+
+def test_a_folder_is_locked_until_its_owner_is_done(tmp_path, monkeypatch):
+    folder = tmp_path / "new" / "folder"
+    lock = prepare.lock_folder(folder, "busy")
+    assert folder.is_dir()
+    for _ in range(3):
+        with pytest.raises(prepare.UserError, match="^busy$"):
+            prepare.lock_folder(folder, "busy")
+    os.close(lock)
+    os.close(prepare.lock_folder(str(folder), "busy"))
+    (tmp_path / "file").write_text("")
+    for name in tmp_path / "file", tmp_path / "file" / "x", tmp_path / ("x" * 300), tmp_path / "a\0b", "/proc/x":
+        with pytest.raises(prepare.UserError, match="cannot write .*: choose another --out"):
+            prepare.lock_folder(name, "busy")
+
+    def unable(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(prepare.fcntl, "flock", unable)  # a file system without locks: nobody is kept apart
+    os.close(prepare.lock_folder(folder, "busy"))
+    monkeypatch.setattr(prepare, "fcntl", None)  # Windows
+    assert prepare.lock_folder(folder, "busy") is None

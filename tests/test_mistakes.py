@@ -236,8 +236,8 @@ ACDC = [
     (PAIRS, "has 17 tokens, the model takes 16", pair(clean="a" * 17, corrupt="b" * 17)),
     (PAIRS, "'ab' is 2 tokens of this tokenizer", pair(answer="ab")),
     (PAIRS, "'' is 0 tokens of this tokenizer", pair(wrong="")),
-    (PAIRS, "out/run/acdc.json is damaged: delete it, or add --force", pair(), text("out/run/acdc.json", "{")),
-    (PAIRS, "out/run/acdc.resume.pt is damaged: delete it, or add --force", pair(), text("out/run/acdc.resume.pt", "{")),
+    (PAIRS, "out/run/acdc.json is damaged, or of an earlier version: delete it, or add --force", pair(), text("out/run/acdc.json", "{")),
+    (PAIRS, "out/run/acdc.resume.pt is damaged, or of an earlier version: delete it, or add --force", pair(), text("out/run/acdc.resume.pt", "{")),
     (PAIRS, "cannot write out/run/acdc.png: there is a folder of that name", pair(), folder_named("out/run/acdc.png")),
     (PAIRS, "out/run has weights that are not finite: its training has diverged", pair(), diverged),
 ]

@@ -1,10 +1,10 @@
 """GPT-Neo trained with self-ablation: a k-winner-takes-all gate over attention units and neurons.
 
-Two residual streams share one set of weights. The *clean* stream is a plain GPT-Neo and the only
-one used at inference. The *ablated* stream keeps, at every token and in every layer, only the k_attn
-attention units and the k_mlp neurons that a gate picks by looking at the clean stream. Training
-minimises the sum of both cross-entropies ("Self-Ablating Transformers: More Interpretability, Less
-Sparsity"). Gates read nothing but the clean stream, so a training step is
+Two residual streams share one set of weights. The *clean* stream is a plain GPT-Neo, and the only
+one used at inference. The *ablated* stream keeps, at every token and in every layer, only the
+k_attn attention units and the k_mlp neurons that a gate picks by looking at the clean stream.
+Training minimises the sum of both cross-entropies ("Self-Ablating Transformers: More
+Interpretability, Less Sparsity"). Gates read nothing but the clean stream, so a training step is
 
     clean_pass    a plain GPT-Neo that remembers each block's input, keys and values
     gate          scores -> k winners; hard in the forward pass, soft in the backward pass
@@ -32,8 +32,6 @@ class ModelError(ValueError):
     """A config, an input or a file that cannot work. The message is one line, for the user."""
 
 
-Ablation = Literal["none", "local", "global"]  # local gates sit in every block, global ones behind
-
 
 @dataclass
 class GPTNeoConfig:
@@ -47,7 +45,8 @@ class GPTNeoConfig:
     n_embd: int = 128
     attention_layers: str = "global"  # or "local", or a pattern to repeat, such as "global,local"
     window_size: int = 256  # tokens that a local layer sees, the current one included
-    ablation: Ablation = "local"  # none is the plain GPT-Neo, the baseline
+    # local: gates in every block read its clean input; global: one pair, after the clean pass
+    ablation: Literal["none", "local", "global"] = "local"  # none: plain GPT-Neo, the baseline
     gate: Literal["softmax", "sigmoid"] = "softmax"  # the paper's Eq. 3, or the published code's
     attn_unit: Literal["dim", "head"] = "dim"  # units are head-output channels, or whole heads
     k_attn: int = 2  # attention units kept per token and layer
@@ -60,12 +59,13 @@ class GPTNeoConfig:
             value, choices = getattr(self, field.name), get_args(field.type)
             if choices and value not in choices:
                 raise ModelError(f"{field.name}={value!r} is not one of: {', '.join(choices)}")
-            kind = (int, float) if field.type is float else field.type
-            if not choices and not isinstance(value, kind):
+            kinds = (int, float) if field.type is float else field.type
+            if not choices and not isinstance(value, kinds):
                 raise ModelError(f"{field.name}={value!r} is not of type {field.type.__name__}")
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "window_size"):
-            if getattr(self, name) < 1:
-                raise ModelError(f"{name}={getattr(self, name)} must be at least 1")
+            value = getattr(self, name)
+            if value < 1:
+                raise ModelError(f"{name}={value} must be at least 1")
         if self.n_embd % self.n_head:
             raise ModelError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
                              f"change one of them")
@@ -75,8 +75,9 @@ class GPTNeoConfig:
                              f"'local', separated by commas, in a pattern whose length divides "
                              f"n_layer={self.n_layer}")
         for name, units in (("k_attn", self.attn_units), ("k_mlp", 4 * self.n_embd)):
-            if self.ablation != "none" and not 1 <= getattr(self, name) < units:
-                raise ModelError(f"{name}={getattr(self, name)} must be from 1 to {units - 1}: "
+            value = getattr(self, name)
+            if self.ablation != "none" and not 1 <= value < units:
+                raise ModelError(f"{name}={value} must be from 1 to {units - 1}: "
                                  f"a layer has {units} units and at least one must lose")
 
     @property
@@ -108,7 +109,7 @@ class Streams(NamedTuple):
     mlp_mask: torch.Tensor  # (B, T, L, M); exactly k_mlp ones a row
 
 
-# ------------------------------------------------------------------------------------------- the gate
+# ----------------------------------------------------------------------------------------- the gate
 
 MIN_GAP = 1e-6  # floor under T: a tie would divide by zero, and below it scores differ by noise
 
@@ -116,13 +117,13 @@ MIN_GAP = 1e-6  # floor under T: a tie would divide by zero, and below it scores
 def gate(scores, k, form="softmax"):
     """k-winner-takes-all mask with a straight-through gradient (paper, Eq. 1-3).
 
-    scores (..., N), 1 <= k < N -> mask (..., N): exact 0/1, with exactly k ones in every row, on the
-    k largest scores (of tied ones, those that topk lists first). The gradient is that of the soft
-    weights, through gamma and T too; in rows held at the floor under T, none flows through T.
+    scores (..., N), 1 <= k < N -> mask (..., N): exact 0/1, with exactly k ones in every row, on
+    the k largest scores (of tied ones, those that topk lists first). Its gradient is that of the
+    soft weights, through gamma and T too; in rows held at the floor under T, none flows through T.
     """
     if form not in ("softmax", "sigmoid"):
         raise ModelError(f"form={form!r} is neither 'softmax' nor 'sigmoid'")
-    floor = max(MIN_GAP, torch.finfo(scores.dtype).eps)  # fp16 cannot hold a gradient of 1 / MIN_GAP
+    floor = max(MIN_GAP, torch.finfo(scores.dtype).eps)  # fp16 has no gradient of 1 / MIN_GAP
     scores = at_least_fp32(scores)  # in bf16 a few per cent of rows tie at the k-th place
 
     top, winners = scores.topk(k + 1, dim=-1)  # (..., k + 1), largest first
@@ -161,11 +162,11 @@ class GateScores(nn.Linear):
 
 
 def at_least_fp32(x):
-    """x in fp32, or as it is where it is wider."""
+    """x in fp32; float64 stays as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# ------------------------------------------------------------------------------------------ attention
+# ---------------------------------------------------------------------------------------- attention
 
 
 def attention(q, k, v, window):
@@ -253,10 +254,12 @@ class Attention(nn.Module):
         kv_clean: the clean stream's keys and values, each (B, S, C).
         mask: 1 for the units that win, (B, T, C), or (B, T, H) where a unit is a whole head.
         """
-        H, (k, v) = self.n_head, kv_clean
-        q, k_own, v_own = self.q_proj(h), self.k_proj(h), self.v_proj(h)  # each (B, T, C)
-        y = ablated_attention(split_heads(q, H), split_heads(k, H), split_heads(v, H),
-                              split_heads(k_own, H), split_heads(v_own, H), self.window)
+        H = self.n_head
+        q = split_heads(self.q_proj(h), H)  # (B, H, T, D)
+        k_own = split_heads(self.k_proj(h), H)
+        v_own = split_heads(self.v_proj(h), H)
+        k, v = (split_heads(x, H) for x in kv_clean)  # (B, H, S, D)
+        y = ablated_attention(q, k, v, k_own, v_own, self.window)
         y = y.transpose(1, 2)  # (B, T, H, D)
         y = masked(y, mask.unflatten(-1, (H, -1)))  # the mask: (B, T, H, D) or (B, T, H, 1)
         return self.out_proj(y.flatten(2))
@@ -277,11 +280,11 @@ class MLP(nn.Module):
 
 
 def masked(x, mask):
-    """The winners of x. A mask is at least fp32, and so is its gradient, also where x is in bf16."""
+    """The winners of x, in its dtype. A mask and its gradient are fp32 even if x is bf16."""
     return (x * mask).to(x.dtype)
 
 
-# -------------------------------------------------------------------------------------------- GPT-Neo
+# ------------------------------------------------------------------------------------------ GPT-Neo
 
 
 class Block(nn.Module):
@@ -308,7 +311,8 @@ class Block(nn.Module):
         """The ablated stream: x (B, T, C) -> (B, T, C) and its masks (B, T, C or H), (B, T, M).
 
         x_clean (B, T, C), kv_clean: this block's input and its keys and values on the clean stream.
-        scores: what global gates gave this layer, (B, T, C or H) and (B, T, M); local ones read x_clean.
+        scores: what global gates gave this layer, (B, T, C or H) and (B, T, M); local gates read
+        x_clean.
         """
         config = self.config
         attn_scores, mlp_scores = scores or (self.attn_gate(x_clean), self.mlp_gate(x_clean))
@@ -334,7 +338,7 @@ class GPTNeo(nn.Module):
         if config.ablation == "global":
             self.attn_gate = GateScores(C, L * config.attn_units)
             self.mlp_gate = GateScores(C, L * 4 * C)
-        for module in self.modules():  # GPT-Neo's: N(0, 0.02), biases 0; LayerNorm starts at 1 and 0
+        for module in self.modules():  # as GPT-Neo: N(0, 0.02), biases 0; LayerNorms have 1 and 0
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
                 if getattr(module, "bias", None) is not None:
@@ -343,7 +347,9 @@ class GPTNeo(nn.Module):
 
     def clean_pass(self, idx, past=None):
         """A plain GPT-Neo: idx (B, T) -> ln_f of the last block (B, T, C), and, one a layer, the
-        block inputs (B, T, C) and the (keys, values), each (B, S, C). past: those of earlier tokens.
+        block inputs (B, T, C) and the (keys, values), each (B, S, C).
+
+        past: the (keys, values) of the S - T tokens before.
         """
         start = past[0][0].size(1) if past else 0
         check_tokens(idx, self.config, start)
@@ -357,8 +363,8 @@ class GPTNeo(nn.Module):
         return self.transformer["ln_f"](x), inputs, caches
 
     def ablated_pass(self, hidden, inputs, caches):
-        """The masked stream over what clean_pass returned: -> ln_f of its last block (B, T, C), and,
-        one pair a layer, the masks (B, T, C or H) and (B, T, M)."""
+        """The masked stream over what clean_pass returned: -> ln_f of its last block (B, T, C),
+        and, one pair a layer, the masks (B, T, C or H) and (B, T, M)."""
         L = self.config.n_layer
         scores = [None] * L  # local gates score inside their block
         if self.config.ablation == "global":
@@ -406,11 +412,11 @@ class GPTNeo(nn.Module):
 
         temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the fewest that together
         hold that probability. stream: "clean" or "ablated", whose logits to sample from. A row that
-        has written stop_token writes nothing else; when every row has, the call ends. Past block_size
-        tokens the context is the last block_size ones. Raises ModelError on what cannot work.
+        has written stop_token writes nothing else; when every row has, the call ends. Past
+        block_size tokens the context is the last block_size ones. Raises ModelError.
         """
         check_sampling(temperature, top_k, top_p)
-        if stream not in ("clean", "ablated")[: 1 if self.config.ablation == "none" else 2]:
+        if stream != "clean" and (stream != "ablated" or self.config.ablation == "none"):
             raise ModelError(f"a model with ablation={self.config.ablation!r} "
                              f"cannot write from stream={stream!r}")
         if idx.size(1) == 0:
@@ -418,8 +424,7 @@ class GPTNeo(nn.Module):
         stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         block_size, past = self.config.block_size, None
         for _ in range(max_new_tokens):
-            if past is None or idx.size(1) > block_size:
-                # a window that moves gives every token a new position, so that no cache fits
+            if past is None or idx.size(1) > block_size:  # a moving window: new positions, no cache
                 hidden, inputs, past = self.clean_pass(idx[:, -block_size:])
             else:
                 hidden, inputs, past = self.clean_pass(idx[:, -1:], past)
@@ -436,40 +441,38 @@ class GPTNeo(nn.Module):
         return idx
 
     def clean_state_dict(self):
-        """The weights of the clean stream, which Hugging Face's GPTNeoForCausalLM loads as they are."""
+        """The clean stream's weights, which Hugging Face's GPTNeoForCausalLM loads as they are."""
         return {name: value for name, value in self.state_dict().items() if "_gate." not in name}
 
     def hf_config(self):
         """Keyword arguments of the transformers.GPTNeoConfig that describes the clean stream."""
-        c = self.config
-        pattern = c.attention_pattern
+        c, pattern = self.config, self.config.attention_pattern
         dropouts = ("embed_dropout", "attention_dropout", "resid_dropout")
         return dict(vocab_size=c.vocab_size, max_position_embeddings=c.block_size,
                     hidden_size=c.n_embd, num_layers=c.n_layer, num_heads=c.n_head,
-                    window_size=c.window_size, attention_types=[[pattern, c.n_layer // len(pattern)]],
-                    **dict.fromkeys(dropouts, 0.0))
+                    attention_types=[[pattern, c.n_layer // len(pattern)]],
+                    window_size=c.window_size, **dict.fromkeys(dropouts, 0.0))
 
     @classmethod
     def from_checkpoint(cls, checkpoint, device="cpu"):
-        """A model from a run folder, a checkpoint file or what load_checkpoint returned. ModelError."""
+        """A model from a run folder, a file or what load_checkpoint returned. Raises ModelError."""
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint(checkpoint)
-        config, known = checkpoint["config"], {field.name for field in fields(GPTNeoConfig)}
-        given = set(config) if isinstance(config, dict) else set()
-        if given != known:  # a default in place of a missing one would be another model
-            names = ", ".join(sorted(map(str, given ^ known)))
-            raise ModelError(f"the checkpoint's config does not fit; missing or unknown: {names}")
         try:
-            model = cls(GPTNeoConfig(**config))
+            config = GPTNeoConfig(**checkpoint["config"])
+            missing = asdict(config).keys() - checkpoint["config"].keys()
+            if missing:  # a default in its place would be another model
+                raise ModelError(f"the checkpoint's config lacks {', '.join(sorted(missing))}")
+            model = cls(config)
             model.load_state_dict(checkpoint["model"])
-        except (RuntimeError, TypeError, AttributeError) as error:  # what load_state_dict may raise
+        except (RuntimeError, TypeError, AttributeError) as error:  # of config, weights
             reason = " ".join(str(error).split())
             raise ModelError(f"the checkpoint's config and weights do not fit: {reason}") from None
         return model.to(device)
 
 
 def check_tokens(idx, config, start=0):
-    """Refuse what no embedding has. Values only where that costs nothing: on a CPU, not compiled."""
+    """Refuse what no embedding has. Values only where it costs nothing: on a CPU, not compiled."""
     length = start + idx.size(1)
     if length > config.block_size:
         raise ModelError(f"a sequence of {length} tokens is longer than "
@@ -481,7 +484,7 @@ def check_tokens(idx, config, start=0):
             raise ModelError(f"token {token} is outside the vocabulary of {config.vocab_size}")
 
 
-# ------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
 
 
 def check_sampling(temperature, top_k, top_p):
@@ -496,8 +499,8 @@ def sample(logits, temperature, top_k, top_p, generator):
     """logits (B, V) -> next tokens (B, 1)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    below = logits - logits.amax(-1, keepdim=True)  # at most 0, so that no temperature overflows
-    logits = below / temperature
+    logits = logits - logits.amax(-1, keepdim=True)  # at most 0: no temperature overflows
+    logits = logits / temperature
     if top_k is not None:
         kept = logits.topk(min(top_k, logits.size(-1))).values  # (B, top_k), largest first
         logits = logits.masked_fill(logits < kept[:, -1:], -torch.inf)
@@ -508,13 +511,13 @@ def sample(logits, temperature, top_k, top_p, generator):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
-# ------------------------------------------------------------------------------------------- the loss
+# ----------------------------------------------------------------------------------------- the loss
 
 
 def head_losses(streams, weight, targets, coeffs):
     """Cross-entropies of softmax(hidden weight^T), of one or more streams in one product.
 
-    streams: hidden states, each (B, T, C); weight (V, C); targets (B, T); coeffs: a number a stream.
+    streams: hidden states, each (B, T, C); weight (V, C); targets (B, T); coeffs, one a stream
     -> the sum of coeff x mean cross-entropy, a scalar with a gradient, and the means themselves,
     (streams,), without one.
     """
@@ -535,7 +538,7 @@ def cross_entropy(hidden, weight, targets, scale):
     return nll @ scale, nll
 
 
-# ---------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 @contextmanager
@@ -568,9 +571,9 @@ def save_checkpoint(path, config, weights, **state):
 
 
 def load_torch(path):
-    """What torch.save wrote to path, tensors on the CPU, every byte of it checked. Raises ModelError.
+    """What torch.save wrote to path, on the CPU, every byte of it checked. Raises ModelError.
 
-    That is by the zip's own CRCs, at which torch.load does not look: a flipped bit is another model.
+    The zip's own CRCs are compared, which torch.load does not do: a flipped bit is another model.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -578,13 +581,13 @@ def load_torch(path):
         if damaged is None:
             return torch.load(path, map_location="cpu", weights_only=True)
         reason = f"{damaged} has changed since it was written"
-    except Exception as error:  # damage shows as almost any kind: OSError, IndexError, TypeError ...
+    except Exception as error:  # damage shows as almost any kind: OSError, IndexError, TypeError
         reason = type(error).__name__
     raise ModelError(f"{path} is damaged, or no file of this project ({reason})")
 
 
 def load_checkpoint(path):
-    """The dict of a checkpoint file, or of a run folder's best.pt, on the CPU. Raises ModelError."""
+    """The dict in a checkpoint file or in a run folder's best.pt, on the CPU. Raises ModelError."""
     if os.path.isdir(path):
         path = os.path.join(path, "best.pt")
     if not os.path.isfile(path):
@@ -597,7 +600,7 @@ def load_checkpoint(path):
     return checkpoint
 
 
-# ------------------------------------------------------------------------------------- for speed only
+# ----------------------------------------------------------------------------------- for speed only
 
 CHUNK = 6_500_000  # logits alive at a time: 26 MB, 129 rows of GPT-2's vocabulary
 
@@ -612,6 +615,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, scale):
         hidden = hidden.to(weight.dtype)
+        targets, row_scale = targets[:, None], scale[:, None]  # (R, 1)
         R, V = len(hidden), len(weight)
         nll = hidden.new_empty(R)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
@@ -620,15 +624,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         buffer = hidden.new_empty(step, V)
         for start in range(0, R, step):
             rows = slice(start, start + step)
-            target = targets[rows, None]  # (step, 1); the last chunk may have fewer rows
-            logits = torch.mm(hidden[rows], weight.T, out=buffer[: len(target)])  # (step, V)
+            x, target = hidden[rows], targets[rows]  # (step, C), (step, 1); fewer rows at the end
+            logits = torch.mm(x, weight.T, out=buffer[: len(x)])  # (step, V)
             logp = torch.log_softmax(logits, -1, out=logits)
             nll[rows] = -logp.gather(-1, target)[:, 0]
             if any(ctx.needs_input_grad):
-                grad = logp.exp_().scatter_add_(-1, target, logp.new_full(target.shape, -1.0))
+                grad = logp.exp_()
+                grad.scatter_add_(-1, target, grad.new_full(target.shape, -1.0))
                 torch.mm(grad, weight, out=grad_hidden[rows])
-                grad_weight.addmm_(grad.T, hidden[rows] * scale[rows, None])
-        ctx.save_for_backward(grad_hidden.mul_(scale[:, None]), grad_weight)
+                grad_weight.addmm_(grad.T, x * row_scale[rows])
+        ctx.save_for_backward(grad_hidden.mul_(row_scale), grad_weight)
         ctx.mark_non_differentiable(nll)
         return nll @ scale, nll
 

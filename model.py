@@ -579,7 +579,7 @@ def load_torch(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # the name of a member, or None
             for member in archive.infolist():
-                if member.external_attr & 0x10:  # "a folder": torch would fill its tensor with noise
+                if member.external_attr & 0x10:  # "a folder": its tensor would be noise
                     damaged = member.filename
         if damaged is None:
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -135,7 +135,12 @@ def test_the_new_file_is_on_disk_before_it_takes_the_old_ones_name(saved, monkey
     before, events = saved.read_bytes(), []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(("fsync", saved.read_bytes() == before)), fsync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("replace", torch.load(a, weights_only=True)["step"])), replace(a, b)))
+
+    def replaced(a, b):
+        events.append(("replace", torch.load(a, weights_only=True)["step"]))
+        replace(a, b)
+
+    monkeypatch.setattr(os, "replace", replaced)
     save_checkpoint(saved, tiny(seed=1).config, tiny(seed=1).state_dict(), step=4)
     assert events == [("fsync", True), ("replace", 4)]
     assert load_checkpoint(saved)["step"] == 4

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import transformers
 
 import model as model_file
-from model import GPTNeo, GPTNeoConfig, gate
+from model import GPTNeo, GPTNeoConfig, gate, masked
 
 TINY = dict(vocab_size=61, block_size=12, n_layer=2, n_head=4, n_embd=16, k_attn=3, k_mlp=5)
 VARIANTS = [(ablation, form) for ablation in ("local", "global") for form in ("softmax", "sigmoid")]
@@ -328,6 +328,32 @@ def test_gates_stay_in_full_precision_under_autocast():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_a_mask_has_its_whole_gradient_under_autocast():
+    """Activations in bf16 stay so, but what a gate learns from is not rounded to bf16."""
+    x, mask = torch.randn(4, 16).bfloat16(), torch.ones(4, 16, requires_grad=True)
+    cotangent = torch.randn(4, 16).bfloat16()
+    kept = masked(x, mask)
+    kept.backward(cotangent)
+    assert kept.dtype == torch.bfloat16 and torch.equal(kept, x)
+    assert torch.equal(mask.grad, cotangent.float() * x.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attn_unit", ["dim", "head"])
+@pytest.mark.parametrize("ablation", ["local", "global"])
+def test_models_in_half_precision_have_both_streams(ablation, attn_unit, dtype):
+    """All weights in bf16 or fp16, without autocast: logits are in that, masks stay exact."""
+    exact, idx = tiny(ablation=ablation, attn_unit=attn_unit), tokens(2, 12)
+    clean, model = exact(idx), exact.to(dtype)  # the same weights, rounded
+    streams, losses = model.ablated(idx), model(idx, tokens(2, 12, seed=2))
+    assert streams.logits_clean.dtype == streams.logits_ablated.dtype == dtype
+    assert torch.equal(streams.logits_clean, model(idx)) and streams.logits_ablated.isfinite().all()
+    assert (streams.mlp_mask.sum(-1) == 5).all() and (streams.attn_mask.sum(-1) == 3).all()
+    losses.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert (streams.logits_clean - clean).norm() < 0.1 * clean.norm()
+
+
 # ----------------------------------------------------------------------------------- the model around it
 
 
@@ -371,6 +397,8 @@ def test_without_ablation_there_is_one_stream():
     (dict(ablation="both"), "ablation='both' is not one of: none, local, global"),
     (dict(attention_layers="global,local,local"), "attention_layers"),
     (dict(n_layer=0), "n_layer=0 must be at least 1"),
+    (dict(n_layer="2"), "n_layer='2' is not of type int"),
+    (dict(clean_coeff=None), "clean_coeff=None is not of type float"),
 ])
 def test_configurations_that_cannot_work_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):

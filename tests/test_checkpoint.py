@@ -3,10 +3,13 @@
     python -m pytest tests/test_checkpoint.py
 """
 
+import contextlib
+import errno
 import io
 import os
 import pickle
 import random
+import resource
 import sys
 import zipfile
 from dataclasses import asdict
@@ -16,7 +19,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import GPTNeo, GPTNeoConfig, load_checkpoint, save_checkpoint
+from model import GPTNeo, GPTNeoConfig, ModelError, load_checkpoint, load_torch, replace_file, save_checkpoint
 
 TINY = dict(vocab_size=11, block_size=4, n_layer=2, n_head=2, n_embd=4, k_attn=1, k_mlp=1)
 
@@ -33,10 +36,10 @@ def saved(tmp_path):
 
 
 def refused(call, *arguments):
-    """The message of the ValueError that a user must get: one line, and never another exception."""
-    with pytest.raises(ValueError) as caught:
+    """The message of the ModelError that a user must get: one line, and never another exception."""
+    with pytest.raises(ModelError) as caught:
         call(*arguments)
-    assert type(caught.value) is ValueError and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -68,12 +71,63 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(saved, monkeypatch):
 
     def disk_full(state, file):
         file.write(b"half a checkpoint")
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(OSError):
-        save_checkpoint(saved, tiny(seed=1).config, tiny(seed=1).state_dict())
-    assert saved.read_bytes() == before
+    message = refused(save_checkpoint, saved, tiny(seed=1).config, tiny(seed=1).state_dict())
+    assert message == f"cannot write {saved}: No space left on device"
+    assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """Whoever writes past this many bytes gets an error from the kernel, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 1, 5_000, 12_000, 100_000, 215_000])
+def test_a_full_disk_while_saving_is_one_line_and_keeps_the_old_checkpoint(saved, size):
+    """At some of these sizes the error is the file's, at others a RuntimeError of torch's zip writer hides it."""
+    before, model = saved.read_bytes(), tiny(seed=1)
+    with largest_file(size):
+        message = refused(lambda: save_checkpoint(saved, model.config, model.state_dict(), more=torch.ones(50_000)))
+    assert message == f"cannot write {saved}: File too large"
+    assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_full_disk_is_found_out_before_the_old_file_is_gone(tmp_path):
+    """What fits the file's buffer only fails when it is flushed."""
+    def write(path):
+        with replace_file(path) as file:
+            file.write(b"new")
+
+    write(tmp_path / "a")
+    (tmp_path / "b").write_bytes(b"old")
+    with largest_file(1):
+        assert "File too large" in refused(write, tmp_path / "b")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"new", "b": b"old"}
+
+
+def test_what_else_goes_wrong_while_writing_stays_what_it_was(tmp_path):
+    """A bug keeps its exception, Ctrl-C stays Ctrl-C, and neither leaves a file."""
+    for error in (RuntimeError("a bug"), KeyboardInterrupt(), SystemExit(1)):
+        with pytest.raises(type(error)) as caught, replace_file(tmp_path / "a") as file:
+            file.write(b"half")
+            raise error
+        assert caught.value is error and list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    model = tiny()
+    (tmp_path / "folder").mkdir()
+    for path, why in ((tmp_path / "folder", "Is a directory"), (tmp_path / "none" / "a.pt", "No such file or directory")):
+        assert refused(save_checkpoint, path, model.config, model.state_dict()) == f"cannot write {path}: {why}"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_the_new_file_is_on_disk_before_it_takes_the_old_ones_name(saved, monkeypatch):
@@ -81,7 +135,12 @@ def test_the_new_file_is_on_disk_before_it_takes_the_old_ones_name(saved, monkey
     before, events = saved.read_bytes(), []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(("fsync", saved.read_bytes() == before)), fsync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("replace", torch.load(a, weights_only=True)["step"])), replace(a, b)))
+
+    def replaced(a, b):
+        events.append(("replace", torch.load(a, weights_only=True)["step"]))
+        replace(a, b)
+
+    monkeypatch.setattr(os, "replace", replaced)
     save_checkpoint(saved, tiny(seed=1).config, tiny(seed=1).state_dict(), step=4)
     assert events == [("fsync", True), ("replace", 4)]
     assert load_checkpoint(saved)["step"] == 4
@@ -112,6 +171,47 @@ def test_a_file_cut_anywhere_is_refused(saved):
         assert str(saved) in refused(load_checkpoint, saved)
     saved.write_bytes(whole)
     load_checkpoint(saved)
+
+
+def equal(a, b):
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_one_flipped_bit_is_refused_or_changes_nothing(saved):
+    """Anywhere in the file: its data, the description, and the zip's structure, which no CRC covers."""
+    whole, expected = saved.read_bytes(), load_checkpoint(saved)
+    with zipfile.ZipFile(saved) as archive:
+        assert archive.testzip() is None  # torch writes CRCs that are right
+        directory, members = archive.start_dir, archive.infolist()
+        places = {(at, at % 8) for at in range(0, len(whole), 47)}
+        places |= {(at, bit) for at in range(directory, directory + 60, 2) for bit in range(0, 8, 3)}  # first of the directory
+        places |= {(at, at % 8) for at in range(len(whole) - 98, len(whole))}  # its end, zip64's included
+        for member in members[::9]:  # the header before a tensor
+            places |= {(at, at % 7) for at in range(member.header_offset, member.header_offset + 30, 3)}
+    entry = directory
+    for member in members:  # marked as a folder, a tensor would come back as whatever was in memory
+        places.add((entry + 38, 4))
+        entry += 46 + len(member.filename) + len(member.extra) + len(member.comment)
+    refusals = 0
+    for at, bit in sorted(places):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << bit
+        saved.write_bytes(damaged)
+        try:
+            assert equal(load_checkpoint(saved), expected), (at, bit)
+        except ModelError as error:
+            assert str(saved) in str(error) and "\n" not in str(error)
+            refusals += 1
+    assert refusals > len(places) / 2
+
+
+def test_a_file_of_torchs_old_format_is_refused(saved):
+    """It is no zip, so that it has no CRCs."""
+    torch.save(load_checkpoint(saved), saved, _use_new_zipfile_serialization=False)
+    assert torch.load(saved, weights_only=True)["step"] == 3
+    assert str(saved) in refused(load_checkpoint, saved) and str(saved) in refused(load_torch, saved)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch comments on the pickles it is made to read
@@ -175,6 +275,13 @@ def test_another_programs_file_is_refused(tmp_path, content):
     assert "other.pt" in refused(load_checkpoint, tmp_path / "other.pt")
 
 
+CONFIG = asdict(GPTNeoConfig(**TINY))
+
+
+def config_without(name):
+    return {key: value for key, value in CONFIG.items() if key != name}
+
+
 def weights_without(name):
     return {key: value for key, value in tiny().state_dict().items() if key != name}
 
@@ -186,22 +293,29 @@ def weights_without(name):
     ({"model": {**tiny().state_dict(), "transformer.ln_f.bias": "text"}}, "transformer.ln_f.bias"),
     ({"model": [1, 2]}, "fit"),
     ({"model": None}, "fit"),
-    ({"config": {**TINY, "dropout": 0.1}}, "dropout"),
-    ({"config": {**TINY, "n_layer": 3}}, "transformer.h.2"),
-    ({"config": {**TINY, "ablation": "global"}}, "attn_gate"),
-    ({"config": {**TINY, "ablation": "sometimes"}}, "ablation='sometimes'"),
-    ({"config": {**TINY, "k_mlp": 16}}, "k_mlp=16"),
-    ({"config": {**TINY, "n_head": 3}}, "n_head=3"),
-    ({"config": {**TINY, "n_embd": 0}}, "n_embd=0"),
-    ({"config": {**TINY, "n_layer": "2"}}, "fit"),
-    ({"config": {**TINY, "n_layer": None}}, "fit"),
-    ({"config": {**TINY, "vocab_size": 11.5}}, "fit"),
-    ({"config": {**TINY, "attention_layers": 1}}, "fit"),
+    ({"model": {**tiny().state_dict(), 7: torch.zeros(1)}}, "fit"),
+    ({"config": {**CONFIG, "dropout": 0.1}}, "dropout"),
+    ({"config": {**CONFIG, 7: 7}}, "fit"),
+    ({"config": config_without("n_layer")}, "lacks n_layer"),
+    ({"config": config_without("k_attn")}, "lacks k_attn"),  # no default: the model was trained with another
+    ({"config": {}}, "lacks ablated_coeff, ablation, attention_layers"),
+    ({"config": {**CONFIG, "n_layer": 3}}, "transformer.h.2"),
+    ({"config": {**CONFIG, "ablation": "global"}}, "attn_gate"),
+    ({"config": {**CONFIG, "ablation": "sometimes"}}, "ablation='sometimes'"),
+    ({"config": {**CONFIG, "ablation": ["local"]}}, "ablation=['local']"),
+    ({"config": {**CONFIG, "k_mlp": 16}}, "k_mlp=16"),
+    ({"config": {**CONFIG, "n_head": 3}}, "n_head=3"),
+    ({"config": {**CONFIG, "n_embd": 0}}, "n_embd=0"),
+    ({"config": {**CONFIG, "n_layer": "2"}}, "n_layer='2'"),
+    ({"config": {**CONFIG, "n_layer": None}}, "n_layer=None"),
+    ({"config": {**CONFIG, "vocab_size": 11.5}}, "vocab_size=11.5"),
+    ({"config": {**CONFIG, "attention_layers": 1}}, "attention_layers=1"),
+    ({"config": {**CONFIG, "clean_coeff": "1"}}, "clean_coeff='1'"),
     ({"config": [1]}, "fit"),
     ({"config": None}, "fit"),
 ])
 def test_config_and_weights_that_do_not_fit_are_refused(tmp_path, damage, word):
-    whole = {"config": TINY, "model": tiny().state_dict()}
+    whole = {"config": CONFIG, "model": tiny().state_dict()}
     torch.save(whole, tmp_path / "a.pt")
     GPTNeo.from_checkpoint(tmp_path / "a.pt")
     torch.save({**whole, **damage}, tmp_path / "a.pt")

@@ -1,4 +1,7 @@
-"""The model around the gate: the loss in chunks, generation, export."""
+"""The model around the gate: attention, the loss in chunks, generation, export.
+
+    python -m pytest tests/test_model.py
+"""
 
 import pytest
 import torch
@@ -6,7 +9,8 @@ import torch.nn.functional as F
 import transformers
 
 import model as model_file
-from model import GPTNeo, GPTNeoConfig, head_losses
+from model import (ChunkedCrossEntropy, GPTNeo, GPTNeoConfig, ablated_attention, attention, cross_entropy,
+                   head_losses)
 
 V = 50
 
@@ -24,7 +28,47 @@ def prompt(*shape):
     return torch.randint(V, shape, generator=torch.Generator().manual_seed(1))
 
 
+# ---- attention
+
+
+@pytest.mark.parametrize("window", [1, 3, 6, 7, 100])
+@pytest.mark.parametrize("T", [7, 3, 1])  # of 7 tokens, the last T are queries: the others are cached
+def test_attention_is_a_softmax_over_what_a_query_sees(T, window):
+    """Each query on its own: its position and the window - 1 before it, in one softmax, unscaled. On the ablated
+    stream the key and the value at its own position are its own."""
+    S, generator = 7, torch.Generator().manual_seed(0)
+    q, k_own, v_own, k, v = (torch.randn(2, 3, n, 4, dtype=torch.float64, generator=generator) for n in (T, T, T, S, S))
+
+    def expected(own):
+        rows = []
+        for row, at in enumerate(range(S - T, S)):
+            first = max(0, at - window + 1)
+            keys, values = k[:, :, first : at + 1].clone(), v[:, :, first : at + 1].clone()  # (2, 3, seen, 4)
+            if own:
+                keys[:, :, -1], values[:, :, -1] = k_own[:, :, row], v_own[:, :, row]
+            weights = (q[:, :, row, None] * keys).sum(-1).softmax(-1)  # (2, 3, seen)
+            rows.append((weights[..., None] * values).sum(2))
+        return torch.stack(rows, 2)
+
+    torch.testing.assert_close(attention(q, k, v, window), expected(own=False), rtol=0, atol=1e-12)
+    torch.testing.assert_close(ablated_attention(q, k, v, k_own, v_own, window), expected(own=True), rtol=0, atol=1e-12)
+
+
 # ---- the loss
+
+
+def test_chunks_compute_what_the_plain_loss_does(monkeypatch):
+    """Value, losses of the rows and both gradients, with another weight for every row."""
+    monkeypatch.setattr(model_file, "CHUNK", 7 * V)
+    hidden, weight = torch.randn(30, 8, dtype=torch.float64), torch.randn(V, 8, dtype=torch.float64)
+    targets, scale, results = prompt(30), torch.rand(30, dtype=torch.float64), []
+    for loss_of in (ChunkedCrossEntropy.apply, cross_entropy):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss, nll = loss_of(h, w, targets, scale)
+        (3 * loss).backward()
+        results.append((loss.detach(), nll.detach(), h.grad, w.grad))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("chunk", [1, 7 * V, 10**9])

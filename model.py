@@ -32,7 +32,6 @@ class ModelError(ValueError):
     """A config, an input or a file that cannot work. The message is one line, for the user."""
 
 
-
 @dataclass
 class GPTNeoConfig:
     """A model's geometry, gate and loss; the defaults are the paper's. Raises ModelError on what
@@ -459,14 +458,10 @@ class GPTNeo(nn.Module):
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint(checkpoint)
         try:
-            config = GPTNeoConfig(**checkpoint["config"])
-            missing = asdict(config).keys() - checkpoint["config"].keys()
-            if missing:  # a default in its place would be another model
-                raise ModelError(f"the checkpoint's config lacks {', '.join(sorted(missing))}")
-            model = cls(config)
+            model = cls(GPTNeoConfig(**checkpoint["config"]))
             model.load_state_dict(checkpoint["model"])
         except (RuntimeError, TypeError, AttributeError) as error:  # of config, weights
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split())[:300]
             raise ModelError(f"the checkpoint's config and weights do not fit: {reason}") from None
         return model.to(device)
 
@@ -535,7 +530,7 @@ def cross_entropy(hidden, weight, targets, scale):
     """hidden (R, C), weight (V, C), targets and scale (R) -> scale . nll and nll (R), in nats."""
     logits = at_least_fp32(F.linear(hidden, weight))  # (R, V)
     nll = F.cross_entropy(logits, targets, reduction="none")  # -log softmax(logits)[target]
-    return nll @ scale, nll
+    return nll.dot(scale.to(nll.dtype)), nll  # a product with @ autocast would round to bf16
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -638,7 +633,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(grad.T, x * row_scale[rows])
         ctx.save_for_backward(grad_hidden.mul_(row_scale), grad_weight)
         ctx.mark_non_differentiable(nll)
-        return nll @ scale, nll
+        return nll.dot(scale), nll
 
     @staticmethod
     def backward(ctx, grad, _):

@@ -61,19 +61,23 @@ def text(name, content):
     return lambda folder: (folder / name).write_text(content)
 
 
-def autoencoders(*damage, unfinished=False):
-    """Autoencoders in out/run, finished or as a stop leaves them, and then this damage."""
+def autoencoders(*damage):
+    """Autoencoders in out/run, and then this damage."""
     def spoil(folder):
         with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
             sae = importlib.import_module("sae")
             patch.setattr(sae, "draw_saes", lambda *_: None)
             assert typed(SAE_WORDS) is None
-            if unfinished:
-                state = {**torch.load("out/run/sae.pt", weights_only=True), "state": {"rows": [], "current": None}}
-                torch.save(state, "out/run/sae.resume.pt")
         for change in damage:
             change(folder)
     return spoil
+
+
+def unfinished(folder):
+    """The autoencoders of out/run as a stop would leave them."""
+    done = folder / "out" / "run" / "sae.pt"
+    torch.save({**torch.load(done, weights_only=True), "state": {"rows": [], "current": None}}, done.with_name("sae.resume.pt"))
+    done.with_name("sae.json").unlink()
 
 
 def folder_named(name):
@@ -267,10 +271,10 @@ SAE = [
     (f"{SAE_WORDS}", "best.pt is damaged", flip("out/run/best.pt")),
     (f"{SAE_WORDS}", "data/val.bin is damaged", flip("data/val.bin")),
     (f"{SAE_WORDS}", "data/train.bin is damaged", flip("data/train.bin")),
-    (f"{SAE_WORDS}", "sae.json is damaged: delete it", text("out/run/sae.json", "{")),
-    (f"{SAE_WORDS}", "sae.resume.pt is damaged: delete it, or add --force", text("out/run/sae.resume.pt", "PK")),
-    (f"{SAE_WORDS}", "sae.resume.pt is damaged: delete it",
-     autoencoders(flip("out/run/sae.resume.pt"), unfinished=True)),
+    (f"{SAE_WORDS}", "sae.json is damaged, or of an earlier version: delete it", text("out/run/sae.json", "{")),
+    (f"{SAE_WORDS}", "sae.resume.pt is damaged, or of an earlier version: delete it", text("out/run/sae.resume.pt", "PK")),
+    (f"{SAE_WORDS}", "sae.resume.pt is damaged, or of an earlier version: delete it", autoencoders(),
+     unfinished, flip("out/run/sae.resume.pt")),
     (f"{SAE_WORDS}", "sae.pt does not hold autoencoders", autoencoders(flip("out/run/sae.pt"))),
     (f"{SAE_WORDS} --features=3", "sae.pt does not hold autoencoders", autoencoders(text("out/run/sae.pt", ""))),
     (f"{SAE_WORDS} --lr=0.1", "sae.json was made with lr=1e-05, not 0.1: --force replaces it", autoencoders()),

@@ -91,6 +91,14 @@ def test_chunked_losses_are_cross_entropies_with_all_their_gradients(chunk, coef
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
+def test_autocast_rounds_no_loss():
+    model, idx, targets = tiny().float(), prompt(2, 16), prompt(2, 16).flip(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(idx, targets)
+    assert losses.loss.dtype == torch.float32
+    torch.testing.assert_close(losses.loss, losses.loss_clean + losses.loss_ablated)
+
+
 def test_loss_coefficients_weight_the_two_streams():
     idx, targets = prompt(2, 16), prompt(2, 16).flip(0)
     plain = tiny()(idx, targets)

@@ -316,6 +316,26 @@ def frequent_pieces(corpus, count, workers):
     return sorted(pieces, key=lambda piece: (-counts[piece], piece))[:count]
 
 
+def lock_folder(folder, busy):
+    """Makes a folder if there is none and locks it. -> the lock, which closing it or the end of this process lets go.
+
+    None where the system has no such locks. Raises UserError(busy) while another process holds it, OSError.
+    """
+    os.makedirs(folder, exist_ok=True)
+    if fcntl is None:
+        return None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(busy) from None
+    except OSError:  # a file system without locks, such as NFS, which wants a file to be written
+        os.close(lock)
+        return None
+    return lock
+
+
 def claim(folder):
     """Makes a folder that no other prepare.py is using. -> a lock, which the system lets go of when its owner dies"""
     try:

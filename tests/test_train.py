@@ -418,7 +418,7 @@ def test_tokens_that_lie_on_the_device_give_the_same_rows():
 
 
 def evaluate(model, tokens, **changes):
-    return train.evaluate(model, tokens, configured(**changes), torch.device("cpu"), contextlib.nullcontext())
+    return train.validation_losses(model, tokens, configured(**changes), train.Machine())
 
 
 def test_evaluation_is_the_plain_mean_over_the_windows(data):
@@ -492,7 +492,8 @@ def test_a_checkpoint_holds_what_is_needed_to_use_it_and_to_go_on(data, tmp_path
     for name in ("last.pt", "best.pt"):
         checkpoint = torch.load(out / name, weights_only=True)
         assert checkpoint["config"]["ablation"] == ablation and checkpoint["config"]["vocab_size"] == 300
-        assert checkpoint["train_config"] == {**dataclasses.asdict(configured(ablation=ablation)), "data": str(data), "out": str(out)}
+        assert checkpoint["train_config"] == {
+            **dataclasses.asdict(configured(ablation=ablation)), "data": str(data), "out": str(out), "vocab_size": 300}
         assert (checkpoint["tokenizer"], checkpoint["data"]) == (meta["tokenizer"], meta["checksum"])
         assert {"step", "optimizer"} <= checkpoint.keys()
         assert checkpoint["model"].keys() == model_of(configured(ablation=ablation)).state_dict().keys()
@@ -515,7 +516,7 @@ def scripted(values):
 
 def test_best_is_the_lowest_validation_loss_and_worse_ones_leave_it_alone(data, tmp_path, monkeypatch):
     """The loss is the sum: 4 + 4 is better than 3 + 6, whose clean loss alone is the lowest of all."""
-    monkeypatch.setattr(train, "evaluate", scripted([(5, 5), (4, 4), (3, 6), (4, 5), (4, 4)]))
+    monkeypatch.setattr(train, "validation_losses", scripted([(5, 5), (4, 4), (3, 6), (4, 5), (4, 4)]))
     out = start(data, tmp_path / "run", max_iters=8, eval_interval=2)
     assert load_checkpoint(out / "best.pt")["step"] == 2
     assert load_checkpoint(out / "last.pt")["step"] == 8
@@ -523,7 +524,7 @@ def test_best_is_the_lowest_validation_loss_and_worse_ones_leave_it_alone(data, 
 
 
 def test_a_resumed_run_remembers_its_best(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "evaluate", scripted([(5, 5), (1, 1), (4, 4), (3, 3)]))
+    monkeypatch.setattr(train, "validation_losses", scripted([(5, 5), (1, 1), (4, 4), (3, 3)]))
     with signals(signal.SIGTERM, at=3):
         out = start(data, tmp_path / "run", max_iters=6, eval_interval=2)
     start(data, out, max_iters=6, eval_interval=2, resume=True)
@@ -765,17 +766,14 @@ def script(folder, send="pass", patience=0, victim=0):
         import config, torch, train
         torch.set_default_dtype(torch.float64)
         train.draw_losses = lambda *_: None
-        batch_at, compile_module, save_shards = train.batch_at, torch.nn.Module.compile, train.dcp.save
+        batch_at, compile_module = train.batch_at, torch.nn.Module.compile
         torch.nn.Module.compile = lambda self, mode: compile_module(self, backend="aot_eager")
         def and_signal(tokens, step, *rest):
             if step == 6 and os.environ["RANK"] == "{victim}":
                 {send}
             time.sleep({patience} if step > 6 else 0)
             return batch_at(tokens, step, *rest)
-        def into_new_folder(state, checkpoint_id):
-            assert os.environ["WORLD_SIZE"] != "1" or not checkpoint_id.exists()  # of several, another may have made it just now
-            save_shards(state, checkpoint_id=checkpoint_id)
-        train.batch_at, train.dcp.save = and_signal, into_new_folder
+        train.batch_at = and_signal
         config.cli(train.main)
     """)
     return str(folder / "script.py")
@@ -802,13 +800,6 @@ def test_two_processes_train_like_one(data, tmp_path, launcher, changes, double)
     assert_close_run(folders[0], start(data, tmp_path / "one", **{**changes, "grad_accum": 1}))
 
 
-@pytest.fixture(scope="module")
-def sharded(data, launcher, tmp_path_factory):
-    """A short run of one process that shards."""
-    folder = tmp_path_factory.mktemp("sharded")
-    return several(launcher, 1, folder, data, folder / "run", fsdp=True, max_iters=2)
-
-
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_four_processes_train_like_one(data, tmp_path, launcher, double, fsdp):
     """Seven windows to evaluate: one process has none left and must neither count one nor keep the others waiting."""
@@ -831,48 +822,33 @@ def test_sharded_processes_train_like_one(data, tmp_path, launcher, double, chan
     GPTNeo.from_checkpoint(out)
 
 
-@pytest.mark.parametrize("world", [1, 4])
-def test_a_sharded_run_goes_on_in_another_number_of_processes(data, tmp_path, launcher, double, world):
+@pytest.mark.parametrize("before, after", [((2, True), (1, False)), ((1, False), (2, True)), ((2, True), (4, True)),
+                                           ((2, False), (1, True))], ids=str)
+def test_a_run_goes_on_in_other_processes_sharded_or_not(data, tmp_path, launcher, double, before, after):
+    """Each is (processes, fsdp). Stopped after update 7, between two evaluations. One checkpoint holds whole
+    tensors, whoever wrote it, and is what one process alone would have written."""
     out, log = tmp_path / "run", tmp_path / "log"
     told = script(tmp_path, send="os.kill(os.getpid(), signal.SIGTERM)")
-    launcher.start(*((words(data, out, fsdp=True), rank) for rank in ranks(2)), log=log, script=told)
-    assert launcher.wait() == [0, 0], log.read_text()
-    assert load_checkpoint(out / "last.pt")["step"] == 7
-    assert [path.name for path in out.glob("optimizer-*")] == ["optimizer-7"]  # that of step 5 is gone
-    shutil.copytree(out / "optimizer-7", out / "optimizer-9")  # as if a crash had come before last.pt was written
-    several(launcher, world, tmp_path, data, out, fsdp=True, resume=True)
-    assert [path.name for path in out.glob("optimizer-*")] == ["optimizer-12"]
+    world, fsdp = before
+    launcher.start(*((words(data, out, fsdp=fsdp), rank) for rank in ranks(world)), log=log, script=told)
+    assert launcher.wait() == [0] * world, log.read_text()
+    with signals(signal.SIGTERM, at=6):
+        alone = start(data, tmp_path / "alone")
+    ours, theirs = load_checkpoint(out / "last.pt"), load_checkpoint(alone / "last.pt")
+    assert ours["step"] == theirs["step"] == 7
+    assert ours["optimizer"]["state"].keys() == theirs["optimizer"]["state"].keys()  # names of parameters
+    for name, entry in theirs["optimizer"]["state"].items():
+        for key, value in entry.items():
+            torch.testing.assert_close(ours["optimizer"]["state"][name][key], value, rtol=1e-7, atol=1e-12)
+    world, fsdp = after
+    several(launcher, world, tmp_path, data, out, fsdp=fsdp, resume=True)
+    assert sorted(path.name for path in out.iterdir()) == ["best.pt", "last.pt", "metrics.jsonl"]
+    assert_close_run(out, start(data, alone, resume=True))
     assert_close_run(out, start(data, tmp_path / "whole"))
 
 
-def test_shards_that_last_pt_names_are_never_written_again(data, tmp_path, launcher, double):
-    """Stopped after update 7, where the resumed run begins with a checkpoint: killed in it, it must not lose the old one.
-    What else lies in the folder is the user's."""
-    out, log, chosen = tmp_path / "run", tmp_path / "log", dict(fsdp=True, eval_interval=7, max_iters=8)
-    told = script(tmp_path, send="os.kill(os.getpid(), signal.SIGTERM)")
-    launcher.start(*((words(data, out, **chosen), rank) for rank in ranks(1)), log=log, script=told)
-    assert launcher.wait() == [0], log.read_text()
-    assert load_checkpoint(out / "last.pt")["optimizer"] == "optimizer-7"
-    (out / "optimizer-notes").mkdir()
-    several(launcher, 1, tmp_path, data, out, **chosen, resume=True)
-    assert {path.name for path in out.glob("optimizer-*")} == {"optimizer-8", "optimizer-notes"}
-
-
-@pytest.mark.parametrize("damage", [shutil.rmtree, lambda path: (path / ".metadata").write_bytes(b"no"),
-                                    lambda path: os.truncate(path / "__0_0.distcp", 100)], ids=["gone", "metadata", "cut"])
-def test_damaged_shards_are_refused_in_one_line(data, tmp_path, launcher, sharded, damage):
-    out, log = tmp_path / "run", tmp_path / "log"
-    shutil.copytree(sharded, out)
-    damage(out / "optimizer-2")
-    launcher.start(*((words(data, out, fsdp=True, max_iters=2, resume=True), rank) for rank in ranks(1)), log=log, script=script(tmp_path))
-    assert launcher.wait() == [1]
-    complaint = [line for line in log.read_text().splitlines() if "rror" in line or "Traceback" in line]
-    assert len(complaint) == 1 and complaint[0].startswith(f"error: {out}/optimizer-2") and "missing or damaged" in complaint[0]
-
-
-def test_sharding_without_processes_and_going_on_without_sharding_are_refused(data, tmp_path, sharded):
+def test_sharding_without_processes_is_refused(data, tmp_path):
     assert "torchrun" in refused(data, tmp_path / "run", fsdp=True)
-    assert "--fsdp=True" in refused(data, sharded, max_iters=2, resume=True)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -994,7 +970,7 @@ def test_resuming_with_other_knobs_is_refused_with_the_words_to_add(data, tmp_pa
 
 
 # where a run computes and what it prints may change on the way; a knob added later may not, unless it is named here
-FREE = {"resume", "data", "out", "device", "dtype", "compile", "grad_accum", "log_interval", "wandb"}
+FREE = {"resume", "data", "out", "device", "dtype", "compile", "fsdp", "grad_accum", "log_interval", "wandb"}
 
 
 @pytest.mark.parametrize("name", [name for name in knobs.FIELDS if name not in FREE])

@@ -38,12 +38,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
+    set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -84,22 +80,7 @@ class Machine:
 
 
 def find_machine(config):
-    """The Machine that the knobs and torchrun describe. Raises UserError."""
-    rank, world, local_rank = find_processes()
-    device, bfloat16, compile_mode = choose_machine(config, local_rank)
-    if config.fsdp and "RANK" not in os.environ:
-        raise UserError("--fsdp=True shards over processes: start them with "
-                        "torchrun --nproc_per_node=2 train.py ...")
-    if config.batch_size % (world * config.grad_accum):
-        raise UserError(f"batch_size={config.batch_size} must be a multiple of "
-                        f"processes x grad_accum = {world} x {config.grad_accum}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # before nccl looks
-    return Machine(rank, world, device, bfloat16, compile_mode)
-
-
-def find_processes():
-    """(rank, world, local rank) as torchrun says them; (0, 1, 0) without it. Raises UserError."""
+    """The Machine that the knobs and torchrun's environment describe. Raises UserError."""
     numbers = []
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         text = os.environ.get(name, alone)
@@ -107,11 +88,17 @@ def find_processes():
             raise UserError(f"the environment variable {name}={text} is not a whole number: "
                             f"unset it, or let torchrun set it")
         numbers.append(int(text))
-    rank, world, _ = numbers
-    if rank >= world:
-        raise UserError(f"the environment variable RANK={rank} must be below WORLD_SIZE={world}: "
-                        f"unset both, or let torchrun set them")
-    return numbers
+    rank, world, local_rank = numbers
+    device, bfloat16, compile_mode = choose_machine(config, local_rank)
+    if (world > 1 or config.fsdp) and "MASTER_ADDR" not in os.environ or rank >= world:
+        raise UserError("--fsdp=True and several processes need torchrun, which tells them of "
+                        "each other: torchrun --nproc_per_node=2 train.py ...")
+    if config.batch_size % (world * config.grad_accum):
+        raise UserError(f"batch_size={config.batch_size} must be a multiple of "
+                        f"processes x grad_accum = {world} x {config.grad_accum}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before nccl looks
+    return Machine(rank, world, device, bfloat16, compile_mode)
 
 
 def choose_machine(config, local_rank):
@@ -134,41 +121,35 @@ def choose_machine(config, local_rank):
 
 
 def check_memory(config, machine):
-    """Refuse a run that this machine cannot hold, before anything is made. Raises UserError."""
-    parameters = count_parameters(config.model)
+    """Refuse, before anything is made, a run that this machine cannot hold. Raises UserError."""
+    memory = math.inf  # where the system does not say
+    if machine.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(machine.device).total_memory
+    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # 16 bytes a parameter: weight, gradient and AdamW's two moments in fp32; and at least
+    # the inputs of all blocks of a micro-batch, (L, B, T, C), 4 bytes each
+    needed = 16 * count_parameters(config.model) // (machine.world if config.fsdp else 1)
     rows = config.batch_size // machine.world // config.grad_accum
-    # 16 bytes a parameter: weight, gradient and AdamW's two moments in fp32; beside that at
-    # least what every block is given, (rows, T, C), 4 bytes a number
-    needed = 16 * parameters // (machine.world if config.fsdp else 1)
-    needed += 4 * rows * config.block_size * config.n_embd * config.n_layer
-    memory = memory_of(machine.device)
+    needed += 4 * config.n_layer * rows * config.block_size * config.n_embd
     if needed > memory:
-        raise UserError(f"this run of {parameters:,} parameters needs more than "
-                        f"{needed / 1e9:,.0f} GB and {machine.device} has {memory / 1e9:,.0f}: "
-                        f"lower --n_embd, --n_layer or --batch_size, or raise --grad_accum")
+        raise UserError(f"this run needs more than {needed / 1e9:,.0f} GB of memory, and "
+                        f"{machine.device} has {memory / 1e9:,.0f}: lower --n_embd, --n_layer or "
+                        f"--batch_size, or raise --grad_accum")
 
 
 def count_parameters(config):
-    """Of the model of a GPTNeoConfig, without making it: every block adds the same number."""
+    """Of a GPTNeoConfig's model, without making it: every block adds the same number."""
     numbers = []
     for layers in (1, 2):
         few = dataclasses.replace(config, n_layer=layers, attention_layers="global")
         try:
             with torch.device("meta"):
                 numbers.append(sum(p.numel() for p in GPTNeo(few).parameters()))
-        except (RuntimeError, TypeError, OverflowError):  # torch cannot count that far either
-            raise UserError("no machine can hold this model: lower --n_embd or --block_size") from None
-    one, two = numbers
-    return one + (config.n_layer - 1) * (two - one)
-
-
-def memory_of(device):
-    """In bytes; infinite where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return math.inf
+        except (RuntimeError, TypeError, OverflowError):  # torch cannot even count that far
+            raise UserError("no machine can hold such a model: lower --n_embd, or what else is "
+                            "too large") from None
+    return numbers[0] + (config.n_layer - 1) * (numbers[1] - numbers[0])
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -346,13 +327,12 @@ class Progress:
 
     def is_sound(self, config):
         """Whether a run of this Config can have come to this: a file may hold anything."""
-        keys = self.metrics_line(config, 0.0, 0.0).keys() if len(self.since) == 5 else ()
-        for line in self.metrics:
-            if not isinstance(line, dict) or line.keys() != keys:
-                return False
-        numbers = [*self.since, *(value for line in self.metrics for value in line.values())]
-        return (len(self.since) == 5 and -1 <= self.evaluated <= self.step <= config.max_iters
-                and all(isinstance(number, (int, float, type(None))) for number in numbers))
+        try:
+            keys = self.metrics_line(config, 0.0, 0.0).keys()  # which looks at `since`
+            np.array([line[key] for line in self.metrics for key in keys], float)
+        except (KeyError, TypeError, ValueError):
+            return False
+        return -1 <= self.evaluated <= self.step <= config.max_iters
 
 
 class Meter:
@@ -444,15 +424,15 @@ class RunFolder:
 
     @contextmanager
     def writing(self):
-        """A full disk is one line, which says what is not lost."""
+        """Tell a full disk in one line, and what it leaves intact."""
         try:
             yield
         except (ModelError, RuntimeError) as error:
-            if isinstance(error, RuntimeError):  # torch.save's, in place of the one behind it
+            if isinstance(error, RuntimeError):  # torch.save's own, in place of the one behind it
                 if not isinstance(error.__context__, OSError):
                     raise
                 error = f"cannot write to {self.path}: {error.__context__.strerror}"
-            kept = "nothing was there to lose: make room or choose another --out"
+            kept = "nothing is lost: make room or choose another --out"
             if self.saved is not None:
                 kept = (f"last.pt, of step {self.saved:,}, is intact: make room, and the same "
                         f"command with --resume=True goes on from there")
@@ -487,20 +467,21 @@ class RunFolder:
 
 
 def read_resumable(config, data_checksum):
-    """The checkpoint to go on from, out/last.pt. Raises UserError when it is of another run."""
+    """The checkpoint to go on from, out/last.pt. Raises UserError where it is of another run."""
     path = Path(config.out, "last.pt")
     checkpoint = load_checkpoint(path)
-    kinds = {"model": dict, "optimizer": dict, "train_config": dict, "data": str}
+    kinds = {"train_config": dict, "model": dict, "optimizer": dict, "data": str}
     kinds |= {field.name: field.type for field in dataclasses.fields(Progress)}
-    theirs, ours = checkpoint.get("train_config"), knobs.decisive(dataclasses.asdict(config))
-    if isinstance(theirs, dict) and knobs.decisive(theirs).keys() != ours.keys():
-        others = ", ".join(sorted(map(str, knobs.decisive(theirs).keys() ^ ours.keys())))
-        raise UserError(f"{path} was written by another version of train.py, with other knobs "
-                        f"({others}): it can be evaluated, but not continued")
-    for name, kind in kinds.items():
-        if not isinstance(checkpoint.get(name), kind):
-            raise UserError(f"{path} has no training state to go on from (its '{name}' is missing "
-                            f"or of a wrong type): train.py did not write it")
+    wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind)]
+    ours, theirs = (knobs.decisive(values if isinstance(values, dict) else {})
+                    for values in (dataclasses.asdict(config), checkpoint.get("train_config")))
+    if theirs and theirs.keys() != ours.keys():
+        names = ", ".join(sorted(map(str, theirs.keys() ^ ours.keys())))
+        raise UserError(f"{path} is of another version of train.py, with other knobs ({names}): "
+                        f"it can be evaluated, but not continued")
+    if wrong:
+        raise UserError(f"{path} has no training state to go on from ({', '.join(wrong)} missing "
+                        f"or of a wrong type): train.py did not write it")
     if checkpoint["data"] != data_checksum:
         raise UserError(f"{config.data} is not the data that {path} was trained on (checksum "
                         f"{data_checksum}, not {checkpoint['data']}): give the run's own data "
@@ -509,13 +490,9 @@ def read_resumable(config, data_checksum):
     if changed:
         raise UserError(f"{path} was trained with other knobs; to continue it add "
                         f"{' '.join(changed)}")
-    if not progress_of(checkpoint).is_sound(config):
-        raise UserError(f"{path} counts its updates in a way that train.py does not: it is damaged")
-    with torch.device("meta"):
-        model = GPTNeo(config.model)
-    if not fits(checkpoint, model):
-        raise UserError(f"{path} does not hold weights and optimizer by the names of this model: it "
-                        f"is damaged or of an earlier version, and cannot be continued")
+    if not (progress_of(checkpoint).is_sound(config) and fits(checkpoint, config.model)):
+        raise UserError(f"{path} is damaged, or of an earlier version of train.py: its progress, "
+                        f"weights or optimizer are not those of this run, so it cannot go on")
     return checkpoint
 
 
@@ -524,14 +501,15 @@ def progress_of(checkpoint):
     return Progress(**{name: checkpoint[name] for name in names})
 
 
-def fits(checkpoint, model):
-    """Whether these are a model's weights and, after the first update, AdamW's state of each."""
-    weights = {name: value.shape for name, value in model.state_dict().items()}
+def fits(checkpoint, config):
+    """Whether it holds the weights of such a model and, after an update, AdamW's state of each."""
+    with torch.device("meta"):
+        model = GPTNeo(config)
     state = {}
     for name, p in model.named_parameters() if checkpoint["step"] else ():
         state[name] = {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}
     found = shapes(checkpoint["optimizer"].get("state", {}))
-    return shapes(checkpoint["model"]) == weights and found == state
+    return shapes(checkpoint["model"]) == shapes(model.state_dict()) and found == state
 
 
 def shapes(tree):
@@ -574,25 +552,7 @@ def draw_losses(path, metrics, title):
         figure.savefig(file, format="png", dpi=120)
 
 
-def import_wandb():
-    """The module. Raises UserError where it is not installed."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb=True needs the package: pip install wandb") from None
-    return wandb
-
-
-# -------------------------------------------------------------------------------------- the run
-
-
-def meet(config, machine):
-    """The processes of a run find each other. Raises UserError."""
-    if machine.world > 1 or config.fsdp:
-        try:
-            dist.init_process_group("nccl" if machine.device.type == "cuda" else "gloo")
-        except ValueError as error:  # a variable that torchrun sets is missing
-            raise UserError(f"the processes cannot meet ({error}): start them with torchrun") from None
+# ---------------------------------------------------------------------------------------- the run
 
 
 def shard(model, device):
@@ -620,7 +580,11 @@ def train(config):
     check_memory(config, machine)
     train_tokens = load_split(config, "train", device)
     val_tokens = load_split(config, "val", device)
-    wandb = import_wandb() if config.wandb else None
+    if config.wandb:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb=True needs the package: pip install wandb") from None
 
     with RunFolder(config, meta, machine) as folder:
         checkpoint = read_resumable(config, meta["checksum"]) if config.resume else None
@@ -631,7 +595,8 @@ def train(config):
         torch.manual_seed(config.seed)  # made on the CPU, so every device starts from the same
         model = GPTNeo(config.model)
         parameters = sum(p.numel() for p in model.parameters())
-        meet(config, machine)
+        if world > 1 or config.fsdp:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if config.fsdp:
             shard(model, device)
         model.to(device)
@@ -658,7 +623,7 @@ def train(config):
                     f"{' sharded' if config.fsdp else ''}, "
                     f"{'bfloat16' if machine.bfloat16 else 'float32'}, "
                     f"compile {machine.compile_mode}")
-        if wandb and rank == 0:
+        if config.wandb and rank == 0:
             wandb.init(project="self-ablating-transformers", name=folder.path.name,
                        config=dataclasses.asdict(config))
 
@@ -678,7 +643,7 @@ def train(config):
                 text = streams_text(line["val_clean"], line["val_ablated"])
                 machine.say(f"step {progress.step:,}: validation {text}")
                 folder.report(progress)
-                if wandb and rank == 0:
+                if config.wandb and rank == 0:
                     wandb.log(line, step=progress.step)
                 # last.pt comes last: killed between the two, the run finds this best again
                 names = ["best.pt", "last.pt"] if is_best else ["last.pt"]
@@ -713,19 +678,14 @@ def train(config):
             dist.destroy_process_group()
 
 
-def out_of_memory(error):
-    """Whether an exception says so: of Python and numpy, of a GPU, of torch on a CPU."""
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
-
-
 def main():
     config = knobs.load(sys.argv[1:])
     last = Path(config.out, "last.pt")
     try:
         train(config)
     except (MemoryError, RuntimeError) as error:
-        if out_of_memory(error):
+        kinds = (MemoryError, torch.OutOfMemoryError)  # Python's and numpy's, a GPU's
+        if isinstance(error, kinds) or "can't allocate memory" in str(error):  # torch's on a CPU
             raise UserError("out of memory: raise --grad_accum, which changes no result, or lower "
                             "--batch_size, --n_embd or --n_layer") from None
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):

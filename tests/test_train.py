@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import config as knobs
 import train
 from model import GPTNeo, GPTNeoConfig, Losses, load_checkpoint, save_checkpoint
-from prepare import load_tokens
+from prepare import load_tokens, lock_folder
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, max_iters=12, eval_interval=5, eval_windows=8,
             log_interval=4, device="cpu")
@@ -721,6 +721,28 @@ def test_ctrl_c_on_the_real_command_saves_and_exits_with_0(data, tmp_path):
     assert (tmp_path / "run" / "loss.png").exists()
 
 
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
+    """A stand-in for torch that is interrupted as it is imported, and would go on for a minute."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "train.py"], cwd=ROOT, env=environment, text=True, capture_output=True, timeout=50)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", "stopped\n")
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(data, tmp_path, launcher, double):
+    """Instead of a full disk, a limit on the size of a file, from the seventh update on. It is in the way of best.pt."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    limited = script(tmp_path, send="import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, -1))")
+    launcher.start((words(data, out), *ranks(1)), log=log, script=limited)
+    assert launcher.wait() == [1]
+    complaint = log.read_text().splitlines()[-1]
+    assert complaint.startswith("error: cannot write") and "File too large" in complaint
+    assert "last.pt, of step 5, is intact" in complaint and "Traceback" not in log.read_text()
+    assert sorted(path.name for path in out.iterdir()) == ["best.pt", "last.pt", "metrics.jsonl"]
+    start(data, out, resume=True)
+    assert_close_run(out, start(data, tmp_path / "whole"))
+
+
 # ---- a loss that is no longer finite
 
 
@@ -974,13 +996,13 @@ FREE = {"resume", "data", "out", "device", "dtype", "compile", "fsdp", "grad_acc
 
 
 @pytest.mark.parametrize("name", [name for name in knobs.FIELDS if name not in FREE])
-def test_no_knob_that_changes_the_computation_can_change_on_the_way(name, data, whole, monkeypatch):
-    monkeypatch.setenv("RANK", "0")  # as under torchrun, without which fsdp is refused for another reason
+def test_no_knob_that_changes_the_computation_can_change_on_the_way(name, data, whole):
     field = knobs.FIELDS[name]
     choices = [choice for choice in getattr(field.type, "__args__", ()) if choice != field.default]
     other = choices[0] if choices else "local" if field.type is str else TINY.get(name, field.default) + 1
-    other = {"beta1": 0.5, "beta2": 0.5, "fsdp": True}.get(name, other)
-    assert f"--{name}=" in refused(data, whole, resume=True, **{name: other})
+    other = {"beta1": 0.5, "beta2": 0.5, "n_head": 4, "n_embd": 32}.get(name, other)
+    allowed = {"k_attn": 1} if name == "attn_unit" else {}  # of two heads one must lose
+    assert f"--{name}=" in refused(data, whole, resume=True, **{name: other, **allowed})
 
 
 def test_a_run_goes_on_without_its_metrics_file(data, tmp_path, whole):
@@ -993,6 +1015,39 @@ def test_a_run_goes_on_without_its_metrics_file(data, tmp_path, whole):
     model = GPTNeo.from_checkpoint(out / "last.pt")
     save_checkpoint(out / "last.pt", model.config, model.state_dict())
     assert "no training state" in refused(data, out, resume=True)
+
+
+def test_two_runs_in_one_folder_at_a_time_are_refused(data, tmp_path):
+    lock = lock_folder(tmp_path / "run", "")
+    assert "another train.py is at work" in refused(data, tmp_path / "run")
+    os.close(lock)
+    with signals(signal.SIGTERM, at=2):
+        start(data, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:  # and one that fails lets go of its folder
+        patch.setattr(train, "update", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            start(data, tmp_path / "run", resume=True)
+    os.close(lock_folder(tmp_path / "run", "still locked"))
+
+
+@pytest.mark.parametrize("name, value", [("RANK", "x"), ("WORLD_SIZE", ""), ("LOCAL_RANK", "-1"), ("RANK", "1")])
+def test_what_torchrun_would_never_say_is_refused(data, tmp_path, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    message = refused(data, tmp_path / "run")
+    assert ("torchrun" in message) and (f"{name}={value} is not a whole number" in message or value == "1")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")], ids=str)
+def test_too_little_memory_is_one_line(data, tmp_path, monkeypatch, error):
+    def exhausted(*_):
+        raise error
+
+    monkeypatch.setattr(train, "update", exhausted)
+    message = refused(data, tmp_path / "run")
+    assert "out of memory" in message and all(f"--{name}" in message for name in ("batch_size", "grad_accum", "n_embd"))
 
 
 def test_a_run_folder_that_cannot_be_made_is_refused(data, tmp_path):

@@ -133,8 +133,8 @@ def check_memory(config, machine):
     rows = config.batch_size // machine.world // config.grad_accum
     needed += 4 * config.n_layer * rows * config.block_size * config.n_embd
     if needed > memory:
-        raise UserError(f"this run needs more than {needed / 1e9:,.0f} GB of memory, and "
-                        f"{machine.device} has {memory / 1e9:,.0f}: lower --n_embd, --n_layer or "
+        raise UserError(f"this run needs more than {needed // 10**9:,} GB of memory, and "
+                        f"{machine.device} has {memory // 10**9:,}: lower --n_embd, --n_layer or "
                         f"--batch_size, or raise --grad_accum")
 
 
@@ -165,7 +165,7 @@ def load_split(config, split, device):
 
 
 def place_tokens(tokens, device):
-    """The tokens (N,) where batches are cut from them: on a GPU with room for them, so that only
+    """The tokens (n,) where batches are cut from them: on a GPU with room for them, so that only
     offsets cross to it and the loop never waits; else as they are, memory-mapped uint16."""
     if device.type == "cuda" and tokens.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
         bits = np.array(tokens).view(np.int16)  # torch cannot index with uint16
@@ -330,14 +330,13 @@ class Progress:
         try:
             keys = self.metrics_line(config, 0.0, 0.0).keys()  # which looks at `since`
             np.array([line[key] for line in self.metrics for key in keys], float)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             return False
         return -1 <= self.evaluated <= self.step <= config.max_iters
 
 
 class Meter:
-    """Collects what updates return, on the device, so that the loop waits for it only now and
-    then; and their speed."""
+    """Collects what updates return, on the device, so that the loop rarely waits; times them."""
 
     def __init__(self, config, machine):
         self.config, self.machine = config, machine
@@ -402,7 +401,8 @@ class RunFolder:
         self.saved = None  # the step of its last.pt
         last = self.path / "last.pt"
         if config.resume and not last.is_file():
-            raise UserError(f"--resume=True, but there is no {last}: leave it out to start this run")
+            raise UserError(f"--resume=True, but there is no {last}: "
+                            f"leave it out to start this run")
         if last.exists() and not config.resume:  # a new run never overwrites an old one
             raise UserError(f"{config.out} already holds a run: --resume=True continues it, "
                             f"--out=FOLDER starts another")
@@ -470,15 +470,16 @@ def read_resumable(config, data_checksum):
     """The checkpoint to go on from, out/last.pt. Raises UserError where it is of another run."""
     path = Path(config.out, "last.pt")
     checkpoint = load_checkpoint(path)
+    ours, theirs = knobs.decisive(dataclasses.asdict(config)), checkpoint.get("train_config")
+    if isinstance(theirs, dict):
+        theirs = knobs.decisive(theirs)
+        others = ", ".join(sorted(map(str, theirs.keys() ^ ours.keys())))
+        if others:
+            raise UserError(f"{path} is of another version of train.py, with other knobs "
+                            f"({others}): it can be evaluated, but not continued")
     kinds = {"train_config": dict, "model": dict, "optimizer": dict, "data": str}
     kinds |= {field.name: field.type for field in dataclasses.fields(Progress)}
     wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind)]
-    ours, theirs = (knobs.decisive(values if isinstance(values, dict) else {})
-                    for values in (dataclasses.asdict(config), checkpoint.get("train_config")))
-    if theirs and theirs.keys() != ours.keys():
-        names = ", ".join(sorted(map(str, theirs.keys() ^ ours.keys())))
-        raise UserError(f"{path} is of another version of train.py, with other knobs ({names}): "
-                        f"it can be evaluated, but not continued")
     if wrong:
         raise UserError(f"{path} has no training state to go on from ({', '.join(wrong)} missing "
                         f"or of a wrong type): train.py did not write it")
@@ -497,6 +498,7 @@ def read_resumable(config, data_checksum):
 
 
 def progress_of(checkpoint):
+    """The Progress that a checkpoint holds, field by field."""
     names = [field.name for field in dataclasses.fields(Progress)]
     return Progress(**{name: checkpoint[name] for name in names})
 
@@ -589,7 +591,7 @@ def train(config):
     with RunFolder(config, meta, machine) as folder:
         checkpoint = read_resumable(config, meta["checksum"]) if config.resume else None
         if checkpoint and rank:
-            checkpoint["model"] = checkpoint["optimizer"] = {}  # they come from the first process
+            checkpoint |= {"model": {}, "optimizer": {}}  # they come from the first process
 
         # ---- model
         torch.manual_seed(config.seed)  # made on the CPU, so every device starts from the same
@@ -611,8 +613,9 @@ def train(config):
             del checkpoint  # three times the weights
         if machine.compile_mode:
             model.compile(mode=machine.compile_mode)  # in place: names in checkpoints stay plain
-        whole = world == 1 or config.fsdp
-        replica = model if whole else DistributedDataParallel(model)
+        replica = model
+        if world > 1 and not config.fsdp:
+            replica = DistributedDataParallel(model)
 
         # ---- the first lines
         folder.report(progress)  # a killed run may have written one line more

@@ -1,7 +1,7 @@
 """Train every config with every seed: a process a run, as many at a time on each GPU as fit.
 
     python bench/sweep.py config/baseline.py config/local_k2.py --seeds=1,2,3 --per_gpu=2
-    python bench/sweep.py config/demo.py --seeds=1,2 --per_gpu=2 --device=cpu    they share the cores
+    python bench/sweep.py config/demo.py --seeds=1,2 --per_gpu=2 --device=cpu   sharing its cores
 
 Other --name=value words are knobs of train.py, for every run. CONFIG with seed S is trained into
 out/sweep/CONFIG_seedS (another parent folder: --out=FOLDER) and prints into
@@ -117,12 +117,13 @@ class Sweep:
             environment = {**os.environ, "OMP_NUM_THREADS": self.threads}
             if gpu:
                 environment["CUDA_VISIBLE_DEVICES"] = gpu
-            command = [sys.executable, str(ROOT / "train.py"), *words, f"--resume={started(config)}"]
+            script, resume = str(ROOT / "train.py"), f"--resume={started(config)}"
             with open(f"{config.out}.log", "a") as log:
                 # in a session of its own, so that Ctrl-C reaches it through us only: twice would
                 # not let it save
-                process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL,
-                                           stdout=log, stderr=log, start_new_session=True)
+                process = subprocess.Popen(
+                    [sys.executable, script, *words, resume], env=environment,
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
             self.working[process] = config, gpu
 
     def collect(self):

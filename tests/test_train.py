@@ -370,7 +370,8 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert not torch.equal(train.batch_at(tokens, 8, config), batch)
     assert not torch.equal(train.batch_at(tokens, 7, configured(seed=1)), batch)
     # so seed 7 is not seed 1337 a few steps later
-    streams = {seed: [train.batch_at(tokens, step, configured(seed=seed)).sum().item() for step in range(40)] for seed in (0, 1)}
+    streams = [[train.batch_at(tokens, step, configured(seed=seed)).sum().item() for step in range(40)]
+               for seed in (0, 1)]
     assert len({*streams[0], *streams[1]}) > 70
 
 
@@ -553,7 +554,8 @@ def test_the_picture_is_a_whole_png(data, tmp_path, ablation, lines):
 def test_weights_and_biases_get_the_lines_of_metrics(data, tmp_path, monkeypatch):
     logged = []
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(
-        init=lambda **about: logged.append(about["config"]["seed"]), log=lambda line, step: logged.append((step, line["val_clean"]))))
+        init=lambda **about: logged.append(about["config"]["seed"]),
+        log=lambda line, step: logged.append((step, line["val_clean"]))))
     out = start(data, tmp_path / "run", wandb=True)
     assert logged == [1337, *((line["step"], line["val_clean"]) for line in metrics(out))]
 
@@ -580,8 +582,9 @@ def test_the_parting_words_say_how_to_go_on(data, tmp_path, capsys):
     assert "--resume=True" in capsys.readouterr().out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("changes", [{"ablation": "none"}, {"ablation": "global", "gate": "sigmoid", "attn_unit": "head", "k_attn": 1},
-                                     {"grad_accum": 2, "warmup_iters": 9, "weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize("changes", [
+    {"ablation": "none"}, {"ablation": "global", "gate": "sigmoid", "attn_unit": "head", "k_attn": 1},
+    {"grad_accum": 2, "warmup_iters": 9, "weight_decay": 0.1}], ids=str)
 def test_a_run_stopped_after_every_update_equals_the_uninterrupted_one(data, tmp_path, changes):
     undisturbed = start(data, tmp_path / "whole", **changes)
     out = tmp_path / "run"
@@ -707,8 +710,9 @@ def test_a_run_killed_again_and_again_equals_the_undisturbed_one(data, tmp_path,
 
 
 def test_ctrl_c_on_the_real_command_saves_and_exits_with_0(data, tmp_path):
-    process = subprocess.Popen([sys.executable, "train.py", *words(data, tmp_path / "run", max_iters=10**6, eval_interval=10**6, log_interval=1)],
-                               cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = words(data, tmp_path / "run", max_iters=10**6, eval_interval=10**6, log_interval=1)
+    process = subprocess.Popen([sys.executable, "train.py", *command], cwd=ROOT, env=ENVIRONMENT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for line in process.stdout:  # which also shows that lines come while it runs
         if line.startswith("step 2:"):
             process.send_signal(signal.SIGINT)
@@ -829,8 +833,9 @@ def test_four_processes_train_like_one(data, tmp_path, launcher, double, fsdp):
     assert_close_run(out, start(data, tmp_path / "one", eval_windows=7))
 
 
-@pytest.mark.parametrize("changes", [{"ablation": "none"}, {"grad_accum": 2}, {"attention_layers": "global,local", "window_size": 4},
-                                     {"ablation": "global", "compile": True, "n_layer": 1, "max_iters": 2}], ids=str)
+@pytest.mark.parametrize("changes", [
+    {"ablation": "none"}, {"grad_accum": 2}, {"attention_layers": "global,local", "window_size": 4},
+    {"ablation": "global", "compile": True, "n_layer": 1, "max_iters": 2}], ids=str)
 def test_sharded_processes_train_like_one(data, tmp_path, launcher, double, changes):
     """compile: all but its last part, as in the compiled run below."""
     out = several(launcher, 2, tmp_path, data, tmp_path / "sharded", **changes, fsdp=True)
@@ -1059,7 +1064,8 @@ def test_resuming_with_other_data_is_refused(tmp_path, whole):
     other = make_data(tmp_path / "other", seed=1)
     message = refused(other, whole, resume=True)
     assert str(other) in message and "--data=" in message
-    assert all(json.loads((folder / "meta.json").read_text())["checksum"] in message for folder in (other, Path(state_data(whole))))
+    for folder in (other, Path(state_data(whole))):
+        assert json.loads((folder / "meta.json").read_text())["checksum"] in message
 
 
 def state_data(out):
@@ -1127,4 +1133,5 @@ def test_weights_and_biases_without_the_package_is_refused(data, tmp_path, monke
 def test_the_command_itself_shows_one_line_and_no_traceback(data, tmp_path, launcher):
     launcher.start((words(data, tmp_path / "run", k_attn=0), {}), log=tmp_path / "log")
     assert launcher.wait() == [1]
-    assert (tmp_path / "log").read_text() == "error: k_attn=0 must be from 1 to 15: a layer has 16 units and at least one must lose\n"
+    assert (tmp_path / "log").read_text() == (
+        "error: k_attn=0 must be from 1 to 15: a layer has 16 units and at least one must lose\n")

@@ -1,135 +1,220 @@
 """Train a self-ablating GPT-Neo.
 
-    python train.py config/local_k2.py                              one process: GPU if there is one, else CPU
-    python train.py config/local_k2.py --batch_size=12              any knob of config/__init__.py; --help lists them
-    torchrun --nproc_per_node=4 train.py config/local_k2.py         one process per GPU (gloo on CPU)
-    torchrun --nproc_per_node=8 train.py config/gptneo_1p3b.py      the same with everything sharded: --fsdp=True
-    python train.py config/local_k2.py --resume=True                go on exactly where the run stopped
+    python train.py config/local_k2.py                    one process: GPU if there is one, else CPU
+    python train.py config/local_k2.py --batch_size=12    any knob; --help lists them
+    torchrun --nproc_per_node=4 train.py config/local_k2.py       a process per GPU (gloo on CPU)
+    torchrun --nproc_per_node=8 train.py config/gptneo_1p3b.py    the same, sharded: --fsdp=True
+    python train.py config/local_k2.py --resume=True      go on exactly where the run stopped
 
-Writes into the run folder out/<config>/: last.pt, best.pt (lowest validation loss, of what is trained: the weighted
-sum of both streams), metrics.jsonl (a JSON object per evaluation) and loss.png; with fsdp also optimizer-<step>/, the
-shards that go with last.pt. Ctrl-C and SIGTERM save last.pt and leave.
+Writes into the run folder out/<config>/: last.pt, best.pt (lowest validation loss, of what is
+trained: the weighted sum of both streams), metrics.jsonl (a JSON object per evaluation) and
+loss.png. Ctrl-C and SIGTERM save last.pt and leave. A run may go on with another number of
+processes, sharded or not: a checkpoint always holds whole weights and the whole optimizer.
 """
+
+import os
+import signal
+
+
+def leave_at_once(number, frame):
+    """Ctrl-C while torch is imported, which takes seconds. An exception might be lost in there."""
+    os.write(2, b"stopped\n")
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, leave_at_once)
 
 import dataclasses
 import json
 import math
-import os
-import shutil
-import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
-                                                     set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
+    set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import config as knobs
-from model import GPTNeo, load_checkpoint, save_checkpoint
-from prepare import UserError, load_meta, load_tokens
+from model import GPTNeo, ModelError, load_checkpoint, replace_file, save_checkpoint
+from prepare import UserError, load_meta, load_tokens, lock_folder
+
+# ---------------------------------------------------------------------------------------- machine
+
+
+@dataclass
+class Machine:
+    """What this process computes on, and which one it is of all that train together."""
+
+    rank: int = 0
+    world: int = 1  # processes
+    device: torch.device = torch.device("cpu")
+    bfloat16: bool = False  # whether to autocast to it
+    compile_mode: str | None = None
+
+    @property
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)  # flushed: a log file is read while it grows
+
+    def total(self, array):
+        """A float64 array summed over all processes, the same on each."""
+        if self.world == 1:
+            return array
+        tensor = torch.from_numpy(array).to(self.device)
+        dist.all_reduce(tensor)
+        return tensor.cpu().numpy()
+
+
+def find_machine(config):
+    """The Machine that the knobs and torchrun's environment describe. Raises UserError."""
+    numbers = []
+    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        text = os.environ.get(name, alone)
+        if not text.isdecimal():
+            raise UserError(f"the environment variable {name}={text} is not a whole number: "
+                            f"unset it, or let torchrun set it")
+        numbers.append(int(text))
+    rank, world, local_rank = numbers
+    device, bfloat16, compile_mode = choose_machine(config, local_rank)
+    if (world > 1 or config.fsdp) and "MASTER_ADDR" not in os.environ or rank >= world:
+        raise UserError("--fsdp=True and several processes need torchrun, which tells them of "
+                        "each other: torchrun --nproc_per_node=2 train.py ...")
+    if config.batch_size % (world * config.grad_accum):
+        raise UserError(f"batch_size={config.batch_size} must be a multiple of "
+                        f"processes x grad_accum = {world} x {config.grad_accum}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before nccl looks
+    return Machine(rank, world, device, bfloat16, compile_mode)
+
+
+def choose_machine(config, local_rank):
+    """(device, whether to autocast to bfloat16, how to compile or None) from three knobs.
+
+    Raises UserError on CUDA graphs where they would compute something else.
+    """
+    if config.compile == "reduce-overhead" and (config.grad_accum > 1 or config.fsdp):
+        # A graph's gradients live in its own memory until its next run, and p.grad is not a
+        # copy of them (pytorch issue 96693).
+        raise UserError("--compile=reduce-overhead goes with neither --grad_accum nor --fsdp: "
+                        "take --compile=True")
+    device = knobs.pick_device(config.device, local_rank)
+    cuda = device.type == "cuda"
+    bfloat16 = config.dtype == "bfloat16"
+    if config.dtype == "auto":  # emulated bfloat16 on GPUs before Ampere is slower than fp32
+        bfloat16 = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+    modes = {"False": None, "True": "default", "auto": "default" if cuda else None}
+    return device, bfloat16, modes.get(config.compile, config.compile)
+
+
+def check_memory(config, machine):
+    """Refuse, before anything is made, a run that this machine cannot hold. Raises UserError."""
+    memory = math.inf  # where the system does not say
+    if machine.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(machine.device).total_memory
+    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # 16 bytes a parameter: weight, gradient and AdamW's two moments in fp32; and at least
+    # the inputs of all blocks of a micro-batch, (L, B, T, C), 4 bytes each
+    needed = 16 * count_parameters(config.model) // (machine.world if config.fsdp else 1)
+    rows = config.batch_size // machine.world // config.grad_accum
+    needed += 4 * config.n_layer * rows * config.block_size * config.n_embd
+    if needed > memory:
+        raise UserError(f"this run needs more than {needed // 10**9:,} GB of memory, and "
+                        f"{machine.device} has {memory // 10**9:,}: lower --n_embd, --n_layer or "
+                        f"--batch_size, or raise --grad_accum")
+
+
+def count_parameters(config):
+    """Of a GPTNeoConfig's model, without making it: every block adds the same number."""
+    numbers = []
+    for layers in (1, 2):
+        few = dataclasses.replace(config, n_layer=layers, attention_layers="global")
+        try:
+            with torch.device("meta"):
+                numbers.append(sum(p.numel() for p in GPTNeo(few).parameters()))
+        except (RuntimeError, TypeError, OverflowError):  # torch cannot even count that far
+            raise UserError("no machine can hold such a model: lower --n_embd, or what else is "
+                            "too large") from None
+    return numbers[0] + (config.n_layer - 1) * (numbers[1] - numbers[0])
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+def load_split(config, split, device):
+    """The tokens of "train" or "val", placed. Raises UserError where they fill no window."""
+    tokens = load_tokens(config.data, split)
+    if len(tokens) <= config.block_size:
+        raise UserError(f"the {split} split of {config.data} has {len(tokens)} tokens, too few for "
+                        f"block_size={config.block_size}: prepare more text or lower --block_size")
+    return place_tokens(tokens, device)
 
 
 def place_tokens(tokens, device):
-    """The tokens (n,) where batches are cut from them: on a GPU with room for them, so that only offsets cross to it
-    and the loop never waits; else as they are, memory-mapped uint16."""
+    """The tokens (n,) where batches are cut from them: on a GPU with room for them, so that only
+    offsets cross to it and the loop never waits; else as they are, memory-mapped uint16."""
     if device.type == "cuda" and tokens.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-        return torch.from_numpy(np.array(tokens).view(np.int16)).to(device)  # torch cannot index with uint16
+        bits = np.array(tokens).view(np.int16)  # torch cannot index with uint16
+        return torch.from_numpy(bits).to(device)
     return tokens
 
 
 def rows_at(tokens, starts, length, device):
-    """What place_tokens returned, starts (n,) -> the length tokens from each start on, (n, length) int64."""
+    """The `length` tokens from each of starts (B,) on: (B, length) int64, on the device.
+
+    tokens: what place_tokens returned.
+    """
     if isinstance(tokens, torch.Tensor):
         starts = torch.from_numpy(starts).to(device, non_blocking=True)
-        return tokens[starts[:, None] + torch.arange(length, device=device)].long() & 0xFFFF  # the bits of uint16
-    return torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64)).to(device)
+        at = starts[:, None] + torch.arange(length, device=device)  # (B, length)
+        return tokens[at].long() & 0xFFFF  # the bits of uint16
+    rows = tokens[starts[:, None] + np.arange(length)]  # (B, length)
+    return torch.from_numpy(rows.astype(np.int64)).to(device)
 
 
 def batch_at(tokens, step, config, rank=0, world=1, device="cpu"):
     """This rank's rows of an update's batch: (batch_size / world, block_size + 1) int64 token ids.
 
-    A pure function of (seed, step), drawn for all ranks together: a run resumed at any step, or spread
-    over any number of ranks, sees the same tokens in the same order.
+    A pure function of (seed, step), drawn for all ranks together: a run resumed at any step, or
+    spread over any number of ranks, sees the same tokens in the same order.
     """
-    starts = np.random.default_rng((config.seed, step)).integers(0, len(tokens) - config.block_size, config.batch_size)
+    generator = np.random.default_rng((config.seed, step))
+    starts = generator.integers(0, len(tokens) - config.block_size, config.batch_size)
     rows = config.batch_size // world
-    return rows_at(tokens, starts[rank * rows : (rank + 1) * rows], config.block_size + 1, device)
+    return rows_at(tokens, starts[rank * rows :][:rows], config.block_size + 1, device)
+
+
+# -------------------------------------------------------------------------------------- optimizer
 
 
 def learning_rate_at(step, config):
-    """Linear warm-up, then cosine annealing that would reach zero at step max_iters; step counts from 0."""
+    """Linear warm-up, then cosine annealing that would reach zero at step max_iters.
+
+    step counts from 0.
+    """
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
     progress = (step - config.warmup_iters) / (config.max_iters - config.warmup_iters)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-@torch.no_grad()
-def evaluate(model, tokens, config, device, autocast, rank=0, world=1):
-    """Mean clean and ablated loss, nats per token, over eval_windows windows spread evenly over the
-    validation split, always the same ones. Ranks share the windows; sums are reduced, then divided."""
-    T = config.block_size
-    windows = (len(tokens) - 1) // T
-    count = min(config.eval_windows, windows)
-    starts = T * (np.arange(count) * windows // count)
-    sums = np.zeros(2)
-    rows = max(1, config.batch_size // config.grad_accum // world)  # as many as training holds at a time
-    for at in range(0, count, world * rows):
-        mine = starts[at + rank * rows :][:rows]
-        # sharded ranks must all call the model equally often: one that has no window left looks at another for nothing
-        window = rows_at(tokens, mine if len(mine) else starts[:1], T + 1, device)
-        with autocast:
-            losses = model(window[:, :-1], window[:, 1:])
-        sums += len(mine) * both(losses).cpu().double().numpy()
-    return (sum_over_ranks(sums, device, world) / count).tolist()
-
-
-def both(losses):
-    """Clean and ablated loss as one tensor (2,); without ablation the clean one stands in for the other."""
-    return torch.stack((losses.loss_clean, losses.loss_clean if losses.loss_ablated is None else losses.loss_ablated))
-
-
-def sum_over_ranks(array, device, world):
-    """A float64 array summed over all ranks, the same on each."""
-    if world > 1:
-        tensor = torch.from_numpy(array).to(device)
-        dist.all_reduce(tensor)
-        array = tensor.cpu().numpy()
-    return array
-
-
-def choose_machine(config, local_rank):
-    """(device, whether to autocast to bfloat16, how to compile or None) from the knobs device, dtype, compile. Raises
-    ValueError on CUDA graphs where they would compute something else."""
-    if config.compile == "reduce-overhead" and (config.grad_accum > 1 or config.fsdp):
-        # a graph's gradients live in its own memory until its next run, and p.grad is not a copy (pytorch issue 96693)
-        raise UserError("--compile=reduce-overhead goes with neither --grad_accum nor --fsdp: take --compile=True")
-    device = knobs.pick_device(config.device, local_rank)
-    # emulated bfloat16 on GPUs before Ampere is slower than fp32
-    has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    bfloat16 = has_bfloat16 if config.dtype == "auto" else config.dtype == "bfloat16"
-    mode = ("default" if device.type == "cuda" else "False") if config.compile == "auto" else config.compile
-    return device, bfloat16, None if mode == "False" else "default" if mode == "True" else mode
-
-
-def shard(model, device):
-    """FSDP2: from here on every process holds its part of each parameter, and the whole of one block at a time."""
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in model.transformer["h"]:
-        fully_shard(block, mesh=mesh)
-        register_fsdp_forward_method(block, "ablated")  # the second pass gathers the block anew, like the first
-    # Embeddings, head and global gates. By default a root stays whole after its forward pass, and after an evaluation,
-    # which has no backward pass, training would go on with a copy that no update reaches (seen with torch 2.13).
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+def set_learning_rate(optimizer, step, config):
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(step, config)
 
 
 def make_optimizer(model, config, device):
@@ -137,302 +222,476 @@ def make_optimizer(model, config, device):
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [{"params": matrices, "weight_decay": config.weight_decay},
+         {"params": others, "weight_decay": 0.0}],
         lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.adam_eps,
         fused=device.type in ("cuda", "cpu"))
 
 
 def update(model, optimizer, rows, config, autocast):
-    """One optimizer step on this process's rows, (n, block_size + 1) int64, in grad_accum micro-batches -> loss, clean
-    and ablated loss of these rows and the norm of the whole gradient, (4,), on the device: nothing here waits for it."""
+    """One optimizer step on this process's rows, (B, block_size + 1) int64, in grad_accum parts.
+
+    -> loss, clean and ablated loss of these rows and the norm of the whole gradient, (4,), on the
+    device: nothing here waits for it.
+    """
     seen = torch.zeros(3, device=rows.device)
-    for micro, part in enumerate(rows.chunk(config.grad_accum), 1):
-        alone = isinstance(model, DistributedDataParallel) and micro < config.grad_accum  # one all-reduce per update
-        with model.no_sync() if alone else nullcontext():
+    for part_number, part in enumerate(rows.chunk(config.grad_accum), 1):
+        # of several processes, the gradients are averaged once, with the last part
+        waits = isinstance(model, DistributedDataParallel) and part_number < config.grad_accum
+        with model.no_sync() if waits else nullcontext():
             with autocast:
                 losses = model(part[:, :-1], part[:, 1:])
             (losses.loss / config.grad_accum).backward()
         seen += torch.cat((losses.loss[None], both(losses))).detach() / config.grad_accum
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return torch.cat((seen, (norm.full_tensor() if isinstance(norm, DTensor) else norm)[None]))
+    return torch.cat((seen, norm[None]))  # (4,)
+
+
+def both(losses):
+    """Clean and ablated loss, (2,); without ablation the clean one stands in for the other."""
+    clean, ablated = losses.loss_clean, losses.loss_ablated
+    return torch.stack((clean, clean if ablated is None else ablated))
+
+
+@torch.no_grad()
+def validation_losses(model, tokens, config, machine):
+    """Mean clean and ablated loss, nats per token, over eval_windows windows.
+
+    They are spread evenly over the validation split, always the same ones. Processes share them;
+    sums are reduced, then divided.
+    """
+    T, rank, world = config.block_size, machine.rank, machine.world
+    windows = (len(tokens) - 1) // T
+    count = min(config.eval_windows, windows)
+    starts = T * (np.arange(count) * windows // count)  # (count,)
+    rows = max(1, config.batch_size // config.grad_accum // world)  # as many as training holds
+    sums = np.zeros(2)
+    for at in range(0, count, world * rows):
+        mine = starts[at + rank * rows :][:rows]
+        # Sharded processes must all call the model equally often: one that has no window left
+        # looks at another, for nothing.
+        window = rows_at(tokens, mine if len(mine) else starts[:1], T + 1, machine.device)
+        with machine.autocast:
+            losses = model(window[:, :-1], window[:, 1:])
+        sums += len(mine) * both(losses).cpu().double().numpy()
+    return (machine.total(sums) / count).tolist()
+
+
+# --------------------------------------------------------------------------------------- progress
+
+
+@dataclass
+class Progress:
+    """What a run knows of itself, beside weights and optimizer: a part of every checkpoint."""
+
+    step: int = 0  # updates done
+    evaluated: int = -1  # step of the last line of metrics
+    best: float = math.inf  # lowest validation loss so far
+    # sums over the updates since that line: loss, clean, ablated, gradient norm, updates
+    since: list = field(default_factory=lambda: [0.0] * 5)
+    seconds: float = 0.0  # spent training, evaluation not counted
+    metrics: list = field(default_factory=list)  # the lines of metrics.jsonl, which may be gone
+
+    def add(self, rows, seconds):
+        """Updates that are done: rows (n, 4) of what update() returned, and the time they took."""
+        for row in rows.tolist():  # one by one: sums must not depend on when a run was interrupted
+            self.since = [total + value for total, value in zip(self.since, [*row, 1.0])]
+        self.seconds += seconds
+
+    def metrics_line(self, config, val_clean, val_ablated):
+        """An evaluation's line: its losses, and means over the updates since the one before."""
+        *sums, updates = self.since
+        loss, clean, ablated, norm = [total / updates if updates else None for total in sums]
+        val_loss = config.clean_coeff * val_clean
+        if config.ablation == "none":
+            ablated = val_ablated = None
+        else:
+            val_loss += config.ablated_coeff * val_ablated
+        return {"step": self.step, "loss": loss, "loss_clean": clean, "loss_ablated": ablated,
+                "val_loss": val_loss, "val_clean": val_clean, "val_ablated": val_ablated,
+                "grad_norm": norm, "lr": learning_rate_at(self.step, config),
+                "tokens": self.step * config.batch_size * config.block_size,
+                "seconds": round(self.seconds, 3)}
+
+    def record(self, line):
+        """Enter the line of an evaluation at this step. -> whether it is the best so far"""
+        is_best = line["val_loss"] < self.best
+        self.best = min(line["val_loss"], self.best)
+        self.evaluated, self.since = self.step, [0.0] * 5
+        self.metrics.append(line)
+        return is_best
+
+    def is_sound(self, config):
+        """Whether a run of this Config can have come to this: a file may hold anything."""
+        try:
+            keys = self.metrics_line(config, 0.0, 0.0).keys()  # which looks at `since`
+            np.array([line[key] for line in self.metrics for key in keys], float)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return False
+        return -1 <= self.evaluated <= self.step <= config.max_iters
+
+
+class Meter:
+    """Collects what updates return, on the device, so that the loop rarely waits; times them."""
+
+    def __init__(self, config, machine):
+        self.config, self.machine = config, machine
+        self.restart()
+
+    def restart(self):
+        """Nothing collected, and the clock at zero: it ran on while something else was done."""
+        self.collected, self.started = [], time.perf_counter()
+
+    def add(self, numbers):
+        self.collected.append(numbers)
+
+    def settle(self, progress):
+        """Enter what was collected into progress -> its means, (4,), and tokens per second.
+
+        Raises UserError at the first update that is not finite.
+        """
+        rows = torch.stack(self.collected).cpu().double().numpy()  # (n, 4)
+        rows = self.machine.total(rows) / self.machine.world
+        seconds = time.perf_counter() - self.started
+        self.restart()
+        finite = np.isfinite(rows).all(1)
+        if not finite.all():
+            first = progress.step - len(rows) + 1
+            raise diverged(self.config, first + int(finite.argmin()))
+        progress.add(rows, seconds)
+        tokens = len(rows) * self.config.batch_size * self.config.block_size
+        return rows.mean(0).tolist(), tokens / seconds
+
+
+def diverged(config, number):
+    return UserError(f"the loss or its gradient is no longer finite at update {number:,}; "
+                     f"checkpoints in {config.out} are from before: start again with another "
+                     f"--out and a lower --learning_rate or another --seed")
+
+
+def streams_text(clean, ablated):
+    """Both losses for the console; ablated is None without ablation."""
+    return f"clean {clean:.4f}" + ("" if ablated is None else f", ablated {ablated:.4f}")
+
+
+def speed_line(progress, config, means, speed):
+    """The console's line about the last updates; means, speed: what Meter.settle returned."""
+    _, clean, ablated, norm = means
+    text = streams_text(clean, None if config.ablation == "none" else ablated)
+    tokens = (config.max_iters - progress.step) * config.batch_size * config.block_size
+    minutes, seconds = divmod(round(tokens / speed), 60)
+    return (f"step {progress.step:,}: {text} | grad norm {norm:.2f} | "
+            f"lr {learning_rate_at(progress.step, config):.2e} | {speed:,.0f} tokens/s | "
+            f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left")
+
+
+# ------------------------------------------------------------------------------------- run folder
+
+
+class RunFolder:
+    """The folder that a run writes to: one run at a time, and only its first process writes."""
+
+    def __init__(self, config, meta, machine):
+        self.config, self.meta, self.machine = config, meta, machine
+        self.path = Path(config.out)
+        self.saved = None  # the step of its last.pt
+        last = self.path / "last.pt"
+        if config.resume and not last.is_file():
+            raise UserError(f"--resume=True, but there is no {last}: "
+                            f"leave it out to start this run")
+        if last.exists() and not config.resume:  # a new run never overwrites an old one
+            raise UserError(f"{config.out} already holds a run: --resume=True continues it, "
+                            f"--out=FOLDER starts another")
+
+    def __enter__(self):
+        self.lock = None
+        if self.machine.rank == 0:
+            self.lock = lock_folder(self.path, f"another train.py is at work in {self.path}: "
+                                               f"wait for it or choose another --out")
+        return self
+
+    def __exit__(self, *_):
+        if self.lock is not None:
+            os.close(self.lock)
+
+    @contextmanager
+    def writing(self):
+        """Tell a full disk in one line, and what it leaves intact."""
+        try:
+            yield
+        except ModelError as error:
+            kept = "nothing is lost: make room or choose another --out"
+            if self.saved is not None:
+                kept = (f"last.pt, of step {self.saved:,}, is intact: make room, and the same "
+                        f"command with --resume=True goes on from there")
+            raise UserError(f"{error}; {kept}") from None
+
+    def report(self, progress):
+        """metrics.jsonl and loss.png anew."""
+        if self.machine.rank == 0:
+            with self.writing():
+                lines = [json.dumps(line) + "\n" for line in progress.metrics]
+                with replace_file(self.path / "metrics.jsonl") as file:
+                    file.write("".join(lines).encode())
+                if progress.metrics:
+                    draw_losses(self.path / "loss.png", progress.metrics, self.path.name)
+
+    def save(self, names, model, optimizer, progress):
+        """Write a checkpoint under these names. Every process must call it: the first one gathers
+        whole weights and the whole optimizer, by parameter name, off the GPU."""
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(model, options=whole)
+        state = {}
+        if progress.step:  # before the first update, asking for it would make it, one step old
+            state = get_optimizer_state_dict(model, optimizer, options=whole)
+        if self.machine.rank == 0:
+            with self.writing():
+                for name in names:
+                    save_checkpoint(
+                        self.path / name, self.config.model, weights, optimizer=state,
+                        data=self.meta["checksum"], tokenizer=self.meta["tokenizer"],
+                        train_config=dataclasses.asdict(self.config), **vars(progress))
+        self.saved = progress.step
 
 
 def read_resumable(config, data_checksum):
-    """The checkpoint to go on from. Raises UserError when there is none, or when it is of another run."""
+    """The checkpoint to go on from, out/last.pt. Raises UserError where it is of another run."""
     path = Path(config.out, "last.pt")
-    if not path.is_file():
-        raise UserError(f"--resume=True, but there is no {path}: leave it out to start this run")
     checkpoint = load_checkpoint(path)
-    if not {"optimizer", "train_config", "data", "metrics"} <= checkpoint.keys():
-        raise UserError(f"{path} has weights but no training state: train.py did not write it, so it cannot go on from it")
+    ours, theirs = knobs.decisive(dataclasses.asdict(config)), checkpoint.get("train_config")
+    if isinstance(theirs, dict):
+        theirs = knobs.decisive(theirs)
+        others = ", ".join(sorted(map(str, theirs.keys() ^ ours.keys())))
+        if others:
+            raise UserError(f"{path} is of another version of train.py, with other knobs "
+                            f"({others}): it can be evaluated, but not continued")
+    kinds = {"train_config": dict, "model": dict, "optimizer": dict, "data": str}
+    kinds |= {field.name: field.type for field in dataclasses.fields(Progress)}
+    wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind)]
+    if wrong:
+        raise UserError(f"{path} has no training state to go on from ({', '.join(wrong)} missing "
+                        f"or of a wrong type): train.py did not write it")
     if checkpoint["data"] != data_checksum:
-        raise UserError(f"{config.data} is not the data that {path} was trained on (checksum {data_checksum}, "
-                         f"not {checkpoint['data']}): give the run's own data with --data=")
-    ours = dataclasses.asdict(config)
-    changed = [f"--{name}={value}" for name, value in knobs.decisive(checkpoint["train_config"]).items()
-               if ours[name] != value]
+        raise UserError(f"{config.data} is not the data that {path} was trained on (checksum "
+                        f"{data_checksum}, not {checkpoint['data']}): give the run's own data "
+                        f"with --data=")
+    changed = [f"--{name}={theirs[name]}" for name in ours if theirs[name] != ours[name]]
     if changed:
-        raise UserError(f"{path} was trained with other knobs; to continue it add {' '.join(changed)}")
+        raise UserError(f"{path} was trained with other knobs; to continue it add "
+                        f"{' '.join(changed)}")
+    if not (progress_of(checkpoint).is_sound(config) and fits(checkpoint, config.model)):
+        raise UserError(f"{path} is damaged, or of an earlier version of train.py: its progress, "
+                        f"weights or optimizer are not those of this run, so it cannot go on")
     return checkpoint
 
 
-def write_metrics(path, metrics):
-    """metrics.jsonl anew and atomically, from a list of dicts."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    temporary.replace(path)
+def progress_of(checkpoint):
+    """The Progress that a checkpoint holds, field by field."""
+    names = [field.name for field in dataclasses.fields(Progress)]
+    return Progress(**{name: checkpoint[name] for name in names})
+
+
+def fits(checkpoint, config):
+    """Whether it holds the weights of such a model and, after an update, AdamW's state of each."""
+    with torch.device("meta"):
+        model = GPTNeo(config)
+    state = {}
+    for name, p in model.named_parameters() if checkpoint["step"] else ():
+        state[name] = {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+    found = shapes(checkpoint["optimizer"].get("state", {}))
+    return shapes(checkpoint["model"]) == shapes(model.state_dict()) and found == state
+
+
+def shapes(tree):
+    """Nested dicts of tensors as nested dicts of shapes."""
+    if isinstance(tree, dict):
+        return {name: shapes(value) for name, value in tree.items()}
+    return getattr(tree, "shape", None)
+
+
+def restore(model, optimizer, checkpoint, config):
+    """Give a run's weights and optimizer, which the first process has read, to all of them."""
+    whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+    if checkpoint["step"]:
+        set_learning_rate(optimizer, checkpoint["step"] - 1, config)
+        state = checkpoint["optimizer"]
+        fresh = get_optimizer_state_dict(model, optimizer)
+        if state:  # with groups of this machine: those of another may say "fused"
+            state["param_groups"] = fresh["param_groups"]
+        set_optimizer_state_dict(model, optimizer, state, options=whole)
+    # after the optimizer, which on its way takes a step, of size 0
+    set_model_state_dict(model, checkpoint["model"], options=whole)
 
 
 def draw_losses(path, metrics, title):
     """loss.png: both streams, training (mean since the last evaluation) and validation."""
-    import matplotlib
-    matplotlib.use("Agg")  # no display needed
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for stream, color in (("clean", "tab:blue"), ("ablated", "tab:orange")):
-        for name, label, style in ((f"loss_{stream}", "training", ":"), (f"val_{stream}", "validation", "-")):
-            points = [(line["step"], line[name]) for line in metrics if line[name] is not None]
+        for name, label, style in (("loss", "training", ":"), ("val", "validation", "-")):
+            column = f"{name}_{stream}"
+            points = [(line["step"], line[column]) for line in metrics if line[column] is not None]
             if points:
                 axes.plot(*zip(*points), style, color=color, label=f"{stream}, {label}")
     axes.set(xlabel="updates", ylabel="cross-entropy, nats per token", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(f"{path}.tmp", format="png", dpi=120)
-    plt.close(figure)
-    os.replace(f"{path}.tmp", path)
+    with replace_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+# ---------------------------------------------------------------------------------------- the run
+
+
+def shard(model, device):
+    """FSDP2: from here on every process holds its part of each parameter, and the whole of one
+    block at a time."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in model.transformer["h"]:
+        fully_shard(block, mesh=mesh)
+        register_fsdp_forward_method(block, "ablated")  # the second pass gathers the block anew
+    # Embeddings, head and global gates. By default a root stays whole after its forward pass, and
+    # after an evaluation, which has no backward pass, training would go on with a copy that no
+    # update reaches (seen with torch 2.13).
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def train(config):
     """The run that a config.Config describes. Raises UserError on what the user can mend."""
-    # ---- machine and processes (torchrun sets these variables)
-    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
-                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device, bfloat16, compile_mode = choose_machine(config, local_rank)
-    if config.fsdp and "RANK" not in os.environ:
-        raise UserError("--fsdp=True shards over processes: start them with torchrun --nproc_per_node=2 train.py ...")
-    if config.batch_size % (world * config.grad_accum):
-        raise UserError(f"batch_size={config.batch_size} must be a multiple of processes x grad_accum "
-                         f"= {world} x {config.grad_accum}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # before nccl looks
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
-    say = lambda *words: print(*words, flush=True) if rank == 0 else None  # flushed: a log file is read while it grows
+    # ---- machine
+    machine = find_machine(config)
+    rank, world, device = machine.rank, machine.world, machine.device
 
     # ---- data
     meta = load_meta(config.data)
-    splits = {}
-    for split in ("train", "val"):
-        splits[split] = load_tokens(config.data, split)
-        if len(splits[split]) <= config.block_size:
-            raise UserError(f"the {split} split of {config.data} has {len(splits[split])} tokens, too few for "
-                             f"block_size={config.block_size}: prepare more text or lower --block_size")
-    train_tokens, val_tokens = (place_tokens(tokens, device) for tokens in splits.values())
-
-    # ---- the run folder: a new run never overwrites an old one
-    out = Path(config.out)
-    if config.resume:
-        checkpoint = read_resumable(config, meta["checksum"])
-    elif (out / "last.pt").exists():
-        raise UserError(f"{out} already holds a run: --resume=True continues it, --out=FOLDER starts another")
+    config = dataclasses.replace(config, vocab_size=meta["vocab_size"])
+    check_memory(config, machine)
+    train_tokens = load_split(config, "train", device)
+    val_tokens = load_split(config, "val", device)
     if config.wandb:
         try:
             import wandb
         except ImportError:
             raise UserError("--wandb=True needs the package: pip install wandb") from None
 
-    # ---- model
-    torch.manual_seed(config.seed)  # weights are made on the CPU, so every device starts from the same ones
-    config = dataclasses.replace(config, vocab_size=meta["vocab_size"])
-    model = GPTNeo(config.model)
-    if config.resume:
-        model.load_state_dict(checkpoint["model"])
+    with RunFolder(config, meta, machine) as folder:
+        checkpoint = read_resumable(config, meta["checksum"]) if config.resume else None
+        if checkpoint and rank:
+            checkpoint |= {"model": {}, "optimizer": {}}  # they come from the first process
 
-    # ---- everything else a resumed run has to know
-    progress = {
-        "step": 0,  # updates done
-        "evaluated": -1,  # last step with a line in metrics.jsonl
-        "best": math.inf,  # lowest validation loss so far
-        "since": [0.0] * 5,  # sums since that line: loss, clean, ablated, gradient norm, updates
-        "seconds": 0.0,  # spent training, evaluation not counted
-    }
-    metrics = []
-    if config.resume:
-        progress = {name: checkpoint[name] for name in progress}
-        metrics = checkpoint["metrics"]  # not metrics.jsonl: a killed run may have written one line more
-    if rank == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            write_metrics(out / "metrics.jsonl", metrics)
-        except OSError as error:
-            raise UserError(f"cannot write to the run folder {out}: {error.strerror}: choose another --out") from None
+        # ---- model
+        torch.manual_seed(config.seed)  # made on the CPU, so every device starts from the same
+        model = GPTNeo(config.model)
+        parameters = sum(p.numel() for p in model.parameters())
+        if world > 1 or config.fsdp:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if config.fsdp:
+            shard(model, device)
+        model.to(device)
 
-    # ---- the processes meet
-    if world > 1 or config.fsdp:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if config.fsdp:
-        shard(model, device)
-    model.to(device)
-    if compile_mode:
-        model.compile(mode=compile_mode)  # in place: no _orig_mod. in the checkpoint's names
-    replica = DistributedDataParallel(model) if world > 1 and not config.fsdp else model
+        # ---- optimizer
+        optimizer = make_optimizer(model, config, device)
+        progress = Progress()
+        if checkpoint:
+            restore(model, optimizer, checkpoint, config)
+            progress = progress_of(checkpoint)
+            folder.saved = progress.step
+            del checkpoint  # three times the weights
+        if machine.compile_mode:
+            model.compile(mode=machine.compile_mode)  # in place: names in checkpoints stay plain
+        replica = model
+        if world > 1 and not config.fsdp:
+            replica = DistributedDataParallel(model)
 
-    # ---- optimizer
-    optimizer = make_optimizer(model, config, device)
-    shards = checkpoint["optimizer"] if config.resume and config.fsdp else None  # the folder in out that last.pt names
-    if shards:
-        state = get_optimizer_state_dict(model, optimizer)  # of this world size, to be filled from shards of any other
-        try:
-            dcp.FileSystemReader(out / shards).read_metadata()  # here, since dcp.load would print tracebacks of its own
-            dcp.load(state, checkpoint_id=out / shards)
-        except (Exception, dcp.CheckpointException) as error:  # damage shows as almost any kind; the last is no Exception
-            raise UserError(f"{out / shards}, which holds the optimizer of {out / 'last.pt'}, is missing or damaged "
-                             f"({type(error).__name__}): bring it back, or start again with another --out") from None
-        set_optimizer_state_dict(model, optimizer, state)
-    elif config.resume and not config.fsdp:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        # ---- the first lines
+        folder.report(progress)  # a killed run may have written one line more
+        machine.say(json.dumps(dataclasses.asdict(config)))
+        machine.say(f"{config.ablation} ablation, {parameters:,} parameters | "
+                    f"{meta['train']['tokens']:,} training tokens, vocabulary "
+                    f"{meta['vocab_size']:,} | {world} x {device}"
+                    f"{' sharded' if config.fsdp else ''}, "
+                    f"{'bfloat16' if machine.bfloat16 else 'float32'}, "
+                    f"compile {machine.compile_mode}")
+        if config.wandb and rank == 0:
+            wandb.init(project="self-ablating-transformers", name=folder.path.name,
+                       config=dataclasses.asdict(config))
 
-    n_params = sum(p.numel() for p in model.parameters())
-    say(json.dumps(dataclasses.asdict(config)))
-    say(f"{config.ablation} ablation, {n_params:,} parameters | {meta['train']['tokens']:,} training tokens, vocabulary "
-        f"{meta['vocab_size']:,} | {world} x {device}{' sharded' if config.fsdp else ''}, "
-        f"{'bfloat16' if bfloat16 else 'float32'}, compile {compile_mode}")
-    if config.wandb and rank == 0:
-        wandb.init(project="self-ablating-transformers", name=out.name, config=dataclasses.asdict(config))
-
-    def save(name):
-        if config.fsdp:  # whole weights in one file, as ever; the optimizer's shards in a folder that last.pt names
-            weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-            optimizer_state = save_shards() if name == "last.pt" else None
-        else:
-            weights, optimizer_state = model.state_dict(), optimizer.state_dict()
-        if rank == 0:
-            save_checkpoint(out / name, model.config, weights, optimizer=optimizer_state, metrics=metrics, data=meta["checksum"],
-                            train_config=dataclasses.asdict(config), tokenizer=meta["tokenizer"], **progress)
-            for old in out.glob("optimizer-[0-9]*") if config.fsdp and name == "last.pt" else ():
-                if old.name != optimizer_state:
-                    shutil.rmtree(old)
-
-    def save_shards():
-        """Write the folder that the next last.pt names. Never into the one that last.pt names now: a kill would cost both."""
-        nonlocal shards
-        folder = f"optimizer-{progress['step']}"
-        if optimizer.state and folder != shards:  # before the first update, asking for the state would make it, one step old
-            dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=out / folder)
-            shards = folder
-        return shards
-
-    # ---- stop on request: the handler only raises a flag, so an update is never cut in half
-    stop_requested = False
-
-    def request_stop(number, _):
-        nonlocal stop_requested
-        stop_requested = True
-        if world == 1:  # the second time means it; of several, torchrun may pass on a signal that came here too
-            signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, request_stop)
-
-    history = []  # per update since the last look: loss, clean, ablated, gradient norm; on the device, so no sync
-    clock = time.perf_counter()
-
-    def diverged(update):
-        raise UserError(f"the loss or its gradient is no longer finite at update {update:,}; checkpoints in {out} are from "
-                         f"before: start again with another --out and a lower --learning_rate or another --seed")
-
-    def look():
-        """Fetch history, refuse what is not finite, add it up; the mean of each of its four columns."""
-        nonlocal history, clock
-        rows = sum_over_ranks(torch.stack(history).cpu().double().numpy(), device, world) / world
-        now, first = time.perf_counter(), progress["step"] - len(rows)
-        bad = ~np.isfinite(rows).all(1)
-        if bad.any():
-            diverged(first + int(bad.argmax()) + 1)
-        for row in rows.tolist():  # one by one: the sums must not depend on when a run was interrupted
-            progress["since"] = [total + value for total, value in zip(progress["since"], [*row, 1.0])]
-        progress["seconds"] += now - clock
-        speed = len(rows) * config.batch_size * config.block_size / (now - clock)
-        history, clock = [], now
-        return rows.mean(0).tolist(), speed
-
-    # ---- the loop: max_iters updates, and an evaluation before the first, after the last and in between
-    while True:
-        step = progress["step"]
-        if (step % config.eval_interval == 0 or step == config.max_iters) and step > progress["evaluated"]:
-            if history:
-                look()
-            val_clean, val_ablated = evaluate(model, val_tokens, config, device, autocast, rank, world)
-            *sums, updates = progress["since"]
-            loss, clean, ablated, norm = [total / updates if updates else None for total in sums]
-            val_loss = config.clean_coeff * val_clean
-            if config.ablation == "none":
-                ablated = val_ablated = None
-            else:
-                val_loss += config.ablated_coeff * val_ablated
-            if not math.isfinite(val_loss):  # the last update broke the weights: they must not reach last.pt
-                diverged(step + 1)
-            metrics.append({"step": step, "loss": loss, "loss_clean": clean, "loss_ablated": ablated,
-                            "val_loss": val_loss, "val_clean": val_clean, "val_ablated": val_ablated, "grad_norm": norm,
-                            "lr": learning_rate_at(step, config), "tokens": step * config.batch_size * config.block_size,
-                            "seconds": round(progress["seconds"], 3)})
-            is_best = val_loss < progress["best"]
-            progress.update(evaluated=step, since=[0.0] * 5, best=min(val_loss, progress["best"]))
-            say(f"step {step:,}: validation clean {val_clean:.4f}" + (f", ablated {val_ablated:.4f}" if val_ablated is not None else ""))
-            if rank == 0:
-                write_metrics(out / "metrics.jsonl", metrics)
-                draw_losses(out / "loss.png", metrics, out.name)
-                if config.wandb:
-                    wandb.log(metrics[-1], step=step)
-            if is_best:
-                save("best.pt")
-            save("last.pt")  # after best.pt: killed between the two, the run finds this best again
-            clock = time.perf_counter()
-        if step == config.max_iters:
-            break
-
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
-        rows = batch_at(train_tokens, step, config, rank, world, device)
-        history.append(update(replica, optimizer, rows, config, autocast))
-        progress["step"] = step + 1
-
-        if (step + 1) % config.log_interval == 0:
-            (loss, clean, ablated, norm), speed = look()
-            left = round((config.max_iters - step - 1) * config.batch_size * config.block_size / speed)
-            say(f"step {step + 1:,}: clean {clean:.4f}" + (f", ablated {ablated:.4f}" if config.ablation != "none" else "")
-                + f" | grad norm {norm:.2f} | lr {learning_rate_at(step, config):.2e} | {speed:,.0f} tokens/s | "
-                  f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
-        # ranks must agree on when to stop, and on GPUs asking costs a sync
-        if world == 1 or device.type == "cpu" or (step + 1) % config.log_interval == 0:
-            if sum_over_ranks(np.array([float(stop_requested)]), device, world)[0] > 0:
-                if history:
-                    look()
-                save("last.pt")
-                say(f"stopped after {step + 1:,} updates; the same command with --resume=True goes on from there")
+        # ---- the loop: max_iters updates; evaluations before the first, after the last, between
+        stop = knobs.StopRequest(patient=world > 1)
+        meter = Meter(config, machine)
+        while True:
+            due = progress.step % config.eval_interval == 0 or progress.step == config.max_iters
+            if due and progress.step > progress.evaluated:
+                if meter.collected:
+                    meter.settle(progress)
+                losses = validation_losses(model, val_tokens, config, machine)
+                line = progress.metrics_line(config, *losses)
+                if not math.isfinite(line["val_loss"]):  # the last update broke the weights
+                    raise diverged(config, progress.step + 1)
+                is_best = progress.record(line)
+                text = streams_text(line["val_clean"], line["val_ablated"])
+                machine.say(f"step {progress.step:,}: validation {text}")
+                folder.report(progress)
+                if config.wandb and rank == 0:
+                    wandb.log(line, step=progress.step)
+                # last.pt comes last: killed between the two, the run finds this best again
+                names = ["best.pt", "last.pt"] if is_best else ["last.pt"]
+                folder.save(names, model, optimizer, progress)
+                meter.restart()
+            if progress.step == config.max_iters:
                 break
 
-    if dist.is_initialized():
-        # before its process group: dropped last, its reducer would join gloo's threads while holding the GIL that one of
-        # them may wait for, and hang (seen with torch 2.13; see pytorch issue 56297)
-        del replica
-        dist.destroy_process_group()
+            set_learning_rate(optimizer, progress.step, config)
+            rows = batch_at(train_tokens, progress.step, config, rank, world, device)
+            meter.add(update(replica, optimizer, rows, config, machine.autocast))
+            progress.step += 1
+
+            log = progress.step % config.log_interval == 0
+            if log:
+                machine.say(speed_line(progress, config, *meter.settle(progress)))
+            # processes must agree on when to stop, and on GPUs asking costs a sync
+            if world == 1 or device.type == "cpu" or log:
+                if machine.total(np.array([float(stop.requested)]))[0]:
+                    if meter.collected:
+                        meter.settle(progress)
+                    folder.save(["last.pt"], model, optimizer, progress)
+                    machine.say(f"stopped after {progress.step:,} updates; the same command "
+                                f"with --resume=True goes on from there")
+                    break
+
+        if dist.is_initialized():
+            # The replica goes before its process group: dropped last, its reducer would join
+            # gloo's threads while holding the GIL that one of them may wait for, and hang (seen
+            # with torch 2.13; see pytorch issue 56297).
+            del replica
+            dist.destroy_process_group()
 
 
 def main():
     config = knobs.load(sys.argv[1:])
+    last = Path(config.out, "last.pt")
     try:
         train(config)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        kinds = (MemoryError, torch.OutOfMemoryError)  # Python's and numpy's, a GPU's
+        if isinstance(error, kinds) or "can't allocate memory" in str(error):  # torch's on a CPU
+            raise UserError("out of memory: raise --grad_accum, which changes no result, or lower "
+                            "--batch_size, --n_embd or --n_layer") from None
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, to those whose peer is gone: nothing is left to save
-        last = Path(config.out, "last.pt")
-        raise UserError("this run has lost one of its processes: torchrun's report names the first failure; the same command "
-                         + (f"with --resume=True goes on from {last}" if last.exists() else "starts it again")) from None
+        # SIGTERM is torchrun's, to those whose peer is gone: nothing is left to save
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        advice = f"with --resume=True goes on from {last}" if last.exists() else "starts it again"
+        raise UserError(f"this run has lost one of its processes: torchrun's report names the "
+                        f"first failure; the same command {advice}") from None
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on cli tells
     knobs.cli(main)

@@ -104,6 +104,15 @@ def diverged(folder):
     torch.save(fields, path)
 
 
+def changed_knobs(**changes):
+    """Knobs that last.pt says it was trained with; None takes one out."""
+    def damage(folder):
+        knobs_of = torch.load(folder / "out" / "run" / "last.pt", weights_only=True)["train_config"] | changes
+        checkpoint("last.pt", train_config={name: value for name, value in knobs_of.items() if value is not None})(folder)
+    return damage
+
+
+BY_NUMBER = {"state": {0: {"step": torch.ones(())}}, "param_groups": [{"params": [0]}]}  # torch's own state_dict
 RESUME = "train.py config.py --out=out/run --resume"
 
 TRAIN = [
@@ -112,6 +121,24 @@ TRAIN = [
     ("train.py config.py --device=cpu:9", "--device=cpu:9 cannot be used"),
     ("train.py raises.py", "config file raises.py does not run: ValueError: two lines", text("raises.py", "raise ValueError('''two\nlines''')")),
     ("train.py leaves.py", "config file leaves.py does not run: SystemExit: 3", text("leaves.py", "import sys; sys.exit(3)")),
+    ("train.py config.py --n_embd=4000000", "GB of memory, and cpu has"),
+    ("train.py config.py --n_embd=400000000000", "no machine can hold such a model"),
+    ("train.py config.py --n_layer=1000000000", "GB of memory, and cpu has"),
+    ("train.py config.py --batch_size=100000000000", "GB of memory, and cpu has"),
+    (RESUME, "last.pt is damaged", flip("out/run/last.pt")),
+    (RESUME, "no training state to go on from (since missing", checkpoint("last.pt", since=None)),
+    (RESUME, "no training state to go on from (step missing or of a wrong type)", checkpoint("last.pt", step="3")),
+    (RESUME, "no training state to go on from (metrics missing", checkpoint("last.pt", metrics="none")),
+    (RESUME, "no training state to go on from (train_config, data missing", checkpoint("last.pt", train_config=3, data=None)),
+    (RESUME, "with other knobs (seed)", changed_knobs(seed=None)),
+    (RESUME, "to continue it add --seed=x", changed_knobs(seed="x")),
+    (RESUME, "its progress, weights or optimizer are not those", checkpoint("last.pt", since=[1.0])),
+    (RESUME, "its progress, weights or optimizer are not those", checkpoint("last.pt", since=["a"] * 5)),
+    (RESUME, "its progress, weights or optimizer are not those", checkpoint("last.pt", metrics=[{"step": 0}])),
+    (RESUME, "its progress, weights or optimizer are not those", checkpoint("last.pt", step=5)),
+    (RESUME, "its progress, weights or optimizer are not those", checkpoint("last.pt", optimizer={})),
+    (RESUME, "its progress, weights or optimizer are not those", checkpoint("last.pt", optimizer=BY_NUMBER)),
+    (RESUME, "its progress, weights or optimizer are not those", checkpoint("last.pt", model={"a": torch.zeros(2)})),
 ]
 
 TOY = "prepare.py toy --stories=20 --workers=1 --out="

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,6 +168,20 @@ def test_its_last_line_makes_the_table(work, swept, capsys, monkeypatch):
     assert len(text) == 4 and "over the seeds" in text[3]
 
 
+def test_a_damaged_checkpoint_fails_alone(work, swept, tmp_path, capsys):
+    """Of seed 2, one run is damaged and the other one gone: the first is refused with its reason, the second is trained."""
+    out = tmp_path / "out"
+    shutil.copytree(work / "out" / "gated_seed2", out / "gated_seed2")
+    last = out / "gated_seed2" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    message, lines = call(capsys, *configs(work), "--seeds=2", "--per_gpu=2", f"--out={out}")
+    assert message == "1 of 2 runs failed: the same command again tries them once more"
+    assert lines[0].startswith("2 runs, 0 of them finished already")
+    failure, = [line for line in lines if "FAILED" in line]
+    assert failure.startswith(f"{out}/gated_seed2: FAILED, exit code 1,") and f"error: {last} is damaged" in failure
+    assert lines[-1] == f"python eval.py {out / 'plain_seed2'} --over_seeds"
+
+
 # ---- who runs where, and what goes wrong
 
 STAND_IN = """
@@ -259,8 +274,10 @@ def test_mistakes_are_one_line_before_anything_starts(work, tmp_path, capsys, mo
         ([], "at least one config file"), ([*good, str(work / "nowhere.py")], "there is no config file"),
         ([*good, "--max_itres=5"], "did you mean 'max_iters'"), ([*good, "--seeds=1,two"], "seed=two is not a whole number"),
         ([*good, "--seeds="], "seed= is not"), ([*good, "--seeds=1,2,1"], "plain_seed1"),
-        ([*good, good[0]], "plain_seed1337"), ([*good, "--seed=5"], "--seeds"), ([*good, "--resume=True"], "--resume"), ([*good, "--per_gpu=0"], "--per_gpu=0"),
-        ([*good, "--per_gpu=two"], "--per_gpu"), ([*good, "--fsdp=True"], "--fsdp=False"), ([*good, "--out="], "--out="), ([*good, "--device=gpu"], "--device=gpu"),
+        ([*good, good[0]], "plain_seed1337"), ([*good, "--seed=5"], "--seeds"),
+        ([*good, "--resume=True"], "--resume"), ([*good, "--per_gpu=0"], "--per_gpu=0"),
+        ([*good, "--per_gpu=two"], "--per_gpu"), ([*good, "--fsdp=True"], "--fsdp=False"),
+        ([*good, "--out="], "--out="), ([*good, "--device=gpu"], "--device=gpu"),
         ([*good, "--data=nowhere"], "nowhere"), ([*good, f"--out={tmp_path / 'file' / 'out'}"], "choose another --out"),
     ]:
         message, lines = call(capsys, *([] if any("--out=" in word for word in words) else [out]), *words)

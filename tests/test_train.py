@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import config as knobs
 import train
 from model import GPTNeo, GPTNeoConfig, Losses, load_checkpoint, save_checkpoint
-from prepare import load_tokens
+from prepare import load_tokens, lock_folder
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, max_iters=12, eval_interval=5, eval_windows=8,
             log_interval=4, device="cpu")
@@ -370,7 +370,8 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert not torch.equal(train.batch_at(tokens, 8, config), batch)
     assert not torch.equal(train.batch_at(tokens, 7, configured(seed=1)), batch)
     # so seed 7 is not seed 1337 a few steps later
-    streams = {seed: [train.batch_at(tokens, step, configured(seed=seed)).sum().item() for step in range(40)] for seed in (0, 1)}
+    streams = [[train.batch_at(tokens, step, configured(seed=seed)).sum().item() for step in range(40)]
+               for seed in (0, 1)]
     assert len({*streams[0], *streams[1]}) > 70
 
 
@@ -418,7 +419,7 @@ def test_tokens_that_lie_on_the_device_give_the_same_rows():
 
 
 def evaluate(model, tokens, **changes):
-    return train.evaluate(model, tokens, configured(**changes), torch.device("cpu"), contextlib.nullcontext())
+    return train.validation_losses(model, tokens, configured(**changes), train.Machine())
 
 
 def test_evaluation_is_the_plain_mean_over_the_windows(data):
@@ -492,7 +493,8 @@ def test_a_checkpoint_holds_what_is_needed_to_use_it_and_to_go_on(data, tmp_path
     for name in ("last.pt", "best.pt"):
         checkpoint = torch.load(out / name, weights_only=True)
         assert checkpoint["config"]["ablation"] == ablation and checkpoint["config"]["vocab_size"] == 300
-        assert checkpoint["train_config"] == {**dataclasses.asdict(configured(ablation=ablation)), "data": str(data), "out": str(out)}
+        assert checkpoint["train_config"] == {
+            **dataclasses.asdict(configured(ablation=ablation)), "data": str(data), "out": str(out), "vocab_size": 300}
         assert (checkpoint["tokenizer"], checkpoint["data"]) == (meta["tokenizer"], meta["checksum"])
         assert {"step", "optimizer"} <= checkpoint.keys()
         assert checkpoint["model"].keys() == model_of(configured(ablation=ablation)).state_dict().keys()
@@ -515,7 +517,7 @@ def scripted(values):
 
 def test_best_is_the_lowest_validation_loss_and_worse_ones_leave_it_alone(data, tmp_path, monkeypatch):
     """The loss is the sum: 4 + 4 is better than 3 + 6, whose clean loss alone is the lowest of all."""
-    monkeypatch.setattr(train, "evaluate", scripted([(5, 5), (4, 4), (3, 6), (4, 5), (4, 4)]))
+    monkeypatch.setattr(train, "validation_losses", scripted([(5, 5), (4, 4), (3, 6), (4, 5), (4, 4)]))
     out = start(data, tmp_path / "run", max_iters=8, eval_interval=2)
     assert load_checkpoint(out / "best.pt")["step"] == 2
     assert load_checkpoint(out / "last.pt")["step"] == 8
@@ -523,7 +525,7 @@ def test_best_is_the_lowest_validation_loss_and_worse_ones_leave_it_alone(data, 
 
 
 def test_a_resumed_run_remembers_its_best(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "evaluate", scripted([(5, 5), (1, 1), (4, 4), (3, 3)]))
+    monkeypatch.setattr(train, "validation_losses", scripted([(5, 5), (1, 1), (4, 4), (3, 3)]))
     with signals(signal.SIGTERM, at=3):
         out = start(data, tmp_path / "run", max_iters=6, eval_interval=2)
     start(data, out, max_iters=6, eval_interval=2, resume=True)
@@ -552,7 +554,8 @@ def test_the_picture_is_a_whole_png(data, tmp_path, ablation, lines):
 def test_weights_and_biases_get_the_lines_of_metrics(data, tmp_path, monkeypatch):
     logged = []
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(
-        init=lambda **about: logged.append(about["config"]["seed"]), log=lambda line, step: logged.append((step, line["val_clean"]))))
+        init=lambda **about: logged.append(about["config"]["seed"]),
+        log=lambda line, step: logged.append((step, line["val_clean"]))))
     out = start(data, tmp_path / "run", wandb=True)
     assert logged == [1337, *((line["step"], line["val_clean"]) for line in metrics(out))]
 
@@ -579,8 +582,9 @@ def test_the_parting_words_say_how_to_go_on(data, tmp_path, capsys):
     assert "--resume=True" in capsys.readouterr().out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("changes", [{"ablation": "none"}, {"ablation": "global", "gate": "sigmoid", "attn_unit": "head", "k_attn": 1},
-                                     {"grad_accum": 2, "warmup_iters": 9, "weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize("changes", [
+    {"ablation": "none"}, {"ablation": "global", "gate": "sigmoid", "attn_unit": "head", "k_attn": 1},
+    {"grad_accum": 2, "warmup_iters": 9, "weight_decay": 0.1}], ids=str)
 def test_a_run_stopped_after_every_update_equals_the_uninterrupted_one(data, tmp_path, changes):
     undisturbed = start(data, tmp_path / "whole", **changes)
     out = tmp_path / "run"
@@ -706,8 +710,9 @@ def test_a_run_killed_again_and_again_equals_the_undisturbed_one(data, tmp_path,
 
 
 def test_ctrl_c_on_the_real_command_saves_and_exits_with_0(data, tmp_path):
-    process = subprocess.Popen([sys.executable, "train.py", *words(data, tmp_path / "run", max_iters=10**6, eval_interval=10**6, log_interval=1)],
-                               cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = words(data, tmp_path / "run", max_iters=10**6, eval_interval=10**6, log_interval=1)
+    process = subprocess.Popen([sys.executable, "train.py", *command], cwd=ROOT, env=ENVIRONMENT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for line in process.stdout:  # which also shows that lines come while it runs
         if line.startswith("step 2:"):
             process.send_signal(signal.SIGINT)
@@ -718,6 +723,28 @@ def test_ctrl_c_on_the_real_command_saves_and_exits_with_0(data, tmp_path):
     assert step >= 2
     assert printed.splitlines()[-1] == f"stopped after {step:,} updates; the same command with --resume=True goes on from there"
     assert (tmp_path / "run" / "loss.png").exists()
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
+    """A stand-in for torch that is interrupted as it is imported, and would go on for a minute."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "train.py"], cwd=ROOT, env=environment, text=True, capture_output=True, timeout=50)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", "stopped\n")
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(data, tmp_path, launcher, double):
+    """Instead of a full disk, a limit on the size of a file, from the seventh update on. It is in the way of best.pt."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    limited = script(tmp_path, send="import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, -1))")
+    launcher.start((words(data, out), *ranks(1)), log=log, script=limited)
+    assert launcher.wait() == [1]
+    complaint = log.read_text().splitlines()[-1]
+    assert complaint.startswith("error: cannot write") and "File too large" in complaint
+    assert "last.pt, of step 5, is intact" in complaint and "Traceback" not in log.read_text()
+    assert sorted(path.name for path in out.iterdir()) == ["best.pt", "last.pt", "metrics.jsonl"]
+    start(data, out, resume=True)
+    assert_close_run(out, start(data, tmp_path / "whole"))
 
 
 # ---- a loss that is no longer finite
@@ -765,17 +792,14 @@ def script(folder, send="pass", patience=0, victim=0):
         import config, torch, train
         torch.set_default_dtype(torch.float64)
         train.draw_losses = lambda *_: None
-        batch_at, compile_module, save_shards = train.batch_at, torch.nn.Module.compile, train.dcp.save
+        batch_at, compile_module = train.batch_at, torch.nn.Module.compile
         torch.nn.Module.compile = lambda self, mode: compile_module(self, backend="aot_eager")
         def and_signal(tokens, step, *rest):
             if step == 6 and os.environ["RANK"] == "{victim}":
                 {send}
             time.sleep({patience} if step > 6 else 0)
             return batch_at(tokens, step, *rest)
-        def into_new_folder(state, checkpoint_id):
-            assert os.environ["WORLD_SIZE"] != "1" or not checkpoint_id.exists()  # of several, another may have made it just now
-            save_shards(state, checkpoint_id=checkpoint_id)
-        train.batch_at, train.dcp.save = and_signal, into_new_folder
+        train.batch_at = and_signal
         config.cli(train.main)
     """)
     return str(folder / "script.py")
@@ -802,13 +826,6 @@ def test_two_processes_train_like_one(data, tmp_path, launcher, changes, double)
     assert_close_run(folders[0], start(data, tmp_path / "one", **{**changes, "grad_accum": 1}))
 
 
-@pytest.fixture(scope="module")
-def sharded(data, launcher, tmp_path_factory):
-    """A short run of one process that shards."""
-    folder = tmp_path_factory.mktemp("sharded")
-    return several(launcher, 1, folder, data, folder / "run", fsdp=True, max_iters=2)
-
-
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_four_processes_train_like_one(data, tmp_path, launcher, double, fsdp):
     """Seven windows to evaluate: one process has none left and must neither count one nor keep the others waiting."""
@@ -816,8 +833,9 @@ def test_four_processes_train_like_one(data, tmp_path, launcher, double, fsdp):
     assert_close_run(out, start(data, tmp_path / "one", eval_windows=7))
 
 
-@pytest.mark.parametrize("changes", [{"ablation": "none"}, {"grad_accum": 2}, {"attention_layers": "global,local", "window_size": 4},
-                                     {"ablation": "global", "compile": True, "n_layer": 1, "max_iters": 2}], ids=str)
+@pytest.mark.parametrize("changes", [
+    {"ablation": "none"}, {"grad_accum": 2}, {"attention_layers": "global,local", "window_size": 4},
+    {"ablation": "global", "compile": True, "n_layer": 1, "max_iters": 2}], ids=str)
 def test_sharded_processes_train_like_one(data, tmp_path, launcher, double, changes):
     """compile: all but its last part, as in the compiled run below."""
     out = several(launcher, 2, tmp_path, data, tmp_path / "sharded", **changes, fsdp=True)
@@ -831,48 +849,33 @@ def test_sharded_processes_train_like_one(data, tmp_path, launcher, double, chan
     GPTNeo.from_checkpoint(out)
 
 
-@pytest.mark.parametrize("world", [1, 4])
-def test_a_sharded_run_goes_on_in_another_number_of_processes(data, tmp_path, launcher, double, world):
+@pytest.mark.parametrize("before, after", [((2, True), (1, False)), ((1, False), (2, True)), ((2, True), (4, True)),
+                                           ((2, False), (1, True))], ids=str)
+def test_a_run_goes_on_in_other_processes_sharded_or_not(data, tmp_path, launcher, double, before, after):
+    """Each is (processes, fsdp). Stopped after update 7, between two evaluations. One checkpoint holds whole
+    tensors, whoever wrote it, and is what one process alone would have written."""
     out, log = tmp_path / "run", tmp_path / "log"
     told = script(tmp_path, send="os.kill(os.getpid(), signal.SIGTERM)")
-    launcher.start(*((words(data, out, fsdp=True), rank) for rank in ranks(2)), log=log, script=told)
-    assert launcher.wait() == [0, 0], log.read_text()
-    assert load_checkpoint(out / "last.pt")["step"] == 7
-    assert [path.name for path in out.glob("optimizer-*")] == ["optimizer-7"]  # that of step 5 is gone
-    shutil.copytree(out / "optimizer-7", out / "optimizer-9")  # as if a crash had come before last.pt was written
-    several(launcher, world, tmp_path, data, out, fsdp=True, resume=True)
-    assert [path.name for path in out.glob("optimizer-*")] == ["optimizer-12"]
+    world, fsdp = before
+    launcher.start(*((words(data, out, fsdp=fsdp), rank) for rank in ranks(world)), log=log, script=told)
+    assert launcher.wait() == [0] * world, log.read_text()
+    with signals(signal.SIGTERM, at=6):
+        alone = start(data, tmp_path / "alone")
+    ours, theirs = load_checkpoint(out / "last.pt"), load_checkpoint(alone / "last.pt")
+    assert ours["step"] == theirs["step"] == 7
+    assert ours["optimizer"]["state"].keys() == theirs["optimizer"]["state"].keys()  # names of parameters
+    for name, entry in theirs["optimizer"]["state"].items():
+        for key, value in entry.items():
+            torch.testing.assert_close(ours["optimizer"]["state"][name][key], value, rtol=1e-7, atol=1e-12)
+    world, fsdp = after
+    several(launcher, world, tmp_path, data, out, fsdp=fsdp, resume=True)
+    assert sorted(path.name for path in out.iterdir()) == ["best.pt", "last.pt", "metrics.jsonl"]
+    assert_close_run(out, start(data, alone, resume=True))
     assert_close_run(out, start(data, tmp_path / "whole"))
 
 
-def test_shards_that_last_pt_names_are_never_written_again(data, tmp_path, launcher, double):
-    """Stopped after update 7, where the resumed run begins with a checkpoint: killed in it, it must not lose the old one.
-    What else lies in the folder is the user's."""
-    out, log, chosen = tmp_path / "run", tmp_path / "log", dict(fsdp=True, eval_interval=7, max_iters=8)
-    told = script(tmp_path, send="os.kill(os.getpid(), signal.SIGTERM)")
-    launcher.start(*((words(data, out, **chosen), rank) for rank in ranks(1)), log=log, script=told)
-    assert launcher.wait() == [0], log.read_text()
-    assert load_checkpoint(out / "last.pt")["optimizer"] == "optimizer-7"
-    (out / "optimizer-notes").mkdir()
-    several(launcher, 1, tmp_path, data, out, **chosen, resume=True)
-    assert {path.name for path in out.glob("optimizer-*")} == {"optimizer-8", "optimizer-notes"}
-
-
-@pytest.mark.parametrize("damage", [shutil.rmtree, lambda path: (path / ".metadata").write_bytes(b"no"),
-                                    lambda path: os.truncate(path / "__0_0.distcp", 100)], ids=["gone", "metadata", "cut"])
-def test_damaged_shards_are_refused_in_one_line(data, tmp_path, launcher, sharded, damage):
-    out, log = tmp_path / "run", tmp_path / "log"
-    shutil.copytree(sharded, out)
-    damage(out / "optimizer-2")
-    launcher.start(*((words(data, out, fsdp=True, max_iters=2, resume=True), rank) for rank in ranks(1)), log=log, script=script(tmp_path))
-    assert launcher.wait() == [1]
-    complaint = [line for line in log.read_text().splitlines() if "rror" in line or "Traceback" in line]
-    assert len(complaint) == 1 and complaint[0].startswith(f"error: {out}/optimizer-2") and "missing or damaged" in complaint[0]
-
-
-def test_sharding_without_processes_and_going_on_without_sharding_are_refused(data, tmp_path, sharded):
+def test_sharding_without_processes_is_refused(data, tmp_path):
     assert "torchrun" in refused(data, tmp_path / "run", fsdp=True)
-    assert "--fsdp=True" in refused(data, sharded, max_iters=2, resume=True)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -994,17 +997,17 @@ def test_resuming_with_other_knobs_is_refused_with_the_words_to_add(data, tmp_pa
 
 
 # where a run computes and what it prints may change on the way; a knob added later may not, unless it is named here
-FREE = {"resume", "data", "out", "device", "dtype", "compile", "grad_accum", "log_interval", "wandb"}
+FREE = {"resume", "data", "out", "device", "dtype", "compile", "fsdp", "grad_accum", "log_interval", "wandb"}
 
 
 @pytest.mark.parametrize("name", [name for name in knobs.FIELDS if name not in FREE])
-def test_no_knob_that_changes_the_computation_can_change_on_the_way(name, data, whole, monkeypatch):
-    monkeypatch.setenv("RANK", "0")  # as under torchrun, without which fsdp is refused for another reason
+def test_no_knob_that_changes_the_computation_can_change_on_the_way(name, data, whole):
     field = knobs.FIELDS[name]
     choices = [choice for choice in getattr(field.type, "__args__", ()) if choice != field.default]
     other = choices[0] if choices else "local" if field.type is str else TINY.get(name, field.default) + 1
-    other = {"beta1": 0.5, "beta2": 0.5, "fsdp": True}.get(name, other)
-    assert f"--{name}=" in refused(data, whole, resume=True, **{name: other})
+    other = {"beta1": 0.5, "beta2": 0.5, "n_head": 4, "n_embd": 32}.get(name, other)
+    allowed = {"k_attn": 1} if name == "attn_unit" else {}  # of two heads one must lose
+    assert f"--{name}=" in refused(data, whole, resume=True, **{name: other, **allowed})
 
 
 def test_a_run_goes_on_without_its_metrics_file(data, tmp_path, whole):
@@ -1019,6 +1022,39 @@ def test_a_run_goes_on_without_its_metrics_file(data, tmp_path, whole):
     assert "no training state" in refused(data, out, resume=True)
 
 
+def test_two_runs_in_one_folder_at_a_time_are_refused(data, tmp_path):
+    lock = lock_folder(tmp_path / "run", "")
+    assert "another train.py is at work" in refused(data, tmp_path / "run")
+    os.close(lock)
+    with signals(signal.SIGTERM, at=2):
+        start(data, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:  # and one that fails lets go of its folder
+        patch.setattr(train, "update", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            start(data, tmp_path / "run", resume=True)
+    os.close(lock_folder(tmp_path / "run", "still locked"))
+
+
+@pytest.mark.parametrize("name, value", [("RANK", "x"), ("WORLD_SIZE", ""), ("LOCAL_RANK", "-1"), ("RANK", "1")])
+def test_what_torchrun_would_never_say_is_refused(data, tmp_path, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    message = refused(data, tmp_path / "run")
+    assert ("torchrun" in message) and (f"{name}={value} is not a whole number" in message or value == "1")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")], ids=str)
+def test_too_little_memory_is_one_line(data, tmp_path, monkeypatch, error):
+    def exhausted(*_):
+        raise error
+
+    monkeypatch.setattr(train, "update", exhausted)
+    message = refused(data, tmp_path / "run")
+    assert "out of memory" in message and all(f"--{name}" in message for name in ("batch_size", "grad_accum", "n_embd"))
+
+
 def test_a_run_folder_that_cannot_be_made_is_refused(data, tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot write to the run folder" in refused(data, tmp_path / "file" / "run")
@@ -1028,7 +1064,8 @@ def test_resuming_with_other_data_is_refused(tmp_path, whole):
     other = make_data(tmp_path / "other", seed=1)
     message = refused(other, whole, resume=True)
     assert str(other) in message and "--data=" in message
-    assert all(json.loads((folder / "meta.json").read_text())["checksum"] in message for folder in (other, Path(state_data(whole))))
+    for folder in (other, Path(state_data(whole))):
+        assert json.loads((folder / "meta.json").read_text())["checksum"] in message
 
 
 def state_data(out):
@@ -1096,4 +1133,5 @@ def test_weights_and_biases_without_the_package_is_refused(data, tmp_path, monke
 def test_the_command_itself_shows_one_line_and_no_traceback(data, tmp_path, launcher):
     launcher.start((words(data, tmp_path / "run", k_attn=0), {}), log=tmp_path / "log")
     assert launcher.wait() == [1]
-    assert (tmp_path / "log").read_text() == "error: k_attn=0 must be from 1 to 15: a layer has 16 units and at least one must lose\n"
+    assert (tmp_path / "log").read_text() == (
+        "error: k_attn=0 must be from 1 to 15: a layer has 16 units and at least one must lose\n")

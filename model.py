@@ -549,7 +549,7 @@ def replace_file(path):
             file.flush()
             os.fsync(file.fileno())  # else a power cut could leave the name with nothing behind it
         os.replace(temporary, path)
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         with suppress(OSError):
             temporary.unlink()
         # torch.save hides the file's OSError: closing its zip raises a RuntimeError on the way out

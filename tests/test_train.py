@@ -1057,7 +1057,7 @@ def test_too_little_memory_is_one_line(data, tmp_path, monkeypatch, error):
 
 def test_a_run_folder_that_cannot_be_made_is_refused(data, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "cannot write to the run folder" in refused(data, tmp_path / "file" / "run")
+    assert f"cannot write {tmp_path}/file/run (Not a directory)" in refused(data, tmp_path / "file" / "run")
 
 
 def test_resuming_with_other_data_is_refused(tmp_path, whole):

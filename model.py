@@ -129,8 +129,9 @@ def gate(scores, k, form="softmax"):
     s_k, s_next = top[..., k - 1 : k], top[..., k:]  # (..., 1): the last winner, the first loser
     gamma = (s_k + s_next) / 2  # Eq. 1
     T = (s_k - s_next).clamp_min(floor)  # Eq. 2
+    z = (scores - gamma) * (1 / T)  # (..., N); the gradient of a product is faster than a quotient's
     # exp(-50) is nothing beside the winners' 1; further down come denormal numbers, slow on a CPU
-    z = F.threshold((scores - gamma) / T, -50.0, -50.0)  # (..., N), at least -50
+    z = F.threshold(z, -50.0, -50.0)
     if form == "softmax":
         soft = z.softmax(-1)  # Eq. 3; gamma cancels here
     else:

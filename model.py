@@ -130,8 +130,8 @@ def gate(scores, k, form="softmax"):
     gamma = (s_k + s_next) / 2  # Eq. 1
     T = (s_k - s_next).clamp_min(floor)  # Eq. 2
     z = (scores - gamma) * (1 / T)  # (..., N); the gradient of a product is faster than a quotient's
-    # exp(-50) is nothing beside the winners' 1; further down come denormal numbers, slow on a CPU
-    z = F.threshold(z, -50.0, -50.0)
+    with torch.no_grad():  # exp(-50) is nothing beside the winners' 1, nor is its gradient
+        z.clamp_min_(-50.0)  # further down come denormal numbers, which are slow on a CPU
     if form == "softmax":
         soft = z.softmax(-1)  # Eq. 3; gamma cancels here
     else:

@@ -264,11 +264,12 @@ def evaluate_run(task, batch_size, device):
     """Everything that is measured of a run: its row, a dict."""
     run, config = task.run, task.run.model.config
     gated = config.ablation != "none"
-    row = {"run": str(run.path), "step": run.step}
-    row |= {"ablation": config.ablation, "gate": config.gate, "attn_unit": config.attn_unit}
-    row |= {"k_attn": config.k_attn if gated else 0, "k_mlp": config.k_mlp if gated else 0}
-    row |= {"seed": run.train_config["seed"], "data": task.data, "checksum": task.meta["checksum"]}
     model, meta = run.model.to(device), task.meta
+    row = {
+        "run": str(run.path), "step": run.step,
+        "ablation": config.ablation, "gate": config.gate, "attn_unit": config.attn_unit,
+        "k_attn": config.k_attn if gated else 0, "k_mlp": config.k_mlp if gated else 0,
+        "seed": run.train_config["seed"], "data": task.data, "checksum": meta["checksum"]}
     row |= measure_split(model, task.tokens, meta["eot"], meta["val"]["bytes"], batch_size, device)
     return row | l1_norms(model)
 
@@ -276,15 +277,12 @@ def evaluate_run(task, batch_size, device):
 # --------------------------------------------------------------------------------------- over seeds
 
 # what the runs of a group have in common, and what is averaged over them
-SHARED = (
-    "ablation", "gate", "attn_unit", "k_attn", "k_mlp",
-    "data", "checksum", "tokens", "stories",
-)
+SHARED = ("ablation", "gate", "attn_unit", "k_attn", "k_mlp", "data", "checksum", "tokens",
+          "stories")
 AVERAGED = (
     "step", "loss_clean", "ppl_clean", "bits_per_byte_clean",
     "loss_ablated", "ppl_ablated", "bits_per_byte_ablated",
-    "attn_ever", "attn_per_story", "mlp_ever", "mlp_per_story", "l1", "l1_all", "l1_blocks",
-)
+    "attn_ever", "attn_per_story", "mlp_ever", "mlp_per_story", "l1", "l1_all", "l1_blocks")
 
 
 def group_seeds(tasks):
@@ -307,31 +305,34 @@ def group_seeds(tasks):
     return [list(group.values()) for group in groups.values()]
 
 
-def over_seeds(group, averaged=AVERAGED):
-    """One row for the rows of a group: the mean of every number, its spread as NAME_sd.
+def averages(rows, names):
+    """{name: the mean of this number over the rows}, and NAME_sd, its sample standard deviation.
 
-    Where only some of them have a number, the mean is over those, and NAME_n says how many.
+    Where only some of the rows have a number, the mean is over those, and NAME_n says how many.
+    The spread of a single one is None.
     """
-    paths = [row["run"] for row in group]
-    joined = {"run": os.path.commonprefix(paths) + "*" if len(group) > 1 else paths[0]}
-    joined |= {"n": len(group), "seeds": [row["seed"] for row in group]}
-    joined |= {name: group[0][name] for name in SHARED}
-    for name in averaged:
-        values = [row[name] for row in group if name in row]
+    means = {}
+    for name in names:
+        values = [row[name] for row in rows if row.get(name) is not None]
         if not values:
             continue  # the baseline has no ablated stream
-        joined[name] = np.mean(values)
-        joined[f"{name}_sd"] = np.std(values, ddof=1) if len(values) > 1 else None
-        if len(values) < len(group):
-            joined[f"{name}_n"] = len(values)
-    return joined | {"rows": group}
+        means[name] = np.mean(values)
+        means[f"{name}_sd"] = np.std(values, ddof=1) if len(values) > 1 else None
+        if len(values) < len(rows):
+            means[f"{name}_n"] = len(values)
+    return means
 
 
 def join_seeds(rows, groups, averaged=AVERAGED):
-    """A row of over_seeds for every group, a list of places in rows."""
+    """One row for every group, a list of places in rows: see averages."""
     table = []
-    for group in groups:
-        table.append(over_seeds([rows[place] for place in group], averaged))
+    for places in groups:
+        group = [rows[place] for place in places]
+        paths = [row["run"] for row in group]
+        joined = {"run": os.path.commonprefix(paths) + "*" if len(group) > 1 else paths[0]}
+        joined |= {"n": len(group), "seeds": [row["seed"] for row in group]}
+        joined |= {name: group[0][name] for name in SHARED}
+        table.append(joined | averages(group, averaged) | {"rows": group})
     return table
 
 
@@ -513,15 +514,21 @@ def draw_runs(path, rows, curves):
 
 
 def run_parser(description):
-    """An argparse parser with what every program has that measures runs."""
+    """An argparse parser for a program that works on runs: which ones, and on which device."""
     parser = argparse.ArgumentParser(description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = knobs.usage_error
+    parser.add_argument("runs", nargs="+", help="run folders (their best.pt) or .pt files")
+    parser.add_argument("--device", default="auto", help="auto takes cuda, else mps, else cpu")
+    return parser
+
+
+def measuring_parser(description):
+    """The same for a program that evaluates runs: on which data, how fast, for whom it prints."""
+    parser = run_parser(description)
     add = parser.add_argument
-    add("runs", nargs="+", help="run folders (their best.pt) or .pt files")
     add("--data", help="prepared data to measure on (default: the run's own)")
     add("--batch_size", type=int, default=8, help="windows at a time: for speed and memory only")
-    add("--device", default="auto", help="auto takes cuda, else mps, else cpu")
     add("--json", action="store_true", help="print JSON, with each unit's firing rate, and no more")
     return parser
 
@@ -530,13 +537,34 @@ def check_range(args, name, low, high=math.inf):
     """Raises UserError where a flag was given and is not in this range."""
     value = getattr(args, name)
     if value is not None and not low <= value <= high:
-        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        limits = f"at least {low}" if high == math.inf else f"from {low} to {high:,}"
         raise UserError(f"--{name}={value} must be {limits}")
 
 
-def parse():
+def check_picture(path):
+    """Raises UserError when --plot names a file that cannot be written or is no picture."""
+    if Path(path).suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--plot={path} must end in .png, .pdf or .svg")
+    check_writable(path)
+
+
+def parse_list(flag, text, kind):
+    """"2,5,10" -> [2, 5, 10], of kind int or float. Raises UserError."""
+    try:
+        values = [kind(word) for word in text.split(",")]
+    except ValueError:
+        values = []
+    in_range = all(0 <= value < 2**63 for value in values)
+    if not values or len(set(values)) < len(values) or not in_range:
+        kinds = "numbers" if kind is float else "whole numbers"
+        raise UserError(f"{flag}={text} must be {kinds} from 0 on, each once, with commas between "
+                        f"them, such as 2,5,10")
+    return values
+
+
+def parse_arguments():
     """The command line. Raises UserError on what cannot work."""
-    parser = run_parser(__doc__)
+    parser = measuring_parser(__doc__)
     add = parser.add_argument
     add("--over_seeds", action="store_true",
         help="one row for runs that differ only in the seed: mean ± sample standard deviation")
@@ -548,9 +576,8 @@ def parse():
     add("--top_p", type=float, help="sample from the fewest tokens that hold this probability")
     add("--seed", type=int, default=1337, help="of the samples")
     args = parser.parse_args()
-    check_range(args, "batch_size", 1)
-    check_range(args, "max_new_tokens", 1)
-    check_range(args, "top_k", 1)
+    for name in ("batch_size", "max_new_tokens", "top_k"):
+        check_range(args, name, 1)
     check_range(args, "top_p", 1e-6, 1)
     check_range(args, "seed", 0, 2**63 - 1)
     if args.temperature != 0 and not args.temperature >= 1e-6:  # logits are divided by it
@@ -558,16 +585,13 @@ def parse():
     if args.json and args.sample is not None:
         raise UserError("--json prints numbers and nothing else: drop --sample")
     if args.plot is not None:
-        if Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
-            raise UserError(f"--plot={args.plot} must end in .png, .pdf or .svg")
-        check_writable(args.plot)
+        check_picture(args.plot)
     return args
 
 
 def main():
-    args = parse()
+    args = parse_arguments()
     device = knobs.pick_device(args.device)
-    # everything that can be wrong with any of the runs is found before the first takes its minutes
     tasks = open_tasks(args.runs, args.data)
     groups = group_seeds(tasks) if args.over_seeds else []
     tokenizers, curves = [], []

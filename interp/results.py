@@ -4,7 +4,11 @@ A result NAME.json holds everything it takes to make it again. While it is unfin
 NAME.resume.pt holds what is done, and the same command again goes on from there. For out/x both lie
 in out/x; for out/x/last.pt they are called out/x/last.NAME.json and out/x/last.NAME.resume.pt.
 
-    jobs = [Job(run, "acdc", settings, force=args.force) for run in runs]   every mistake shows here
+    jobs = []
+    for run in runs:
+        job = Job(run, "acdc", settings, force=args.force)    every mistake shows here
+        job.inputs = prompts                                  whatever measure needs of this run
+        jobs.append(job)
     results = results_of(jobs, measure, device)
 
     def measure(job, title):    what is done in job.state, and saved by job.save(state)
@@ -42,8 +46,7 @@ def git(*words):
 
 
 def environment(device):
-    """By which code and on what a figure was made: {"device", "torch", "commit"}, the last one
-    "unknown" without git."""
+    """By which code and on what a figure was made; the commit is "unknown" without git."""
     name = f"{torch.get_num_threads()} CPU threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -78,6 +81,12 @@ def write_text(path, text):
 
 def write_json(path, result):
     write_text(path, json.dumps(result, indent=1))
+
+
+def write_torch(path, content):
+    """Tensors in lists and dicts, and whatever else torch.load takes as weights."""
+    with replace_file(path) as file:
+        torch.save(content, file)
 
 
 def is_complete(found, kinds):
@@ -131,26 +140,29 @@ class Job:
     """One experiment on one run: what there is already of NAME.json, and where to go on.
 
     run: an eval.Run. settings: everything beside the weights that decides the numbers, as JSON
-    holds it: lists, no tuples. files: what else belongs to a finished result, such as ".pt" for
-    NAME.pt; it is to be written before the result, by replace_file.
+    holds it: lists, no tuples. files: what else belongs to a finished result, {".pt": read} for a
+    NAME.pt that read(path) reads: a dict with "checkpoint" and "settings", like the result's. It
+    is to be written before the result. pictures: what is drawn beside it, such as ".png".
     Raises UserError where a result made otherwise is in the way and force does not replace it,
-    and where nothing could be written.
+    and where something could not be written.
     """
 
-    def __init__(self, run, name, settings, files=(), force=False):
+    def __init__(self, run, name, settings, files=None, pictures=(), force=False):
         self.run, self.name, self.settings, self.force = run, name, settings, force
         self.checkpoint = fingerprint(run.model)
+        self.inputs = None  # for the experiment to set: what it reads beside the model
         self.state = None  # what an interrupted call gave to save
         self.result = self.earlier(".json", read_result)
-        if not all(self.path(suffix).exists() for suffix in files):
-            self.result = None
+        for suffix, read in (files or {}).items():
+            if self.result and not self.earlier(suffix, read):
+                self.result = None
         if self.result:
             self.result["run"] = str(run.path)  # the folder may have been renamed since
             return
         unfinished = self.earlier(".resume.pt", read_unfinished)
         if unfinished:
             self.state = unfinished["state"]
-        for suffix in (".resume.pt", *files, ".json"):
+        for suffix in (".resume.pt", *(files or ()), *pictures, ".json"):
             check_writable(self.path(suffix))
 
     def path(self, suffix):
@@ -177,10 +189,9 @@ class Job:
         return None if other else found
 
     def save(self, state):
-        """Keep what is done, for the same command: anything that torch.load takes as weights."""
+        """Keep what is done, for the same command: anything that write_torch takes."""
         found = {"checkpoint": self.checkpoint, "settings": self.settings, "state": state}
-        with replace_file(self.path(".resume.pt")) as file:
-            torch.save(found, file)
+        write_torch(self.path(".resume.pt"), found)
 
     def finish(self, facts, device):
         """Write NAME.json: these facts and all it takes to find them again."""
@@ -208,8 +219,7 @@ def results_of(jobs, measure, device):
         places.add(place)
     for number, job in enumerate(jobs, 1):
         if job.result:
-            date = job.result["date"]
-            print(f"{job.path('.json')} of {date} has it already", file=sys.stderr)
+            print(f"{job.path('.json')} of {job.result['date']} has it already", file=sys.stderr)
         else:
             job.finish(measure(job, f"[{number}/{len(jobs)}] {job.run.path}"), device)
     return [job.result for job in jobs]

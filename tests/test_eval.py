@@ -298,7 +298,7 @@ def test_a_mistake_is_found_before_anything_is_measured(run, call, tmp_path, mon
         ((run, "--temperature", "nan"), "--temperature=nan"),
         ((run, "--temperature", "-1"), "--temperature=-1.0"),
         ((run, "--temperature", "1e-320"), "must be at least 1e-06, or 0: greedy"),
-        ((run, "--seed", 2**64), f"--seed={2**64} must be from 0 to {2**63 - 1}"),
+        ((run, "--seed", 2**64), f"--seed={2**64} must be from 0 to {2**63 - 1:,}"),
         ((run, "--seed", "-1"), "--seed=-1 must be from 0"),
         ((run, "--device", "gpu"), "--device=gpu"),
         ((run, "--plot", nowhere / "a.png"), f"cannot write {nowhere / 'a.png'}: No such file or directory"),

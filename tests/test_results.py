@@ -17,13 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval import open_run
 from interp.results import (
     Job, difference, environment, fingerprint, read_result, refuse_mixed, result_path, results_of,
-    write_json, write_text)
-from model import ModelError, load_checkpoint
+    write_json, write_text, write_torch)
+from model import ModelError, load_checkpoint, load_torch
 from prepare import UserError
 from test_eval import run, seeds  # noqa: F401
 
 CPU = torch.device("cpu")
 SETTINGS = {"data": "abc", "taus": [0.03, 0.1], "orders": None}
+FILES = {".pt": load_torch}
 
 
 def job(run, settings=SETTINGS, **changes):
@@ -153,11 +154,17 @@ def test_a_renamed_folder_keeps_its_result(run):
 
 
 def test_a_result_without_its_other_files_is_measured_again(run):
+    first = job(run, files=FILES)
+    write_torch(run / "toy.pt", {"checkpoint": first.checkpoint, "settings": SETTINGS})
+    first.finish({}, CPU)
+    assert job(run, files=FILES).result
+    write_torch(run / "toy.pt", {"checkpoint": first.checkpoint, "settings": {**SETTINGS, "taus": [2]}})
+    refused(run, "toy.pt was made with taus=[2], not [0.03, 0.1]", files=FILES)
     (run / "toy.pt").write_bytes(b"")
-    job(run, files=[".pt"]).finish({}, CPU)
-    assert job(run, files=[".pt"]).result
+    refused(run, "toy.pt is damaged", "delete it, or add --force", files=FILES)
+    assert job(run, files=FILES, force=True).result is None
     (run / "toy.pt").unlink()
-    assert job(run, files=[".pt"]).result is None
+    assert job(run, files=FILES).result is None
 
 
 @pytest.mark.parametrize("unfinished", [False, True])
@@ -256,12 +263,12 @@ def test_an_unfinished_file_of_another_name_is_left_alone(run):
 def test_what_cannot_be_written_is_found_out_at_once(run, name, monkeypatch):
     """A folder of that name; one in the way of the file that is written first; a read-only folder."""
     (run / f"{name}.tmp").mkdir()
-    refused(run, f"cannot write {run / name}: Is a directory", files=[".pt"])
+    refused(run, f"cannot write {run / name}: Is a directory", files=FILES)
     (run / f"{name}.tmp").rmdir()
     (run / name).mkdir()
-    refused(run, str(run / name), files=[".pt"])  # damaged, as a result
+    refused(run, str(run / name), files=FILES)  # damaged, as a result
     with pytest.raises(UserError, match=f"cannot write {run / name}: there is a folder of that name"):
-        job(run, files=[".pt"], force=True)
+        job(run, files=FILES, force=True)
     (run / name).rmdir()
 
     def read_only(path, mode="r", *words, **more):
@@ -270,7 +277,7 @@ def test_what_cannot_be_written_is_found_out_at_once(run, name, monkeypatch):
         return open(path, mode, *words, **more)
 
     monkeypatch.setattr(sys.modules["eval"], "open", read_only, raising=False)
-    refused(run, f"cannot write {run}/toy.", "Permission denied", files=[".pt"])
+    refused(run, f"cannot write {run}/toy.", "Permission denied", files=FILES)
 
 
 def test_a_finished_result_needs_no_writing(run):

@@ -519,7 +519,7 @@ def run_parser(description):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = knobs.usage_error
     parser.add_argument("runs", nargs="+", help="run folders (their best.pt) or .pt files")
-    parser.add_argument("--device", default="auto", help="auto takes cuda, else mps, else cpu")
+    parser.add_argument("--device", default="auto", help="auto takes a GPU if there is one")
     return parser
 
 

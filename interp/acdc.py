@@ -21,7 +21,6 @@ Shape letters: B prompts, T positions, C channels, H heads, D = C / H, V vocabul
 K circuits tried at a time.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -31,6 +30,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +40,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python puts interp/ there
 import config as knobs
-from eval import check_writable, column, number, open_run, print_table, run_paths, save_figure
+from eval import (
+    averages, check_range, column, number, open_run, parse_list, print_table, run_parser,
+    run_paths, save_figure)
 from interp.results import Job, results_of
 from prepare import UserError, load_tokenizer, word_lists
 
@@ -171,7 +173,8 @@ def tokenize(prompts, tokenizer, block_size):
         rows.append(tokens.values())
     clean, corrupt, answers, wrong = zip(*rows)
     lengths = torch.tensor([len(row) for row in clean])
-    return Tokens(pad(clean), pad(corrupt), lengths, pad(answers)[:, 0], pad(wrong)[:, 0])
+    answers, wrong = torch.tensor(answers), torch.tensor(wrong)  # (B, 1) each
+    return Tokens(pad(clean), pad(corrupt), lengths, answers[:, 0], wrong[:, 0])
 
 
 # ---------------------------------------------------------------------------------------- the graph
@@ -709,10 +712,9 @@ def describe(circuit, heldout, edges, state, tokens, seed):
     heldout: a Circuit of the same model on other prompts, or None.
     """
     graph = circuit.graph
-    rises = {False: {}, True: {}}  # of the edges that are removed, and of those that are kept
-    for edge, (kept, rise) in zip(edges, state["decided"]):
-        rises[kept][edge] = rise
-    kept, removed = list(rises[True]), list(rises[False])
+    kept, removed = {}, {}  # {edge: by how much its removal raised KL}
+    for edge, (put_back, rise) in zip(edges, state["decided"]):
+        (kept if put_back else removed)[edge] = rise
     connected = graph.connected(kept)
     ends = {node for edge in connected for node in (edge.source, edge.dest.node)}
     heads = [node for node in ends if graph.role(node) == "head"]
@@ -730,13 +732,14 @@ def describe(circuit, heldout, edges, state, tokens, seed):
         facts["kl_heldout"] = heldout.kl()
         mean, spread = kl_of_several(heldout, removals)
         facts |= {"kl_random_heldout": mean, "kl_random_heldout_sd": spread}
-    facts["circuit"] = {graph.edge_name(edge): rise for edge, rise in rises[True].items()}
-    facts["removed"] = {graph.edge_name(edge): rise for edge, rise in rises[False].items()}
+    facts["circuit"] = {graph.edge_name(edge): rise for edge, rise in kept.items()}
+    facts["removed"] = {graph.edge_name(edge): rise for edge, rise in removed.items()}
     return facts
 
 
-def find_circuits(job, prompts, tokens, args, device, title):
+def find_circuits(job, title, args, device):
     """Find the circuits of one run, or go on with it -> the facts of its result."""
+    prompts, tokens = job.inputs
     config, weights, count = job.run.model.config, job.run.model.clean_state_dict(), args.count
 
     def circuit_on(tokens):
@@ -886,23 +889,18 @@ COLUMNS = [  # heading, how to print it; a column that no row has is left out
 ]
 
 
-def rows_of(result):
+def table_rows(result):
     """A row per tau: the circuit of the fixed order, and how many edges the random orders keep."""
     for tau in result["settings"]["tau"]:
         first, *others = [row for row in result["circuits"] if row["tau"] == tau]
-        row = result | first
-        counts = [other["edges"] for other in others]
-        if counts:
-            row["orders"] = statistics.mean(counts)
-        if len(counts) > 1:
-            row["orders_sd"] = statistics.stdev(counts)
-        yield row
+        counts = averages([{"orders": other["edges"]} for other in others], ["orders"])
+        yield result | first | counts
 
 
-def report(results):
+def print_results(results):
     """Print the table and what cannot stand in it."""
     print()
-    print_table([row for result in results for row in rows_of(result)], COLUMNS)
+    print_table([row for result in results for row in table_rows(result)], COLUMNS)
     settings = results[0]["settings"]
     how = "found on {count} prompts, {heldout} held out, seed {seed}; sources {order}"
     print(how.format(**settings))
@@ -915,50 +913,44 @@ def report(results):
             print(f"warning: {result['run']}: {warning}")
 
 
-def parse_taus(text):
-    """--tau: one or more thresholds, in nats. Raises UserError."""
-    try:
-        taus = [float(word) for word in text.split(",")]
-    except ValueError:
-        taus = [math.nan]
-    if not all(0 <= tau < math.inf for tau in taus) or len(set(taus)) < len(taus):
-        raise UserError(f"--tau={text} is not a threshold in nats, or several different ones: "
-                        f"--tau=0.03,0.1")
-    return taus
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = knobs.usage_error
-    parser.add_argument("runs", nargs="+", help="run folders (their best.pt) or .pt files")
-    parser.add_argument("--tau", default="0.03", help="an edge stays removed if that raises KL by "
-                        "fewer nats (0.03); a list: 0.03,0.1")
-    parser.add_argument("--order", choices=("descending", "ascending"), default="descending",
-                        help="of the sources of an input: later or earlier ones first (descending)")
-    parser.add_argument("--orders", type=int, default=0, help="how many random orders to add (0)")
-    parser.add_argument("--prompts", metavar="FILE",
-                        help="JSON list of clean, corrupt, answer, wrong (our templates)")
-    parser.add_argument("--count", type=int, default=64, help="prompts to find circuits on (64); "
-                        "as many more, or what is left of a file, are held out")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="of the prompts, the random orders and the random circuits (0)")
-    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    parser.add_argument("--device", default="auto", help="auto takes cuda, else cpu")
-    parser.add_argument("--force", action="store_true", help="replace a result of other settings")
+def parse_arguments():
+    """The command line. Raises UserError."""
+    parser = run_parser(__doc__)
+    add = parser.add_argument
+    add("--tau", default="0.03",
+        help="an edge stays removed if that raises KL by fewer nats (0.03); a list: 0.03,0.1")
+    add("--order", choices=("descending", "ascending"), default="descending",
+        help="of the sources of an input: later or earlier ones first (descending)")
+    add("--orders", type=int, default=0, help="how many random orders to add (0)")
+    add("--prompts", metavar="FILE",
+        help="JSON list of clean, corrupt, answer, wrong (our templates)")
+    add("--count", type=int, default=64, help="prompts to find circuits on (64); as many more, or "
+        "what is left of a file, are held out")
+    add("--seed", type=int, default=0,
+        help="of the prompts, the random orders and the random circuits (0)")
+    add("--dtype", choices=("float32", "float64"), default="float32")
+    add("--force", action="store_true", help="replace a result of other settings")
     args = parser.parse_args()
-    args.tau = parse_taus(args.tau)
-    for name, low, high in (("count", 1, 10_000), ("orders", 0, 1000), ("seed", 0, 2**63 - 1)):
-        value = getattr(args, name)
-        if not low <= value <= high:
-            raise UserError(f"--{name}={value} must be from {low} to {high:,}")
-    if args.device == "auto" and not torch.cuda.is_available():
-        args.device = "cpu"
+    args.tau = parse_list("--tau", args.tau, float)
+    check_range(args, "count", 1, 10_000)
+    check_range(args, "orders", 0, 1000)
+    check_range(args, "seed", 0, 2**63 - 1)
     return args
 
 
+def choose_device(name):
+    """A torch.device for sums in float64, which mps has not. Raises UserError."""
+    if name == "auto" and not torch.cuda.is_available():
+        name = "cpu"
+    device = knobs.pick_device(name)
+    if device.type == "mps":
+        raise UserError("KL is summed in float64, which mps has not: add --device=cpu")
+    return device
+
+
 def open_job(path, args):
-    """A run as a Job, its prompts as texts and as Tokens. Raises UserError or ModelError."""
+    """A run as a Job, its inputs the prompts as texts and as Tokens. Raises UserError or ModelError.
+    """
     run = open_run(path)
     tokenizer = load_tokenizer(run.tokenizer)
     if args.prompts:
@@ -972,34 +964,24 @@ def open_job(path, args):
         "prompts": f"{args.prompts or 'templates'}, tokens {digest[:16]}",
         "count": min(args.count, len(prompts)), "heldout": max(0, len(prompts) - args.count),
         "dtype": args.dtype}
-    job = Job(run, "acdc", settings, force=args.force)
-    if not job.result:
-        if not all(weight.isfinite().all() for weight in run.model.parameters()):
-            raise UserError(f"{path} has weights that are not finite: its training has diverged")
-        for suffix in (".json", ".png", ".resume.pt"):
-            check_writable(job.path(suffix))
-    return job, prompts, tokens
+    job = Job(run, "acdc", settings, pictures=[".png"], force=args.force)
+    job.inputs = prompts, tokens
+    if not job.result and not all(p.isfinite().all() for p in run.model.parameters()):
+        raise UserError(f"{path} has weights that are not finite: its training has diverged")
+    return job
 
 
 def main():
-    args = parse_args()
-    device = knobs.pick_device(args.device)
-    if device.type == "mps":
-        raise UserError("KL is summed in float64, which mps has not: add --device=cpu")
-    # all of them, before the first takes its minutes
-    opened = {path: open_job(path, args) for path in run_paths(args.runs)}
-
-    def find(job, title):
-        _, prompts, tokens = opened[job.run.path]
-        return find_circuits(job, prompts, tokens, args, device, title)
-
+    args = parse_arguments()
+    device = choose_device(args.device)
+    jobs = [open_job(path, args) for path in run_paths(args.runs)]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     try:
-        results = results_of([job for job, *_ in opened.values()], find, device)
+        results = results_of(jobs, partial(find_circuits, args=args, device=device), device)
     except KeyboardInterrupt:
         advice = "the same command goes on from the last stage that was done"
         raise SystemExit(f"stopped: {advice}") from None
-    report(results)
+    print_results(results)
 
 
 if __name__ == "__main__":

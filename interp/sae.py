@@ -25,12 +25,11 @@ token or on average, in place of l1.
 Shape letters: n activations, d their size, F features; B windows of T tokens, V vocabulary.
 """
 
-import argparse
 import html
 import math
-import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
@@ -43,12 +42,13 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # python puts interp/ there
 import config as knobs
-from eval import (check_writable, column, find_data, number, open_run, print_table, run_paths,
-                  save_figure)
-from interp.activations import (SITES, Site, Stopped, Strongest, Text, check_stop, held_out_windows,
-                                read_windows, windows_at)
-from interp.results import Job, results_of, write_text
-from model import load_torch, replace_file
+from eval import (
+    averages, check_picture, check_range, column, find_data, number, open_run, parse_list,
+    print_table, run_parser, run_paths, save_figure)
+from interp.activations import (
+    SITES, Site, Stopped, Strongest, Text, check_stop, held_out_windows, read_windows, windows_at)
+from interp.results import Job, results_of, write_text, write_torch
+from model import load_torch
 from prepare import UserError, load_tokenizer, load_tokens
 
 SIZES = {  # by default, as in Table 5; with --small; what it is
@@ -146,15 +146,21 @@ def sae_from(row, settings):
     return sae.eval()
 
 
-def load_saes(path):
-    """The SAEs of a sae.pt, in the order of "saes" in sae.json. Raises UserError if it is none."""
+def read_saes(path):
+    """A sae.pt as Job wants it: its "saes" are SAEs. Raises UserError if it is none."""
     try:
-        content = load_torch(path)
-        return [sae_from(row, content["settings"]) for row in content["saes"]]
+        found = load_torch(path)
+        saes = [sae_from(row, found["settings"]) for row in found["saes"]]
+        return {"checkpoint": found["checkpoint"], "settings": found["settings"], "saes": saes}
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         # absent, damaged, of another program, or with weights that do not fit together
         raise UserError(f"{path} does not hold autoencoders of interp/sae.py "
                         f"({type(error).__name__}): delete it, and make it again") from None
+
+
+def load_saes(path):
+    """The SAEs of a sae.pt, in the order of "saes" in sae.json. Raises UserError if it is none."""
+    return read_saes(path)["saes"]
 
 
 def lr_at(step, steps, lr):
@@ -167,15 +173,15 @@ def l1_at(step, steps, l1):
     return l1 * min(1, step / max(1, steps // 20))
 
 
-def make_optimizer(sae, recipe):
+def make_adam(sae, recipe):
     beta1 = 0.0 if recipe == "saelens5" else 0.9
     return torch.optim.Adam(sae.parameters(), betas=(beta1, 0.999), fused=True)
 
 
 def train_step(sae, optimizer, x, lr, l1, recipe):
-    """One update on x (n, d), already scaled.
+    """One update on x (n, d), already scaled -> error and penalty, whose sum is the loss; f (n, F).
 
-    -> squared error and penalty, means over n; features (n, F).
+    loss = |x^ - x|^2 + l1 sum_i f_i c_i, mean over n; c_i = 1 in saelens5, else |W_dec,i|
     """
     optimizer.param_groups[0]["lr"] = lr
     if recipe == "saelens5":
@@ -239,7 +245,7 @@ class Batches:
             self.refill, self.scale = saved["refill"], saved["scale"]
             self.buffer = saved["buffer"].to(self.device)  # (size, d)
         else:
-            self.start()
+            self.fill()
 
     def state(self):
         """What a resumed run needs. A cached corpus is rather run through the model once more."""
@@ -247,8 +253,8 @@ class Batches:
             return None
         return {"refill": self.refill, "scale": self.scale, "buffer": self.buffer}
 
-    def start(self):
-        """Fills the buffer. The scale is that of 1,000 batches, or of all of a cached corpus."""
+    def fill(self):
+        """The first fill of the buffer. The scale is that of 1,000 batches, or of all of a cached corpus."""
         if not self.cached:
             count = min(-(-1000 * self.batch // self.T), self.windows)
             norms = [x.norm(dim=1).sum().item() for x in self.read(0, count, "norms")]
@@ -320,16 +326,17 @@ class Training:
             k = value if self.swept == "k" else None
             sae = SAE(site.d, self.features, settings["activation"], k)
             self.saes.append(sae.initialise(settings["recipe"], seed).to(device))
-            self.optimizers.append(make_optimizer(sae, settings["recipe"]))
+            self.optimizers.append(make_adam(sae, settings["recipe"]))
             self.history.append({"step": [], "error": [], "penalty": [], "l0": [], "dead": []})
         # steps since each feature fired
         self.silent = torch.zeros(len(self.saes), self.features, dtype=torch.int64, device=device)
         self.step, self.seconds, self.clock = 0, 0.0, time.time()
         if saved:
-            self.restore(saved)
+            self.go_on_from(saved)
         self.batches = Batches(site, tokens, settings, seed, saved and saved["batches"], stop)
 
-    def restore(self, saved):
+    def go_on_from(self, saved):
+        """saved: what state() gave."""
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.history, self.silent = saved["history"], saved["silent"].to(self.silent.device)
         for sae, weights in zip(self.saes, saved["weights"]):
@@ -348,7 +355,7 @@ class Training:
         """Seconds, those before an interruption included."""
         return self.seconds + time.time() - self.clock
 
-    def update(self):
+    def advance(self):
         """One step of every SAE -> whether it is a point of the history."""
         check_stop(self.stop)
         settings, step = self.settings, self.step
@@ -399,7 +406,7 @@ def train_seed(training, save, title):
                 save(training.state())
                 saved = time.time()
             try:
-                logged = training.update()
+                logged = training.advance()
             except Stopped:
                 save(training.state())
                 raise
@@ -613,17 +620,12 @@ MEASURED = ("l0", "ce_score", "kl_score", "explained_variance", "dead", "ce_clea
 
 
 def table_rows(result):
-    """A row for every l1 (or k) of a run: means over seeds; of several, deviations as NAME_sd."""
+    """A row for every l1 (or k) of a run: averages over the seeds."""
     rows = []
     for name in dict.fromkeys(map(coefficient, result["saes"])):
         group = [row for row in result["saes"] if coefficient(row) == name]
-        merged = {"run": result["run"], "coefficient": name, "n": len(group)}
-        for measured in MEASURED:
-            values = [row[measured] for row in group]
-            if None not in values:
-                merged[measured] = np.mean(values)
-                merged[f"{measured}_sd"] = np.std(values, ddof=1) if len(group) > 1 else None
-        rows.append(merged)
+        head = {"run": result["run"], "coefficient": name, "n": len(group)}
+        rows.append(head | averages(group, MEASURED))
     return rows
 
 
@@ -692,24 +694,13 @@ def draw_frontier(axes, result, name, color):
 # ---------------------------------------------------------------------------------------- one run
 
 
-class Work(NamedTuple):
-    """A run of the command line, opened, and what its job reads."""
+class Inputs(NamedTuple):
+    """What the job of a run reads."""
 
-    job: Job
-    site: Site  # the model is on the CPU until its turn comes
+    site: Site  # its model is on the CPU until its turn comes
     eot: int
-    train: np.ndarray | None  # tokens of both splits; None where nothing is left to do with them
-    val: np.ndarray | None
-
-
-def machine_memory(device):
-    """Bytes of the GPU or, for a CPU, of the machine; infinity where they cannot be told."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return math.inf
+    train: np.ndarray  # tokens
+    val: np.ndarray
 
 
 def check_memory(settings, d, plan, device):
@@ -722,7 +713,7 @@ def check_memory(settings, d, plan, device):
     numbers += 3 * batch * F + 2 * saes * F  # features, their gradient, a product; silent, int64
     # a buffer that does not hold all has half of it read, put together and scaled beside it
     numbers += plan.size * (d + 2) * (1 if plan.cached else 2)
-    needed, there = 4 * numbers, machine_memory(device)  # bytes of float32
+    needed, there = 4 * numbers, knobs.device_memory(device)  # bytes of float32
     if needed > there:
         raise UserError(
             f"{F:,} features in each of {saes}, batches of {batch:,} and a buffer of {plan.size:,} "
@@ -730,8 +721,8 @@ def check_memory(settings, d, plan, device):
             f"give a smaller --expansion, --batch_size or --buffer")
 
 
-def open_work(path, args, splits, device):
-    """Looks a run over before any takes its minutes -> its Work. Raises UserError or ModelError.
+def open_job(path, args, splits, device):
+    """A run as a Job with its Inputs, looked over. Raises UserError or ModelError.
 
     splits: what has been loaded so far, {(folder, split): tokens}.
     """
@@ -747,18 +738,10 @@ def open_work(path, args, splits, device):
     F = args.expansion * site.d
     if args.k and not 1 <= min(args.k) <= max(args.k) <= F:
         raise UserError(f"--k: keep from 1 to all {F} features of {path}")
-    job = Job(run, "sae", settings, files=[".pt"], force=args.force)
-    if job.result:
-        try:
-            load_saes(job.path(".pt"))
-        except UserError:
-            if not args.force:
-                raise
-            job.result = None
+    pictures = (".png", "_features.html")
+    job = Job(run, "sae", settings, {".pt": read_saes}, pictures, args.force)
     if job.result and not args.features:
-        return Work(job, site, meta["eot"], None, None)
-    for suffix in (".pt", ".png", "_features.html"):
-        check_writable(job.path(suffix))
+        return job  # it reads nothing more
     plan = plan_of(settings, meta["train"]["tokens"], config.block_size)
     check_memory(settings, site.d, plan, device)
     for split in ("train", "val"):  # once: every byte of it is verified
@@ -766,12 +749,13 @@ def open_work(path, args, splits, device):
             splits[folder, split] = load_tokens(folder, split)
     val = splits[folder, "val"]
     held_out_windows(val, config.block_size, 1)  # or it is too short
-    return Work(job, site, meta["eot"], splits[folder, "train"], val)
+    job.inputs = Inputs(site, meta["eot"], splits[folder, "train"], val)
+    return job
 
 
-def train_saes(work, device, stop, title):
+def train_saes(job, title, device, stop):
     """Trains and scores the SAEs of one run, or goes on with it -> its facts. Raises Stopped."""
-    job, site, settings = work.job, work.site, work.job.settings
+    settings, (site, _, train, val) = job.settings, job.inputs
     T = site.model.to(device).config.block_size
     state = job.state or {"rows": [], "current": None}
     rows = state["rows"]  # of the seeds that are done; current: of the one that is not
@@ -781,14 +765,14 @@ def train_saes(work, device, stop, title):
 
     done = len(rows) // len(settings["l1"] or settings["k"])
     for seed in settings["seeds"][done:]:
-        training = Training(site, work.train, settings, seed, state["current"], stop)
+        training = Training(site, train, settings, seed, state["current"], stop)
         rows += train_seed(training, save, f"{title} seed {seed}")
         state["current"] = None
         save(None)
 
     saes = [sae_from(row, settings).to(device) for row in rows]
-    starts = held_out_windows(work.val, T, settings["eval_windows"])
-    idx = windows_at(work.val, starts, T, device)  # (B, T)
+    starts = held_out_windows(val, T, settings["eval_windows"])
+    idx = windows_at(val, starts, T, device)  # (B, T)
     facts, kept = {"saes": [], "warnings": []}, []
     for row, scores in zip(rows, score_saes(site, saes, idx, stop, "evaluation")):
         kept.append({name: row[name] for name in ("seed", "l1", "k", "weights") if name in row})
@@ -796,20 +780,18 @@ def train_saes(work, device, stop, title):
         facts["saes"].append(row)
         name = f"{coefficient(row)}, seed {row['seed']}"
         facts["warnings"] += [f"{name}: {warning}" for warning in warnings(row)]
-    with replace_file(job.path(".pt")) as file:
-        torch.save({"settings": settings, "checkpoint": job.checkpoint, "saes": kept}, file)
+    content = {"settings": settings, "checkpoint": job.checkpoint, "saes": kept}
+    write_torch(job.path(".pt"), content)
     draw_saes(job.path(".png"), [{"run": str(job.run.path), "settings": settings, **facts}])
     return facts
 
 
-def print_features(work, count, device, stop):
+def print_features(job, count, device, stop):
     """The features of a run's first SAE, here and as a page."""
-    job, site = work.job, work.site
-    site.model.to(device)
-    T = site.model.config.block_size
+    site, eot, _, val = job.inputs
+    T = site.model.to(device).config.block_size
     sae = load_saes(job.path(".pt"))[0].to(device)
-    starts = held_out_windows(work.val, T, FEATURE_WINDOWS)
-    text = Text(work.val, work.eot, T, device, starts=starts)
+    text = Text(val, eot, T, device, starts=held_out_windows(val, T, FEATURE_WINDOWS))
     features = top_snippets(site, sae, text, count, stop=stop)
     place = f"{site.site} of block {job.settings['layer']}"
     title = f"{job.run.path}: {place}, {coefficient(job.result['saes'][0])}"
@@ -821,26 +803,9 @@ def print_features(work, count, device, stop):
 # ------------------------------------------------------------------------------- the command line
 
 
-def parse_list(flag, text, kind):
-    """"2,5,10" -> [2, 5, 10]. Raises UserError."""
-    try:
-        values = [kind(word) for word in text.split(",")]
-    except ValueError:
-        values = []
-    in_range = all(0 <= value < 2**63 for value in values)
-    if not values or len(set(values)) < len(values) or not in_range:
-        kinds = "numbers" if kind is float else "whole numbers"
-        raise UserError(f"{flag}={text} must be {kinds} from 0 on, each once, with commas between "
-                        f"them, such as 2,5,10")
-    return values
-
-
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = knobs.usage_error
+    parser = run_parser(__doc__)
     add = parser.add_argument
-    add("runs", nargs="+", help="run folders (their best.pt) or .pt files")
     add("--data", help="prepared data to use (default: the run's own)")
     add("--layer", type=int, help="block, from 0 (default: the last but one)")
     add("--site", choices=list(SITES), default="mlp_out",
@@ -864,20 +829,18 @@ def make_parser():
     add("--plot", metavar="FILE", help="one picture of all these runs (.png, .pdf or .svg)")
     add("--force", action="store_true",
         help="replace results made with other settings or of other weights")
-    add("--device", default="auto", help="auto takes cuda, else mps, else cpu")
     return parser
 
 
-def parse(argv):
+def parse_arguments(argv):
     """Command-line words -> arguments, the settings of Table 5 or --small. Raises UserError."""
     args = make_parser().parse_args(argv)
     for name, (paper, small, _) in SIZES.items():
         if getattr(args, name) is None:
             setattr(args, name, small if args.small else paper)
     for name in (*SIZES, "expansion", "features"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < (math.inf if name == "lr" else 2**63):
-            raise UserError(f"--{name}={value} must be more than 0, and finite: at most 2**63 - 1")
+        low, high = (1e-30, 1e30) if name == "lr" else (1, 2**63 - 1)
+        check_range(args, name, low, high)
     useless = "k" if args.activation == "relu" else "l1"
     if getattr(args, useless) is not None:
         raise UserError(f"--{useless} has no effect with --activation {args.activation}: drop it")
@@ -886,33 +849,25 @@ def parse(argv):
     else:
         args.k = parse_list("--k", "8" if args.k is None else args.k, int)
     args.seeds = parse_list("--seeds", args.seeds, int)
-    if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--plot={args.plot} must end in .png, .pdf or .svg")
+    if args.plot is not None:
+        check_picture(args.plot)
     return args
 
 
 def main():
-    args = parse(sys.argv[1:])
+    args = parse_arguments(sys.argv[1:])
     device = knobs.pick_device(args.device)
-    if args.plot:
-        check_writable(args.plot)
     splits = {}
-    works = [open_work(path, args, splits, device) for path in run_paths(args.runs)]
-    work_of = {work.job: work for work in works}
+    jobs = [open_job(path, args, splits, device) for path in run_paths(args.runs)]
     stop = knobs.StopRequest()
-
-    def measure(job, title):
-        return train_saes(work_of[job], device, stop, title)
-
     try:
-        results = results_of([work.job for work in works], measure, device)
-        for work in works if args.features else ():
-            print_features(work, args.features, device, stop)
+        results = results_of(jobs, partial(train_saes, device=device, stop=stop), device)
+        for job in jobs if args.features else ():
+            print_features(job, args.features, device, stop)
     except Stopped:
         raise SystemExit("stopped: the same command again goes on from here") from None
-    rows = [row for result in results for row in table_rows(result)]
-    print_table(rows, COLUMNS)
-    if any(row["n"] > 1 for row in rows):
+    print_table([row for result in results for row in table_rows(result)], COLUMNS)
+    if len(results[0]["settings"]["seeds"]) > 1:  # of all of them: they have the same settings
         print("± is the sample standard deviation over seeds")
     for result in results:
         for warning in result["warnings"]:

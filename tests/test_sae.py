@@ -117,7 +117,7 @@ def test_ten_steps_are_those_of_saelens_5(oracles):
     assert math.sqrt(16) / x[:3].norm(dim=-1).mean().item() == pytest.approx(scale, abs=1e-12)
     one = sae.SAE(16, 64).double()
     one.load_state_dict({name: torch.from_numpy(z[f"init_{name}"]) for name in one.state_dict()})
-    optimizer = sae.make_optimizer(one, "saelens5")
+    optimizer = sae.make_adam(one, "saelens5")
     for step, row in enumerate(log["steps_log"]):
         error, penalty, f = sae.train_step(one, optimizer, x[3 + step] * scale, row["lr"], row["l1_coefficient"], "saelens5")
         assert (error.item(), penalty.item()) == pytest.approx((row["mse_loss"], row["l1_loss"]), abs=1e-9)
@@ -139,10 +139,10 @@ def test_ten_steps_are_those_of_saelens_5(oracles):
 
 
 def test_the_schedules_and_defaults_are_table_5():
-    args = sae.parse(["out/x"])
+    args = sae.parse_arguments(["out/x"])
     assert (args.steps, args.batch_size, args.lr, args.l1, args.expansion, args.buffer) == (100_000, 4096, 1e-5, [5.0], 16, 262_144)
     assert (args.recipe, args.activation, args.site, args.raw, args.tokens) == ("saelens5", "relu", "mlp_out", False, None)
-    small = sae.parse(["out/x", "--small", "--lr=1e-3"])
+    small = sae.parse_arguments(["out/x", "--small", "--lr=1e-3"])
     assert (small.steps, small.batch_size, small.lr, small.tokens) == (4000, 1024, 1e-3, 1_000_000)
     for t in (0, 1, 2500, 5000, 79_999, 80_000, 80_001, 90_000, 99_999):
         assert sae.l1_at(t, 100_000, 5) == pytest.approx(5 * min(t, 5000) / 5000)
@@ -160,7 +160,7 @@ def test_the_recipes():
     assert not torch.equal(sae.SAE(16, 64).initialise("saelens5", 4).W_dec, five.W_dec)
     x = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
     before = {name: p.detach().clone().requires_grad_() for name, p in six.named_parameters()}
-    optimizer = sae.make_optimizer(six, "saelens6")
+    optimizer = sae.make_adam(six, "saelens6")
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
     error, penalty, _ = sae.train_step(six, optimizer, x, 1e-3, 0.3, "saelens6")
     f = torch.relu(x @ before["W_enc"] + before["b_enc"])
@@ -192,7 +192,7 @@ def test_a_planted_dictionary_is_recovered(activation, recipe):
     generator = torch.Generator().manual_seed(0)
     planted = torch.nn.functional.normalize(torch.randn(24, 20, generator=generator), dim=1)
     one, steps = sae.SAE(20, 48, activation, {"topk": 2, "batchtopk": 1}.get(activation)).initialise(recipe, 0), 700
-    optimizer = sae.make_optimizer(one, recipe)
+    optimizer = sae.make_adam(one, recipe)
     l1 = 1.0 if activation == "relu" else 0.0
     for step in range(steps):
         on = torch.rand(256, 24, generator=generator) < 1 / 24
@@ -222,7 +222,7 @@ def test_everything_stays_finite(activation, recipe):
     one.b_enc.data[:16] = -1e9
     if recipe == "saelens5":
         one.W_dec.data[3] = 0
-    optimizer = sae.make_optimizer(one, recipe)
+    optimizer = sae.make_adam(one, recipe)
     for x in (torch.ones(20, 8), torch.zeros(20, 8), torch.empty(0, 8), torch.full((1, 8), 1e4), torch.randn(20, 8)) * 3:
         for value in sae.train_step(one, optimizer, x, 0.01, 5.0, recipe):
             assert value.isfinite().all()
@@ -519,13 +519,13 @@ def test_each_split_is_read_once(run, call, monkeypatch):
 def test_memory_is_estimated_before_the_work(run, call, monkeypatch):
     """4 d F floats and a buffer: twice what it takes is enough, half is not."""
     monkeypatch.setattr(sae, "draw_saes", lambda *_: None)
-    monkeypatch.setattr(sae, "machine_memory", lambda device: 2**20)
+    monkeypatch.setattr(knobs, "device_memory", lambda device: 2**20)
     assert call(run, *QUICK, "--expansion=16")[0] is None  # 4 x 2 x 8 x 128 floats are 32 KB, the buffer 20 KB
     assert "need 0 GiB" in call(run, *QUICK, "--expansion=800", "--force")[0]
     assert "need 0 GiB" in call(run, *QUICK, "--expansion=160", "--l1=1,2,3,4,5", "--force")[0]
     assert call(run, *QUICK, "--expansion=160", "--force")[0] is None
     monkeypatch.undo()
-    assert 2**28 < sae.machine_memory(torch.device("cpu")) < 2**50
+    assert 2**28 < knobs.device_memory(torch.device("cpu")) < 2**50
 
 
 def test_the_readme_loads_them_from_the_project_root(run, call, monkeypatch):
@@ -541,7 +541,7 @@ def test_a_signal_saves_and_leaves(run):
     words = [sys.executable, ROOT / "interp" / "sae.py", run, *QUICK[2:], "--device=cpu", "--steps=100000"]
     with subprocess.Popen(words, stderr=subprocess.PIPE) as process:
         said = b""
-        while b"steps/s" not in said:
+        while b"L0" not in said:  # at least one step is done
             said += process.stderr.read(1)
         process.send_signal(signal.SIGTERM)
         said = process.communicate()[1].decode()
@@ -573,7 +573,7 @@ def test_results_with_other_settings_are_not_mixed_or_lost(run, call, monkeypatc
     deeper.mkdir()
     model = tiny(n_layer=4)
     save_checkpoint(deeper / "best.pt", model.config, model.state_dict(), **kept(checkpoint))
-    monkeypatch.setattr(sae, "train_saes", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(sae, "train_saes", lambda *_, **__: pytest.fail("too late"))
     assert "layer=1" in call(run, deeper, *QUICK, "--force")[0]
     (run / "sae.json").write_text("{")
     assert "sae.json is damaged" in call(run, *QUICK)[0]

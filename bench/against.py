@@ -6,13 +6,11 @@ cannot mix. The two take turns.
 """
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from eval import column
 from prepare import UserError
 from same import ROOT, export
 
@@ -71,32 +69,3 @@ def times_of_both(rows, commit, rounds, steps):
                         tree.seconds[number].append(tree.time(number, steps))
                 order.reverse()  # neither is always the first
     return here.seconds, there.seconds
-
-
-def compare(rows, commit, rounds, steps):
-    """The numbers of every row, by the names of COLUMNS."""
-    compared = []
-    for row, here, there in zip(rows, *times_of_both(rows, commit, rounds, steps)):
-        median, median_there = statistics.median(here), statistics.median(there)
-        ratios = [ours / theirs for ours, theirs in zip(here, there)]
-        compared.append({
-            "variant": row.variant, **row.setting(),
-            "ms": 1e3 * median, "ms_there": 1e3 * median_there,
-            "ratio": median / median_there, "ratio_by_round": statistics.median(ratios),
-            "ratio_min": min(ratios), "ratio_max": max(ratios)})
-    return compared
-
-
-COLUMNS = [
-    ("variant", column("variant")),
-    ("dtype", column("dtype")),
-    ("compile", column("compile")),
-    ("vocabulary", column("vocab_size", ",")),
-    ("batch", column("batch")),
-    ("ms/step", column("ms", ".1f")),
-    ("there", column("ms_there", ".1f")),
-    ("ratio", column("ratio", ".3f")),
-    ("by round", column("ratio_by_round", ".3f")),
-    ("lowest", column("ratio_min", ".3f")),
-    ("highest", column("ratio_max", ".3f")),
-]

@@ -81,7 +81,7 @@ def loss_and_gradient(model, weights, rows):
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()]).double()
 
 
-def compare(commit, config, tokens, precision):
+def train_beside(commit, config, tokens, precision):
     """Train a model by config.max_iters updates beside the commit's, print how they differ
     -> the largest relative difference of gradients."""
     dtype = getattr(torch, precision)
@@ -125,7 +125,7 @@ def main():
         raise UserError(f"{config.data} has {len(tokens)} tokens to train on, too few for "
                         f"block_size={config.block_size}")
     config = dataclasses.replace(config, vocab_size=vocab_size)
-    worst = compare(args.commit, config, tokens, args.precision)
+    worst = train_beside(args.commit, config, tokens, args.precision)
     if args.precision == "float64" and not worst < BOUND:
         raise SystemExit(f"the gradients differ by up to {worst:.1e}: more than rounding")
 

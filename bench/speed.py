@@ -47,9 +47,9 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # python puts bench/ there
-import against
 import config as knobs
 import model as model_file
+from against import times_of_both
 from eval import column, print_table
 from interp.results import environment
 from model import GPTNeo
@@ -219,7 +219,7 @@ def ceilings(device, dtype):
 # ---------------------------------------------------------------------------------------- the table
 
 
-def report(row, rows, ceiling):
+def numbers_of(row, rows, ceiling):
     """The numbers of one row, by the names of COLUMNS; None where there is no number."""
     median = statistics.median(row.seconds)
     ratio = None
@@ -236,12 +236,15 @@ def report(row, rows, ceiling):
         "hours_400k": 400_000 * median / 3600}
 
 
-COLUMNS = [
+SETTING = [
     ("variant", column("variant")),
     ("dtype", column("dtype")),
     ("compile", column("compile")),
     ("vocabulary", column("vocab_size", ",")),
     ("batch", column("batch")),
+]
+COLUMNS = [
+    *SETTING,
     ("ms/step", column("ms", ".1f")),
     ("min", column("ms_min", ".1f")),
     ("max", column("ms_max", ".1f")),
@@ -251,6 +254,15 @@ COLUMNS = [
     ("of floor", column("floor_share", ".0%")),
     ("peak MB", column("memory_mb", ",.0f")),
     ("h / 400,000", column("hours_400k", ".1f")),
+]
+AGAINST_COLUMNS = [
+    *SETTING,
+    ("ms/step", column("ms", ".1f")),
+    ("there", column("ms_there", ".1f")),
+    ("ratio", column("ratio", ".3f")),
+    ("by round", column("ratio_by_round", ".3f")),
+    ("lowest", column("ratio_min", ".3f")),
+    ("highest", column("ratio_max", ".3f")),
 ]
 
 
@@ -274,7 +286,7 @@ def measure_rows(rows, args, steps):
         "environment": environment(device), "rounds": args.rounds, "steps": steps,
         "ceilings": {dtype: {"gflops": product / 1e9, "copy_gb_per_s": copy / 1e9}
                      for dtype, (product, copy) in rates.items()},
-        "rows": [report(row, rows, rates[row.dtype]) for row in rows]}
+        "rows": [numbers_of(row, rows, rates[row.dtype]) for row in rows]}
     if args.parts:
         result["parts_ms"] = parts_of_last(rows, args.rounds)
     return result
@@ -293,9 +305,18 @@ def parts_of_last(rows, rounds):
 
 def compare_rows(rows, args, steps):
     """Time all rows in turn, at this and at another commit -> the result that --json prints."""
+    compared = []
+    times = times_of_both(rows, args.against, args.rounds, steps)
+    for row, here, there in zip(rows, *times):
+        median, median_there = statistics.median(here), statistics.median(there)
+        ratios = [ours / theirs for ours, theirs in zip(here, there)]
+        compared.append({
+            "variant": row.variant, **row.setting(),
+            "ms": 1e3 * median, "ms_there": 1e3 * median_there,
+            "ratio": median / median_there, "ratio_by_round": statistics.median(ratios),
+            "ratio_min": min(ratios), "ratio_max": max(ratios)})
     return {"environment": environment(rows[0].device), "against": args.against,
-            "rounds": args.rounds, "steps": steps,
-            "rows": against.compare(rows, args.against, args.rounds, steps)}
+            "rounds": args.rounds, "steps": steps, "rows": compared}
 
 
 def show(result):
@@ -307,7 +328,7 @@ def show(result):
               f"a large copy {rates['copy_gb_per_s']:,.0f} GB/s")
     if "against" in result:
         print(f"there: commit {result['against']}; ratio: this tree's time over its time")
-        print_table(result["rows"], against.COLUMNS)
+        print_table(result["rows"], AGAINST_COLUMNS)
     else:
         print_table([known(row) for row in result["rows"]], COLUMNS)
     for variant, times in result.get("parts_ms", {}).items():
@@ -318,7 +339,7 @@ def show(result):
 # --------------------------------------------------------------------------------- the command line
 
 
-def arguments():
+def parse_arguments():
     """The command line -> its own words, and those for train.py's knobs. Raises UserError."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -353,7 +374,7 @@ def arguments():
     return args, words
 
 
-def rows_of(args, words):
+def make_rows(args, words):
     """Every variant with every combination of the lists."""
     rows = {}
     lists = [getattr(args, name).split(",") for name in LISTS]
@@ -367,8 +388,8 @@ def rows_of(args, words):
 
 
 def main():
-    args, words = arguments()
-    rows = rows_of(args, words)
+    args, words = parse_arguments()
+    rows = make_rows(args, words)
     steps = args.steps or (10 if rows[0].device.type == "cuda" else 1)
     measure = compare_rows if args.against else measure_rows
     result = measure(rows, args, steps)

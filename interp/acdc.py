@@ -949,8 +949,7 @@ def choose_device(name):
 
 
 def open_job(path, args):
-    """A run as a Job, its inputs the prompts as texts and as Tokens. Raises UserError or ModelError.
-    """
+    """A run as a Job, its inputs the prompts: texts, Tokens. Raises UserError or ModelError."""
     run = open_run(path)
     tokenizer = load_tokenizer(run.tokenizer)
     if args.prompts:

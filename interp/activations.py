@@ -3,12 +3,13 @@
 The 20 strongest moments of every neuron of a model in one pass over a text, and what is around:
 
     sites = [Site(model, layer, "mlp_act") for layer in range(model.config.n_layer)]
+    activate = partial(read_sites, sites)     or any other function of tokens (B, T) -> (B, T, U)
     text = Text(load_tokens(data, "val"), meta["eot"], model.config.block_size, device, context=64)
     best = Strongest(20)
-    for x, positions, stories in text.read(partial(read_sites, sites)):
+    for x, positions, stories in text.read(activate):
         best.add(x, positions, stories)
     values, positions = best.found()
-    snippets = text.snippets(partial(read_sites, sites), positions, left=63, right=0)
+    snippets = text.snippets(activate, positions, left=63, right=0)
 
 Memory stays flat for any text: a batch of activations, and what is kept.
 
@@ -96,13 +97,13 @@ class Site:
             handle.remove()
 
     def read(self, idx):
-        """idx (B, T) -> x (B T, d)."""
+        """idx (B, T) -> x (B, T, d)."""
         return read_sites([self], idx)
 
 
 @torch.no_grad()
 def read_sites(sites, idx):
-    """idx (B, T) -> x (B T, U), U the channels of all these sites of one model, side by side.
+    """idx (B, T) -> x (B, T, U), U the channels of all these sites of one model, side by side.
 
     One forward pass, which ends after the last of them.
     """
@@ -110,7 +111,7 @@ def read_sites(sites, idx):
 
     def keep_as(number):
         def keep(x):
-            found[number] = x.flatten(0, 1)  # (B T, d)
+            found[number] = x  # (B, T, d)
             if len(found) == len(sites):
                 raise Reached
         return keep
@@ -123,7 +124,7 @@ def read_sites(sites, idx):
     finally:
         for handle in handles:
             handle.remove()
-    return torch.cat([found[number] for number in range(len(sites))], 1)  # (B T, U)
+    return torch.cat([found[number] for number in range(len(sites))], -1)  # (B, T, U)
 
 
 # ------------------------------------------------------------------------------ windows of a text
@@ -148,8 +149,8 @@ def held_out_windows(tokens, T, count):
 def read_windows(activate, tokens, starts, T, device, stop=None, title=None):
     """Yields, batch by batch, where windows start (B) and their activations (B, T, U).
 
-    activate: idx (B, T) -> (B T, U), such as Site.read. stop: a config.StopRequest; raises Stopped
-    between two batches. title: of the progress bar, which there is none of without.
+    activate: idx (B, T) -> (B, T, U), such as Site.read. stop: a config.StopRequest; raises Stopped
+    between two batches. Without a title there is no progress bar.
     """
     step = max(1, TOKENS // T)  # windows in a batch
     with tqdm(total=len(starts) * T, desc=title, unit=" tokens", unit_scale=True, leave=False,
@@ -157,8 +158,7 @@ def read_windows(activate, tokens, starts, T, device, stop=None, title=None):
         for first in range(0, len(starts), step):
             check_stop(stop)
             part = starts[first : first + step]
-            x = activate(windows_at(tokens, part, T, device))
-            yield part, x.unflatten(0, (len(part), T))  # (B, T, U)
+            yield part, activate(windows_at(tokens, part, T, device))
             bar.update(len(part) * T)
 
 
@@ -173,10 +173,10 @@ class Snippet(NamedTuple):
 class Text:
     """A stream of tokens, stories that each end in eot, as windows of T tokens for a model to read.
 
-    context: so many tokens at the start of a window are there only to be read; they count in the
-    window before, which it overlaps. So every token that counts was read after that many others, at
-    least. starts: where the windows begin, rising. Without, they cover the text, but for its first
-    `context` tokens and an end that fills no window.
+    context: how many tokens at the start of a window are only read; they count in the window
+    before, which overlaps this one. So at least that many others stand before every token that
+    counts. starts: where the windows begin, rising; by default they cover the text, except its
+    first `context` tokens and an end that fills no window. Raises UserError where there is none.
     """
 
     def __init__(self, tokens, eot, T, device, context=0, starts=None):
@@ -184,6 +184,9 @@ class Text:
             starts = np.arange(0, len(tokens) - T + 1, T - context)
         self.tokens, self.T, self.device = tokens, T, device
         self.context, self.starts = context, np.asarray(starts)
+        if not len(self.starts):
+            raise UserError(f"{len(tokens)} tokens are fewer than a window of {T}: "
+                            f"choose other --data")
         scans = range(0, len(tokens), SCAN)
         ends = [np.flatnonzero(tokens[i : i + SCAN] == eot) + i for i in scans]
         self.ends = np.concatenate(ends)  # where the end-of-text of every story is
@@ -214,7 +217,7 @@ class Text:
         """The text around positions (U, K) that count: -> for each unit a list of K Snippets.
 
         Up to left tokens before the position and right tokens after it, as far as its story and
-        window go. Reads the windows that hold them again. activate: idx (B, T) -> (B T, U), those
+        window go. Reads the windows that hold them again. activate: idx (B, T) -> (B, T, U), those
         U units.
         """
         positions = np.asarray(positions)

@@ -43,8 +43,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # python puts interp/ there
 import config as knobs
 from eval import (
-    averages, check_picture, check_range, column, find_data, number, open_run, parse_list,
-    print_table, run_parser, run_paths, save_figure)
+    averages, check_picture, check_range, check_writable, column, find_data, number, open_run,
+    parse_list, print_table, run_parser, run_paths, save_figure)
 from interp.activations import (
     SITES, Site, Stopped, Strongest, Text, check_stop, held_out_windows, read_windows, windows_at)
 from interp.results import Job, results_of, write_text, write_torch
@@ -179,9 +179,11 @@ def make_adam(sae, recipe):
 
 
 def train_step(sae, optimizer, x, lr, l1, recipe):
-    """One update on x (n, d), already scaled -> error and penalty, whose sum is the loss; f (n, F).
+    """One update on x (n, d), already scaled, by the gradient of error + penalty, means over n:
 
-    loss = |x^ - x|^2 + l1 sum_i f_i c_i, mean over n; c_i = 1 in saelens5, else |W_dec,i|
+    |x^ - x|^2 + l1 sum_i f_i c_i    with c_i = 1 in saelens5 and |W_dec,i| in saelens6
+
+    -> error, penalty; features (n, F).
     """
     optimizer.param_groups[0]["lr"] = lr
     if recipe == "saelens5":
@@ -254,7 +256,7 @@ class Batches:
         return {"refill": self.refill, "scale": self.scale, "buffer": self.buffer}
 
     def fill(self):
-        """The first fill of the buffer. The scale is that of 1,000 batches, or of all of a cached corpus."""
+        """Fills the buffer. The scale is that of 1,000 batches, or of all of a cached corpus."""
         if not self.cached:
             count = min(-(-1000 * self.batch // self.T), self.windows)
             norms = [x.norm(dim=1).sum().item() for x in self.read(0, count, "norms")]
@@ -482,7 +484,7 @@ def score_saes(site, saes, idx, stop=None, title=None):
     parts = idx.split(max(1, 2**22 // (idx.size(1) * site.model.config.vocab_size)))
     for part in tqdm(parts, desc=title, unit=" batches", leave=False, disable=title is None):
         check_stop(stop)
-        x = site.read(part)  # (B T, d)
+        x = site.read(part).flatten(0, 1)  # (B T, d)
         x64 = x.cpu().double()
         total += x64.sum(0)
         squares += x64.square().sum().item()
@@ -534,7 +536,8 @@ def top_snippets(site, sae, text, count, snippets=8, context=12, stop=None):
     tokens, best = 0, Strongest(snippets)
 
     def features_of(idx):
-        return sae.encode(site.read(idx))
+        x = site.read(idx).flatten(0, 1)  # (B T, d)
+        return sae.encode(x).unflatten(0, idx.shape)  # (B, T, F)
 
     for f, positions, stories in text.read(features_of, stop, "features"):  # f (n, F)
         energy += f.square().sum(0)
@@ -545,7 +548,7 @@ def top_snippets(site, sae, text, count, snippets=8, context=12, stop=None):
     chosen = energy.topk(min(count, int((energy > 0).sum()))).indices  # (N)
 
     def chosen_of(idx):
-        return features_of(idx)[:, chosen]  # (n, N)
+        return features_of(idx)[..., chosen]  # (B, T, N)
 
     values, positions = (kept[chosen.cpu()] for kept in best.found())  # each (N, K)
     shown = text.snippets(chosen_of, positions, context, context, stop)
@@ -738,9 +741,10 @@ def open_job(path, args, splits, device):
     F = args.expansion * site.d
     if args.k and not 1 <= min(args.k) <= max(args.k) <= F:
         raise UserError(f"--k: keep from 1 to all {F} features of {path}")
-    pictures = (".png", "_features.html")
-    job = Job(run, "sae", settings, {".pt": read_saes}, pictures, args.force)
-    if job.result and not args.features:
+    job = Job(run, "sae", settings, {".pt": read_saes}, [".png"], args.force)
+    if args.features:  # it may be the only thing left to write
+        check_writable(job.path("_features.html"))
+    elif job.result:
         return job  # it reads nothing more
     plan = plan_of(settings, meta["train"]["tokens"], config.block_size)
     check_memory(settings, site.d, plan, device)

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import config as knobs
 from eval import (
-    AVERAGED, COLUMNS, ablation, averages, cells, check_range, check_writable, evaluate_run,
-    group_seeds, join_seeds, measuring_parser, number, open_tasks, print_table, save_figure)
+    AVERAGED, COLUMNS, ablation, cells, check_range, check_writable, evaluate_run, group_seeds,
+    join_seeds, measuring_parser, number, open_tasks, print_table, save_figure)
 from interp.results import fingerprint, read_result, refuse_mixed, result_path, write_text
 from prepare import UserError
 
@@ -68,9 +68,12 @@ def sae_numbers(result):
     first = result["saes"][0]
     coefficient = "l1" if "l1" in first else "k"
     rows = [row for row in result["saes"] if row[coefficient] == first[coefficient]]
-    names = [name for name in ("l0", "ce_score") if all(row[name] is not None for row in rows)]
-    means = averages(rows, names)
-    return {name: means[name] for name in names}
+    numbers = {}
+    for name in ("l0", "ce_score"):
+        values = [row[name] for row in rows]
+        if None not in values:
+            numbers[name] = sum(values) / len(values)
+    return numbers
 
 
 EXPERIMENTS = {"acdc": circuit_numbers, "sae": sae_numbers}

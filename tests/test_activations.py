@@ -60,9 +60,9 @@ def test_a_site_is_that_tensor_of_the_clean_stream(site):
         whole = model(idx)
     x = kept[site]
     raw, centered = Site(model, 1, site, center=False), Site(model, 1, site)
-    assert torch.allclose(raw.read(idx), x.flatten(0, 1)) and raw.d == x.size(-1)
+    assert torch.allclose(raw.read(idx), x) and raw.d == x.size(-1)
     if site != "mlp_act":
-        assert torch.allclose(centered.read(idx), (x - x.mean(-1, keepdim=True)).flatten(0, 1))
+        assert torch.allclose(centered.read(idx), x - x.mean(-1, keepdim=True))
         assert torch.allclose(centered.run(idx, lambda x: x), whole)  # LayerNorm hides the shift
     assert torch.allclose(raw.run(idx, lambda x: x), whole)
     changed = raw.run(idx, lambda x: torch.where(torch.arange(T)[:, None] < 5, x, 0 * x))
@@ -80,7 +80,7 @@ def test_all_sites_are_read_in_one_pass_that_stops_after_the_last():
     """Centred ones among them: looking must not change what comes after."""
     model, idx = tiny(), ids(words(40))
     sites = [Site(model, layer, site) for layer in (1, 0) for site in SITES]
-    alone = torch.cat([site.read(idx) for site in sites], 1)
+    alone = torch.cat([site.read(idx) for site in sites], -1)
     passes = []
     for layer, block in enumerate(model.transformer["h"]):
         block.register_forward_hook(lambda *_, layer=layer: passes.append(layer))
@@ -110,16 +110,18 @@ def test_held_out_windows_are_spread_evenly_over_whole_ones():
     assert windows_at(stream, [3, 16], T, "cpu").tolist() == [stream[3:11].tolist(), stream[16:24].tolist()]
     with pytest.raises(UserError, match="5 validation tokens are fewer than a window of 8"):
         held_out_windows(stream[:5], T, 400)
+    with pytest.raises(UserError, match="5 tokens are fewer than a window of 8"):
+        Text(stream[:5], EOT, T, "cpu")
 
 
 def test_windows_are_read_in_order_and_a_stop_comes_between_two_batches(monkeypatch):
     monkeypatch.setattr(activations, "TOKENS", 24)
     stop, stream, starts = SimpleNamespace(requested=False), words(200), np.arange(10)[::-1] * 5
-    read = list(read_windows(lambda idx: idx.view(-1, 1), stream, starts, T, "cpu", stop))
+    read = list(read_windows(lambda idx: idx[..., None], stream, starts, T, "cpu", stop))
     assert [len(part) for part, _ in read] == [3, 3, 3, 1]
     assert np.concatenate([part for part, _ in read]).tolist() == starts.tolist()
     assert torch.equal(torch.cat([x for _, x in read])[..., 0], windows_at(stream, starts, T, "cpu"))
-    batches = read_windows(lambda idx: idx.view(-1, 1), stream, starts, T, "cpu", stop)
+    batches = read_windows(lambda idx: idx[..., None], stream, starts, T, "cpu", stop)
     next(batches)
     stop.requested = True
     with pytest.raises(Stopped):
@@ -132,11 +134,11 @@ def test_every_token_counts_once_and_after_its_context(context):
     text = Text(stream, EOT, T, "cpu", context)
     for start in text.starts:
         seen.append(np.arange(start + context, start + T))
-    counted = np.concatenate([at for _, at, _ in text.read(lambda idx: idx.view(-1, 1))])
+    counted = np.concatenate([at for _, at, _ in text.read(lambda idx: idx[..., None])])
     assert counted.tolist() == np.concatenate(seen).tolist()
     assert counted.tolist() == list(range(context, counted[-1] + 1)) and 203 - counted[-1] <= T
     stories = np.cumsum(stream == EOT) - (stream == EOT)
-    for x, at, story in text.read(lambda idx: idx.view(-1, 1)):
+    for x, at, story in text.read(lambda idx: idx[..., None]):
         assert x[:, 0].tolist() == stream[at].tolist() and story.tolist() == stories[at].tolist()
 
 
@@ -207,7 +209,7 @@ def test_snippets_stay_in_their_story_and_window(monkeypatch):
     for context, left, right in ((0, 3, 2), (4, 4, 0), (5, 100, 100)):
         text = Text(stream, EOT, T, "cpu", context)
         positions = np.arange(context, context + 180).reshape(4, 45)  # 4 units, 45 places each
-        shown = text.snippets(lambda idx: site.read(idx)[:, :4], positions, left, right)
+        shown = text.snippets(lambda idx: site.read(idx)[..., :4], positions, left, right)
         stories = text.stories(np.arange(203))
         for unit, row in enumerate(shown):
             for position, (tokens, values, peak) in zip(positions[unit].tolist(), row, strict=True):
@@ -215,7 +217,7 @@ def test_snippets_stay_in_their_story_and_window(monkeypatch):
                 inside = [i for i in range(start, start + T) if stories[i] == stories[position]]
                 around = [i for i in inside if position - left <= i <= position + right]
                 assert tokens == stream[around].tolist() and around[peak] == position
-                x = site.read(ids(stream[start : start + T]))[:, unit]
+                x = site.read(ids(stream[start : start + T]))[0, :, unit]
                 assert values == pytest.approx(x[[i - start for i in around]].tolist())
                 assert peak >= min(left, context) or stories[position - peak - 1] != stories[position]
 
@@ -227,7 +229,7 @@ def test_random_windows_serve_as_well_as_all_of_them():
     x = torch.arange(80.0)
     text = Text(stream, EOT, T, "cpu", starts=held_out_windows(stream, T, 5))
     best = Strongest(3)
-    for _, at, stories in text.read(lambda idx: idx.view(-1, 1)):
+    for _, at, stories in text.read(lambda idx: idx[..., None]):
         best.add(x[at][:, None], at, stories)
     assert pairs(best) == [[(71.0, 71), (50.0, 50)]]
 
@@ -244,7 +246,7 @@ def test_the_neurons_of_the_papers_model():
     stories = text.stories(positions.numpy())
     assert values.shape == positions.shape == (4096, 20)
     assert all(len(set(row)) == 20 for row in stories.tolist()) and (values[:, :-1] >= values[:, 1:]).all()
-    x = activate(windows_at(stream, np.arange(16) * 64, 64, "cpu"))  # (1024, 4096)
+    x = activate(windows_at(stream, np.arange(16) * 64, 64, "cpu")).flatten(0, 1)  # (1024, 4096)
     units = range(7, 4096, 512)
     assert [pairs(best)[u] for u in units] == strongest_by_hand(
         x[:, units], np.arange(1024), text.stories(np.arange(1024)), 20)

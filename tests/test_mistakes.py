@@ -295,6 +295,7 @@ SAE = [
     (f"{SAE_WORDS} --plot=all.png", "cannot write all.png", folder_named("all.png")),
     (f"{SAE_WORDS}", "out/run/sae.png", folder_named("out/run/sae.png")),
     (f"{SAE_WORDS} --features=3", "out/run/sae_features.html", folder_named("out/run/sae_features.html")),
+    (f"{SAE_WORDS} --features=3", "out/run/sae_features.html", autoencoders(), folder_named("out/run/sae_features.html")),
     (f"{SAE_WORDS}", "best.pt is damaged", flip("out/run/best.pt")),
     (f"{SAE_WORDS}", "data/val.bin is damaged", flip("data/val.bin")),
     (f"{SAE_WORDS}", "data/train.bin is damaged", flip("data/train.bin")),

@@ -248,7 +248,7 @@ def test_batches_are_the_corpus_reshuffled(buffer, cached):
     model, stream = tiny(), tokens(525)
     site = sae.Site(model, 1, "mlp_out")
     batches = sae.Batches(site, stream, settings(buffer=buffer, batch_size=32), 0)
-    every = site.read(sae.windows_at(stream, np.arange(65) * T, T, "cpu"))  # (520, d): 5 tokens make no window
+    every = site.read(sae.windows_at(stream, np.arange(65) * T, T, "cpu")).flatten(0, 1)  # (520, d): 5 tokens make no window
     assert batches.cached is cached and batches.size == (520 if cached else 200)
     assert batches.scale == pytest.approx(math.sqrt(8) / every.norm(dim=1).mean().item(), rel=1e-5)
     if cached:
@@ -270,7 +270,7 @@ def test_batches_are_the_corpus_reshuffled(buffer, cached):
 def test_the_text_is_read_in_another_order_every_epoch_and_every_window_once():
     site = sae.Site(tiny(), 1, "mlp_out")
     read, orders = [], []
-    site.read = lambda idx: read.append(idx) or torch.ones(idx.numel(), 8)
+    site.read = lambda idx: read.append(idx) or torch.ones(*idx.shape, 8)
     for seed in (0, 0, 1):
         batches = sae.Batches(site, tokens(525), settings(buffer=200), seed)
         read.clear()
@@ -294,8 +294,8 @@ def test_ce_scores_are_those_of_the_published_evaluation(oracles, name):
     one = sae.SAE(16, 48).double()
     one.load_state_dict({key: torch.from_numpy(z[f"sae.{key}"]) for key in one.state_dict()})
     site, idx = sae.Site(model, 1, "mlp_out", center=name == "centered"), torch.from_numpy(z["tokens"])
-    assert (site.read(idx) - torch.from_numpy(z[f"mlp_out_{name}"]).flatten(0, 1)).abs().max() < 1e-5  # theirs is float32
-    assert 4 / site.read(idx).norm(dim=1).mean().item() == pytest.approx(expected["norm_scaling_factor"], abs=1e-6)
+    assert (site.read(idx) - torch.from_numpy(z[f"mlp_out_{name}"])).abs().max() < 1e-5  # theirs is float32
+    assert 4 / site.read(idx).norm(dim=-1).mean().item() == pytest.approx(expected["norm_scaling_factor"], abs=1e-6)
     (row,) = sae.score_saes(site, [one], idx)
     for ours, theirs in {"ce_clean": "ce_loss_without_sae", "ce_zero": "ce_loss_with_ablation", "ce_sae": "ce_loss_with_sae",
                          "ce_score": "ce_loss_score", "kl_zero": "kl_div_with_ablation", "kl_sae": "kl_div_with_sae",
@@ -317,7 +317,7 @@ def test_nothing_lost_scores_1_and_everything_lost_0(site):
     assert zero["ce_sae"] == zero["ce_zero"] == full["ce_zero"] and zero["ce_score"] == zero["kl_score"] == 0 == zero["l0"]
     nats = torch.nn.functional.cross_entropy(place.model(idx)[:, :-1].flatten(0, 1), idx[:, 1:].flatten()).item()
     assert full["ce_clean"] == pytest.approx(nats, abs=1e-9)
-    for row, silent in ((full, (whole.encode(place.read(idx)) <= 0).all(0).sum().item()), (zero, 2 * place.d)):
+    for row, silent in ((full, (whole.encode(place.read(idx).flatten(0, 1)) <= 0).all(0).sum().item()), (zero, 2 * place.d)):
         assert row["never"] == silent / (2 * place.d) and sum(row["density"]["features"]) == 2 * place.d - silent
 
 
@@ -335,8 +335,8 @@ def test_snippets_show_the_tokens_that_a_feature_reads():
     idx = torch.from_numpy(stream.astype(np.int64)).view(100, T)
     site = sae.Site(tiny(), 0, "resid")
     growth = dict(zip(map(tuple, idx.tolist()), (1 + torch.arange(800) / 800).view(100, T)))
-    site.read = lambda part: (torch.nn.functional.one_hot(part.flatten(), V)
-                              * torch.cat([growth[tuple(window)] for window in part.tolist()])[:, None])
+    site.read = lambda part: (torch.nn.functional.one_hot(part, V)
+                              * torch.stack([growth[tuple(window)] for window in part.tolist()])[..., None])
     one = sae.SAE(V, 3).eval()
     for feature, token in enumerate((common, rare, never)):
         one.W_enc.data[token, feature], one.W_dec.data[feature, 0] = 2, 1

@@ -122,11 +122,7 @@ def choose_machine(config, local_rank):
 
 def check_memory(config, machine):
     """Refuse, before anything is made, a run that this machine cannot hold. Raises UserError."""
-    memory = math.inf  # where the system does not say
-    if machine.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(machine.device).total_memory
-    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = knobs.device_memory(machine.device)
     # 16 bytes a parameter: weight, gradient and AdamW's two moments in fp32; and at least
     # the inputs of all blocks of a micro-batch, (L, B, T, C), 4 bytes each
     needed = 16 * count_parameters(config.model) // (machine.world if config.fsdp else 1)

@@ -6,8 +6,8 @@ A config file is Python that assigns to some of these names: a diff from the def
 begin with an underscore, and imported modules, are its own business.
 
 The knobs of the model itself (n_layer, k_attn, gate, ...) are the fields of GPTNeoConfig in
-model.py. Below the loader is what every script of the project shares: how it ends, and which
-device it takes.
+model.py. Below the loader is what every script of the project shares: how it ends, which device
+it takes and how much memory that has.
 """
 
 import argparse
@@ -229,6 +229,17 @@ def pick_device(name, index=0):
         raise UserError(f"--device={name} cannot be used here, "
                         f"try --device=cpu: {reason}") from None
     return device
+
+
+def device_memory(device):
+    """Bytes of the GPU or, for every other device, of the machine; infinite where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return math.inf
+    return pages * size if min(pages, size) > 0 else math.inf
 
 
 class StopRequest:

@@ -325,3 +325,13 @@ def test_a_request_to_stop_is_a_flag_and_a_second_one_kills(patient):
             print(stop.requested, flush=True)
     expected = (0, b"True\nTrue\n", "") if patient else (-signal.SIGTERM, b"True\n", "")
     assert ended(main) == expected
+
+
+def test_the_memory_of_a_device_is_infinite_where_the_system_does_not_say(monkeypatch):
+    cpu = torch.device("cpu")
+    assert 2**28 < knobs.device_memory(cpu) < 2**50
+    for answer in (-1, 0):  # what POSIX says of a limit that it cannot tell
+        monkeypatch.setattr(os, "sysconf", lambda name: answer)
+        assert knobs.device_memory(cpu) == float("inf")
+    monkeypatch.delattr(os, "sysconf")  # Windows
+    assert knobs.device_memory(cpu) == float("inf")

@@ -83,7 +83,7 @@ def load_meta(folder):
                         "with --data, or make some, see python prepare.py --help")
     try:
         meta = json.loads(path.read_bytes())
-        complete = is_complete(meta)
+        complete = has_all_fields(meta)
     except OSError as error:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
     except (ValueError, RecursionError, KeyError, TypeError):  # no JSON, or other JSON than ours
@@ -93,7 +93,7 @@ def load_meta(folder):
     return meta
 
 
-def is_complete(meta):
+def has_all_fields(meta):
     """Whether all fields hold what `write` puts there; KeyError or TypeError: they do not."""
     spec = meta["tokenizer"]
     pieces = spec["pieces"] if spec["name"] == "words" else []
@@ -430,7 +430,7 @@ def count_pieces(job):
     return counts
 
 
-def encode(job):
+def encode_stories(job):
     """[(split, story), ...] -> {split: (uint16 tokens as bytes, stories, UTF-8 bytes of text)}."""
     encoded = {}
     for split in SPLITS:
@@ -555,7 +555,7 @@ def write_tokens(folder, corpus, spec, workers):
     facts = {split: {"tokens": 0, "stories": 0, "bytes": 0} for split in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
     with (open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val,
-          closing(on_all_cores(encode, corpus, spec, workers, "tokenizing")) as results):
+          closing(on_all_cores(encode_stories, corpus, spec, workers, "tokenizing")) as results):
         for encoded in results:
             for split, file in (("train", train), ("val", val)):
                 tokens, stories, size = encoded[split]
@@ -587,14 +587,14 @@ def main(argv=None):
 
     with unfinished(out) as folder:
         # called, it gives a fresh iterator over (split, story): the words tokenizer needs two
-        corpus = partial(stories_of, sources(args), args.val_share, args.seed)
+        corpus = partial(stories_of, texts_of(args), args.val_share, args.seed)
         spec = {"name": args.tokenizer}
         if args.tokenizer == "words":
             spec["pieces"] = frequent_pieces(corpus, args.vocab_size - 257, args.workers)
         knobs = (*KNOBS[args.source], "val_share", "seed")
         source = {"kind": args.source, **{name: getattr(args, name) for name in knobs}}
         meta = write(folder, out, corpus, spec, args.workers, source)
-    report(meta, out, args)
+    print_summary(meta, out, args)
 
 
 def parse_arguments(argv):
@@ -676,7 +676,7 @@ def output_folder(args):
     return out
 
 
-def sources(args):
+def texts_of(args):
     """{split: function that starts an iterator over its texts}; no "val" means a share of train."""
     if args.source == "toy":
         return {"train": partial(toy_texts, args.stories, args.seed)}
@@ -688,7 +688,7 @@ def sources(args):
     return texts
 
 
-def report(meta, out, args):
+def print_summary(meta, out, args):
     lines = []
     if args.tokenizer == "words" and meta["vocab_size"] < args.vocab_size:
         lines.append(f"the text has only {meta['vocab_size'] - 257:,} different words and marks: "
@@ -708,7 +708,7 @@ def report(meta, out, args):
 def script():
     """`python prepare.py`: as config.cli, without torch. A mistake is one line and exit code 1."""
     for number in STOPS:
-        signal.signal(number, stop)
+        signal.signal(number, interrupt)
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may not be ASCII
     try:
@@ -719,7 +719,7 @@ def script():
         raise SystemExit("stopped: what was not complete is removed") from None
 
 
-def stop(number, frame):
+def interrupt(number, frame):
     """Ctrl-C and SIGTERM end in the same way; a second one kills at once."""
     for either in STOPS:
         signal.signal(either, signal.SIG_DFL)

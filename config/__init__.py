@@ -133,7 +133,7 @@ def unknown(name):
     return f"there is no knob '{name}'{advice}"
 
 
-def parse(field, value):
+def parse_value(field, value):
     """A command-line string or a config-file value as the field's type. Raises UserError."""
     choices, text = get_args(field.type), str(value)
     if choices and text in choices:
@@ -177,7 +177,7 @@ def load(argv):
     if path is not None:  # an empty word is a mistake, such as an unset shell variable
         values = {"out": f"out/{Path(path).stem}", **read_file(path)}
     values.update(given)
-    return Config(**{name: parse(FIELDS[name], value) for name, value in values.items()})
+    return Config(**{name: parse_value(FIELDS[name], value) for name, value in values.items()})
 
 
 def usage_error(message):

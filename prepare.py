@@ -62,7 +62,7 @@ class UserError(ValueError):
 
 
 def one_line(error):
-    """The reason in an exception; of the system's own, without the path: messages have that already."""
+    """An exception's reason; without a path, where the system gives one: our messages name it."""
     reason = getattr(error, "strerror", None) or str(error)
     return " ".join(reason.split())[:300] or type(error).__name__
 
@@ -149,7 +149,8 @@ def load_tokenizer(spec):
         return tiktoken.Encoding("words", pat_str=PIECE, mergeable_ranks=ranks,
                                  special_tokens={EOT: len(ranks)})
     if name != "gpt2":
-        raise UserError(f"unknown tokenizer {name!r}: run prepare.py with --tokenizer gpt2 or words")
+        raise UserError(f"unknown tokenizer {name!r}: "
+                        "run prepare.py with --tokenizer gpt2 or words")
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # no network, a proxy's error page, a damaged cache: one advice
@@ -248,8 +249,8 @@ def read_jsonl(file, path, column):
             raise UserError(f"{where} is not a JSON object that can be read ({one_line(error)}): "
                             "mend it or take it out") from error
         if not isinstance(row, dict) or column not in row:
-            raise UserError(f"{where} is not a JSON object with {column!r} in it: name the field of "
-                            "the text with --text_column")
+            raise UserError(f"{where} is not a JSON object with {column!r} in it: "
+                            "name the field of the text with --text_column")
         yield where, row[column]
 
 
@@ -299,8 +300,9 @@ def load_hub(dataset, config, column):
     try:
         data = datasets.load_dataset(dataset, config)
     except Exception as error:  # a dozen kinds from four libraries; the advice is the same
-        raise UserError(f"cannot load the dataset {dataset!r}: {one_line(error)}. Without a "
-                        "network: python prepare.py --train FILE or python prepare.py toy") from error
+        raise UserError(f"cannot load the dataset {dataset!r}: {one_line(error)}. "
+                        "Without a network: python prepare.py --train FILE or "
+                        "python prepare.py toy") from error
     if "train" not in data:
         raise UserError(f"{dataset} has no train split, only {', '.join(data)}: "
                         "give files with --train FILE instead")
@@ -566,9 +568,9 @@ def write_tokens(folder, corpus, spec, workers):
                 facts[split]["bytes"] += size
     for split in SPLITS:
         if not facts[split]["stories"]:
-            raise UserError(f"no story for the {split} split: give --train and --val files with text "
-                            "in them, or at least two different stories; in .txt files lines that say "
-                            f"{EOT} separate them")
+            raise UserError(f"no story for the {split} split: give --train and --val files with "
+                            "text in them, or at least two different stories; in .txt files lines "
+                            f"that say {EOT} separate them")
         facts[split]["sha256"] = digests[split].hexdigest()
     return facts
 
@@ -672,7 +674,8 @@ def output_folder(args):
     killed = os.path.exists(out.with_name(out.name + ".tmp"))
     has_tokens = os.path.exists(out / "train.bin") and not killed
     if not args.force and (has_tokens or os.path.exists(out / "meta.json")):
-        raise UserError(f"{out} already holds data: add --force to replace it or choose another --out")
+        raise UserError(f"{out} already holds data: "
+                        "add --force to replace it or choose another --out")
     return out
 
 

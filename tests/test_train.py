@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import config as knobs
 import train
 from model import GPTNeo, GPTNeoConfig, Losses, load_checkpoint, save_checkpoint
-from prepare import load_tokens, lock_folder
+from prepare import UserError, load_tokens, lock_folder
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, max_iters=12, eval_interval=5, eval_windows=8,
             log_interval=4, device="cpu")
@@ -877,6 +877,13 @@ def test_a_run_goes_on_in_other_processes_sharded_or_not(data, tmp_path, launche
     assert_close_run(out, start(data, tmp_path / "whole"))
 
 
+def test_processes_whose_run_diverges_say_so_and_wait_for_nobody(data, tmp_path, launcher):
+    jobs = ((words(data, tmp_path / "run", learning_rate=1e30), rank) for rank in ranks())
+    launcher.start(*jobs, log=tmp_path / "log", script=script(tmp_path))
+    assert launcher.wait() == [1, 1]
+    assert (tmp_path / "log").read_text().count("no longer finite at update 2;") == 2
+
+
 def test_sharding_without_processes_is_refused(data, tmp_path):
     assert "torchrun" in refused(data, tmp_path / "run", fsdp=True)
 
@@ -1049,6 +1056,19 @@ def test_what_torchrun_would_never_say_is_refused(data, tmp_path, monkeypatch, n
     message = refused(data, tmp_path / "run")
     assert ("torchrun" in message) and (f"{name}={value} is not a whole number" in message or value == "1")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ablation", ["none", "local", "global"])
+def test_a_run_is_refused_beforehand_only_where_no_swap_could_hold_it(monkeypatch, ablation):
+    config = configured(ablation=ablation)
+    held = 16 * sum(p.numel() for p in model_of(config).parameters()) + 2 * 2 * 4 * 16 * 16  # 2 bytes of L x B x T x C
+    config = dataclasses.replace(config, vocab_size=300)
+    for memory in (held / 2, float("inf")):
+        monkeypatch.setattr(knobs, "device_memory", lambda device: memory)
+        train.check_memory(config, train.Machine())
+    monkeypatch.setattr(knobs, "device_memory", lambda device: 0.4 * held)
+    with pytest.raises(UserError, match="this run needs more than 0 GB of memory, and cpu has 0"):
+        train.check_memory(config, train.Machine())
 
 
 @pytest.mark.parametrize("error", [

@@ -126,10 +126,11 @@ def gate(scores, k, form="softmax"):
     scores = at_least_fp32(scores)  # in bf16 a few per cent of rows tie at the k-th place
 
     top, winners = scores.topk(k + 1, dim=-1)  # (..., k + 1), largest first
-    s_k, s_next = top[..., k - 1 : k], top[..., k:]  # (..., 1): the last winner, the first loser
+    s_k = top[..., k - 1 : k]  # (..., 1): the last winner
+    s_next = top[..., k:]  # (..., 1): the first loser
     gamma = (s_k + s_next) / 2  # Eq. 1
     T = (s_k - s_next).clamp_min(floor)  # Eq. 2
-    z = (scores - gamma) * (1 / T)  # (..., N); the gradient of a product is faster than a quotient's
+    z = (scores - gamma) * (1 / T)  # (..., N); a product has a faster gradient than a quotient
     with torch.no_grad():  # exp(-50) is nothing beside the winners' 1, nor is its gradient
         z.clamp_min_(-50.0)  # further down come denormal numbers, which are slow on a CPU
     if form == "softmax":
@@ -581,7 +582,8 @@ def load_torch(path):
             return torch.load(path, map_location="cpu", weights_only=True)
         reason = f"{damaged} has changed since it was written"
     except Exception as error:  # damage shows as almost any kind: OSError, IndexError, TypeError
-        reason = type(error).__name__
+        words = [type(error).__name__ + ":", *str(error).split()]
+        reason = " ".join(words)[:150]
     raise ModelError(f"{path} is damaged, or no file of this project ({reason})")
 
 

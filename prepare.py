@@ -62,7 +62,7 @@ class UserError(ValueError):
 
 
 def one_line(error):
-    """The reason in an exception; of the system's own, without the path: messages have that already."""
+    """An exception's reason; without a path, where the system gives one: our messages name it."""
     reason = getattr(error, "strerror", None) or str(error)
     return " ".join(reason.split())[:300] or type(error).__name__
 
@@ -83,7 +83,7 @@ def load_meta(folder):
                         "with --data, or make some, see python prepare.py --help")
     try:
         meta = json.loads(path.read_bytes())
-        complete = is_complete(meta)
+        complete = has_all_fields(meta)
     except OSError as error:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
     except (ValueError, RecursionError, KeyError, TypeError):  # no JSON, or other JSON than ours
@@ -93,7 +93,7 @@ def load_meta(folder):
     return meta
 
 
-def is_complete(meta):
+def has_all_fields(meta):
     """Whether all fields hold what `write` puts there; KeyError or TypeError: they do not."""
     spec = meta["tokenizer"]
     pieces = spec["pieces"] if spec["name"] == "words" else []
@@ -149,7 +149,8 @@ def load_tokenizer(spec):
         return tiktoken.Encoding("words", pat_str=PIECE, mergeable_ranks=ranks,
                                  special_tokens={EOT: len(ranks)})
     if name != "gpt2":
-        raise UserError(f"unknown tokenizer {name!r}: run prepare.py with --tokenizer gpt2 or words")
+        raise UserError(f"unknown tokenizer {name!r}: "
+                        "run prepare.py with --tokenizer gpt2 or words")
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # no network, a proxy's error page, a damaged cache: one advice
@@ -248,8 +249,8 @@ def read_jsonl(file, path, column):
             raise UserError(f"{where} is not a JSON object that can be read ({one_line(error)}): "
                             "mend it or take it out") from error
         if not isinstance(row, dict) or column not in row:
-            raise UserError(f"{where} is not a JSON object with {column!r} in it: name the field of "
-                            "the text with --text_column")
+            raise UserError(f"{where} is not a JSON object with {column!r} in it: "
+                            "name the field of the text with --text_column")
         yield where, row[column]
 
 
@@ -299,8 +300,9 @@ def load_hub(dataset, config, column):
     try:
         data = datasets.load_dataset(dataset, config)
     except Exception as error:  # a dozen kinds from four libraries; the advice is the same
-        raise UserError(f"cannot load the dataset {dataset!r}: {one_line(error)}. Without a "
-                        "network: python prepare.py --train FILE or python prepare.py toy") from error
+        raise UserError(f"cannot load the dataset {dataset!r}: {one_line(error)}. "
+                        "Without a network: python prepare.py --train FILE or "
+                        "python prepare.py toy") from error
     if "train" not in data:
         raise UserError(f"{dataset} has no train split, only {', '.join(data)}: "
                         "give files with --train FILE instead")
@@ -430,7 +432,7 @@ def count_pieces(job):
     return counts
 
 
-def encode(job):
+def encode_stories(job):
     """[(split, story), ...] -> {split: (uint16 tokens as bytes, stories, UTF-8 bytes of text)}."""
     encoded = {}
     for split in SPLITS:
@@ -555,7 +557,7 @@ def write_tokens(folder, corpus, spec, workers):
     facts = {split: {"tokens": 0, "stories": 0, "bytes": 0} for split in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
     with (open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val,
-          closing(on_all_cores(encode, corpus, spec, workers, "tokenizing")) as results):
+          closing(on_all_cores(encode_stories, corpus, spec, workers, "tokenizing")) as results):
         for encoded in results:
             for split, file in (("train", train), ("val", val)):
                 tokens, stories, size = encoded[split]
@@ -566,9 +568,9 @@ def write_tokens(folder, corpus, spec, workers):
                 facts[split]["bytes"] += size
     for split in SPLITS:
         if not facts[split]["stories"]:
-            raise UserError(f"no story for the {split} split: give --train and --val files with text "
-                            "in them, or at least two different stories; in .txt files lines that say "
-                            f"{EOT} separate them")
+            raise UserError(f"no story for the {split} split: give --train and --val files with "
+                            "text in them, or at least two different stories; in .txt files lines "
+                            f"that say {EOT} separate them")
         facts[split]["sha256"] = digests[split].hexdigest()
     return facts
 
@@ -587,14 +589,14 @@ def main(argv=None):
 
     with unfinished(out) as folder:
         # called, it gives a fresh iterator over (split, story): the words tokenizer needs two
-        corpus = partial(stories_of, sources(args), args.val_share, args.seed)
+        corpus = partial(stories_of, texts_of(args), args.val_share, args.seed)
         spec = {"name": args.tokenizer}
         if args.tokenizer == "words":
             spec["pieces"] = frequent_pieces(corpus, args.vocab_size - 257, args.workers)
         knobs = (*KNOBS[args.source], "val_share", "seed")
         source = {"kind": args.source, **{name: getattr(args, name) for name in knobs}}
         meta = write(folder, out, corpus, spec, args.workers, source)
-    report(meta, out, args)
+    print_summary(meta, out, args)
 
 
 def parse_arguments(argv):
@@ -672,11 +674,12 @@ def output_folder(args):
     killed = os.path.exists(out.with_name(out.name + ".tmp"))
     has_tokens = os.path.exists(out / "train.bin") and not killed
     if not args.force and (has_tokens or os.path.exists(out / "meta.json")):
-        raise UserError(f"{out} already holds data: add --force to replace it or choose another --out")
+        raise UserError(f"{out} already holds data: "
+                        "add --force to replace it or choose another --out")
     return out
 
 
-def sources(args):
+def texts_of(args):
     """{split: function that starts an iterator over its texts}; no "val" means a share of train."""
     if args.source == "toy":
         return {"train": partial(toy_texts, args.stories, args.seed)}
@@ -688,7 +691,7 @@ def sources(args):
     return texts
 
 
-def report(meta, out, args):
+def print_summary(meta, out, args):
     lines = []
     if args.tokenizer == "words" and meta["vocab_size"] < args.vocab_size:
         lines.append(f"the text has only {meta['vocab_size'] - 257:,} different words and marks: "
@@ -708,7 +711,7 @@ def report(meta, out, args):
 def script():
     """`python prepare.py`: as config.cli, without torch. A mistake is one line and exit code 1."""
     for number in STOPS:
-        signal.signal(number, stop)
+        signal.signal(number, interrupt)
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may not be ASCII
     try:
@@ -719,7 +722,7 @@ def script():
         raise SystemExit("stopped: what was not complete is removed") from None
 
 
-def stop(number, frame):
+def interrupt(number, frame):
     """Ctrl-C and SIGTERM end in the same way; a second one kills at once."""
     for either in STOPS:
         signal.signal(either, signal.SIG_DFL)

@@ -122,34 +122,26 @@ def choose_machine(config, local_rank):
 
 def check_memory(config, machine):
     """Refuse, before anything is made, a run that this machine cannot hold. Raises UserError."""
-    memory = math.inf  # where the system does not say
-    if machine.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(machine.device).total_memory
-    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # 16 bytes a parameter: weight, gradient and AdamW's two moments in fp32; and at least
-    # the inputs of all blocks of a micro-batch, (L, B, T, C), 4 bytes each
-    needed = 16 * count_parameters(config.model) // (machine.world if config.fsdp else 1)
+    few = dataclasses.replace(config.model, n_layer=1, attention_layers="global")
+    try:
+        with torch.device("meta"):
+            model = GPTNeo(few)
+        parameters = sum(p.numel() for p in model.parameters())
+    except (RuntimeError, TypeError, OverflowError):  # torch cannot even count that far
+        raise UserError("no machine can hold such a model: lower --n_embd, or what else is "
+                        "too large") from None
+    block = sum(p.numel() for p in model.transformer["h"].parameters())
+    parameters += (config.n_layer - 1) * block  # a few less than there are if gates are global
+    # What any such run holds: weight, gradient and AdamW's two moments in fp32, 16 bytes a
+    # parameter, and the inputs of all blocks of a micro-batch, (L, B, T, C), at least in bf16.
     rows = config.batch_size // machine.world // config.grad_accum
-    needed += 4 * config.n_layer * rows * config.block_size * config.n_embd
-    if needed > memory:
+    needed = 16 * parameters // (machine.world if config.fsdp else 1)
+    needed += 2 * config.n_layer * rows * config.block_size * config.n_embd
+    memory = knobs.device_memory(machine.device)
+    if needed > 2 * memory:  # twice: what swap, compression and drivers may add is not known
         raise UserError(f"this run needs more than {needed // 10**9:,} GB of memory, and "
                         f"{machine.device} has {memory // 10**9:,}: lower --n_embd, --n_layer or "
                         f"--batch_size, or raise --grad_accum")
-
-
-def count_parameters(config):
-    """Of a GPTNeoConfig's model, without making it: every block adds the same number."""
-    numbers = []
-    for layers in (1, 2):
-        few = dataclasses.replace(config, n_layer=layers, attention_layers="global")
-        try:
-            with torch.device("meta"):
-                numbers.append(sum(p.numel() for p in GPTNeo(few).parameters()))
-        except (RuntimeError, TypeError, OverflowError):  # torch cannot even count that far
-            raise UserError("no machine can hold such a model: lower --n_embd, or what else is "
-                            "too large") from None
-    return numbers[0] + (config.n_layer - 1) * (numbers[1] - numbers[0])
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -350,10 +342,10 @@ class Meter:
         self.collected.append(numbers)
 
     def settle(self, progress):
-        """Enter what was collected into progress -> its means, (4,), and tokens per second.
-
-        Raises UserError at the first update that is not finite.
-        """
+        """Enter what was collected into progress -> its means, (4,), and tokens per second; None
+        where nothing was. Raises UserError at the first update that is not finite."""
+        if not self.collected:
+            return None
         rows = torch.stack(self.collected).cpu().double().numpy()  # (n, 4)
         rows = self.machine.total(rows) / self.machine.world
         seconds = time.perf_counter() - self.started
@@ -430,7 +422,7 @@ class RunFolder:
                         f"command with --resume=True goes on from there")
             raise UserError(f"{error}; {kept}") from None
 
-    def report(self, progress):
+    def write_metrics(self, progress):
         """metrics.jsonl and loss.png anew."""
         if self.machine.rank == 0:
             with self.writing():
@@ -446,7 +438,7 @@ class RunFolder:
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(model, options=whole)
         state = {}
-        if progress.step:  # before the first update, asking for it would make it, one step old
+        if progress.step:  # before the first update, to ask for it would make it, one update old
             state = get_optimizer_state_dict(model, optimizer, options=whole)
         if self.machine.rank == 0:
             with self.writing():
@@ -517,14 +509,13 @@ def restore(model, optimizer, checkpoint, config):
     """Give a run's weights and optimizer, which the first process has read, to all of them."""
     whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
     if checkpoint["step"]:
-        set_learning_rate(optimizer, checkpoint["step"] - 1, config)
+        set_learning_rate(optimizer, checkpoint["step"] - 1, config)  # of the last update
         state = checkpoint["optimizer"]
-        fresh = get_optimizer_state_dict(model, optimizer)
+        fresh = get_optimizer_state_dict(model, optimizer)  # takes an update of size 0 to make it
         if state:  # with groups of this machine: those of another may say "fused"
             state["param_groups"] = fresh["param_groups"]
         set_optimizer_state_dict(model, optimizer, state, options=whole)
-    # after the optimizer, which on its way takes a step, of size 0
-    set_model_state_dict(model, checkpoint["model"], options=whole)
+    set_model_state_dict(model, checkpoint["model"], options=whole)  # after that update
 
 
 def draw_losses(path, metrics, title):
@@ -556,9 +547,9 @@ def shard(model, device):
     for block in model.transformer["h"]:
         fully_shard(block, mesh=mesh)
         register_fsdp_forward_method(block, "ablated")  # the second pass gathers the block anew
-    # Embeddings, head and global gates. By default a root stays whole after its forward pass, and
-    # after an evaluation, which has no backward pass, training would go on with a copy that no
-    # update reaches (seen with torch 2.13).
+    # The rest: embeddings, head and global gates. By default the root stays whole after its forward
+    # pass. An evaluation has no backward pass that would shard it again, so training would go on
+    # with a copy that no update reaches (seen with torch 2.13).
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
@@ -610,7 +601,7 @@ def train(config):
             replica = DistributedDataParallel(model)
 
         # ---- the first lines
-        folder.report(progress)  # a killed run may have written one line more
+        folder.write_metrics(progress)  # a killed run may have written one line more
         machine.say(json.dumps(dataclasses.asdict(config)))
         machine.say(f"{config.ablation} ablation, {parameters:,} parameters | "
                     f"{meta['train']['tokens']:,} training tokens, vocabulary "
@@ -628,8 +619,7 @@ def train(config):
         while True:
             due = progress.step % config.eval_interval == 0 or progress.step == config.max_iters
             if due and progress.step > progress.evaluated:
-                if meter.collected:
-                    meter.settle(progress)
+                meter.settle(progress)
                 losses = validation_losses(model, val_tokens, config, machine)
                 line = progress.metrics_line(config, *losses)
                 if not math.isfinite(line["val_loss"]):  # the last update broke the weights
@@ -637,7 +627,7 @@ def train(config):
                 is_best = progress.record(line)
                 text = streams_text(line["val_clean"], line["val_ablated"])
                 machine.say(f"step {progress.step:,}: validation {text}")
-                folder.report(progress)
+                folder.write_metrics(progress)
                 if config.wandb and rank == 0:
                     wandb.log(line, step=progress.step)
                 # last.pt comes last: killed between the two, the run finds this best again
@@ -658,8 +648,7 @@ def train(config):
             # processes must agree on when to stop, and on GPUs asking costs a sync
             if world == 1 or device.type == "cpu" or log:
                 if machine.total(np.array([float(stop.requested)]))[0]:
-                    if meter.collected:
-                        meter.settle(progress)
+                    meter.settle(progress)
                     folder.save(["last.pt"], model, optimizer, progress)
                     machine.say(f"stopped after {progress.step:,} updates; the same command "
                                 f"with --resume=True goes on from there")

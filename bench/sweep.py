@@ -108,7 +108,7 @@ class Sweep:
         self.working = {}  # process -> its Config, its GPU
         self.failed = []  # run folders
 
-    def start(self):
+    def start_waiting(self):
         """Start what waits, as far as there is room."""
         while self.waiting and self.free:
             (words, config), gpu = self.waiting.pop(0), self.free.pop(0)
@@ -138,7 +138,7 @@ class Sweep:
             print(f"{config.out}: {outcome}, {len(self.waiting) + len(self.working)} to go | "
                   f"{last_line(config)}", flush=True)
 
-    def stop(self):
+    def stop_all(self):
         """Leave nothing running: train.py saves last.pt and leaves."""
         for process in self.working:
             process.terminate()
@@ -176,11 +176,11 @@ def main():
             signal.signal(number, lambda number, _: asked_to_stop.append(number))
     try:
         while (sweep.waiting or sweep.working) and not asked_to_stop:
-            sweep.start()
+            sweep.start_waiting()
             time.sleep(0.2)
             sweep.collect()
     finally:  # whatever ended the loop
-        sweep.stop()
+        sweep.stop_all()
     for config, _ in sweep.working.values():
         print(f"{config.out}: stopped | {last_line(config)}")
     if asked_to_stop:

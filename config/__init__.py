@@ -30,7 +30,6 @@ import torch
 from model import GPTNeoConfig, ModelError
 from prepare import UserError
 
-
 Compile = Literal["auto", "False", "True", "reduce-overhead"]
 
 
@@ -103,27 +102,18 @@ NOT_NEGATIVE = ("learning_rate", "weight_decay", "adam_eps", "grad_clip", "clean
 # what a user may set: all but the vocabulary, which comes with the data
 FIELDS = {field.name: field for field in dataclasses.fields(Config) if field.name != "vocab_size"}
 
-# where a run computes and what it prints, never what it computes: these may differ on resuming
+# where a run computes and what it prints, never what it computes: these may differ on resuming;
+# and the vocabulary, which is the data's: they have a checksum of their own
 MACHINE = ("resume", "data", "out", "device", "dtype", "compile", "fsdp", "grad_accum",
-           "log_interval", "wandb")
+           "log_interval", "wandb", "vocab_size")
 
 
 def decisive(values):
-    """{knob: value} without the MACHINE ones: with the data, what decides what a run computes.
-
-    The vocabulary is the data's, which have a checksum of their own.
-    """
-    free = (*MACHINE, "vocab_size")
-    return {name: value for name, value in values.items() if name not in free}
+    """{knob: value} without the MACHINE ones: with the data, they decide what a run computes."""
+    return {name: value for name, value in values.items() if name not in MACHINE}
 
 
 # --------------------------------------------------------------------------------- the loader
-
-
-def comments():
-    """{knob: its comment}, read off the sources, so that --help can never disagree with them."""
-    source = inspect.getsource(GPTNeoConfig) + inspect.getsource(Config)
-    return dict(re.findall(r"^    (\w+): [^#\n]*?  # (.*)$", source, re.MULTILINE))
 
 
 def unknown(name):
@@ -133,7 +123,7 @@ def unknown(name):
     return f"there is no knob '{name}'{advice}"
 
 
-def parse(field, value):
+def parse_value(field, value):
     """A command-line string or a config-file value as the field's type. Raises UserError."""
     choices, text = get_args(field.type), str(value)
     if choices and text in choices:
@@ -160,7 +150,9 @@ def load(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = usage_error
     parser.add_argument("config", nargs="?", help="a config file, such as config/local_k2.py")
-    notes = comments()
+    # every knob's comment, read off the sources, so that --help can never disagree with them
+    source = inspect.getsource(GPTNeoConfig) + inspect.getsource(Config)
+    notes = dict(re.findall(r"^    (\w+): [^#\n]*?  # (.*)$", source, re.MULTILINE))
     for name, field in FIELDS.items():
         note = f"{notes.get(name, '')} (default {field.default})".strip().replace("%", "%%")
         shown = "|".join(get_args(field.type)) or field.type.__name__
@@ -177,7 +169,7 @@ def load(argv):
     if path is not None:  # an empty word is a mistake, such as an unset shell variable
         values = {"out": f"out/{Path(path).stem}", **read_file(path)}
     values.update(given)
-    return Config(**{name: parse(FIELDS[name], value) for name, value in values.items()})
+    return Config(**{name: parse_value(FIELDS[name], value) for name, value in values.items()})
 
 
 def usage_error(message):

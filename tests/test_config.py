@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import os
 import re
@@ -230,7 +231,7 @@ def test_help_lists_every_knob_with_default_and_comment(capsys, monkeypatch):
 
 
 def test_a_percent_sign_in_a_comment_does_not_break_help(monkeypatch, capsys):
-    monkeypatch.setattr(knobs, "comments", lambda: {"seed": "100 % random"})
+    monkeypatch.setattr(inspect, "getsource", lambda _: "    seed: int = 1337  # 100 % random\n")
     with pytest.raises(SystemExit):
         load(["--help"])
     assert "100 % random" in capsys.readouterr().out
@@ -325,3 +326,13 @@ def test_a_request_to_stop_is_a_flag_and_a_second_one_kills(patient):
             print(stop.requested, flush=True)
     expected = (0, b"True\nTrue\n", "") if patient else (-signal.SIGTERM, b"True\n", "")
     assert ended(main) == expected
+
+
+def test_the_memory_of_a_device_is_infinite_where_the_system_does_not_say(monkeypatch):
+    cpu = torch.device("cpu")
+    assert 2**28 < knobs.device_memory(cpu) < 2**50
+    for answer in (-1, 0):  # what POSIX says of a limit that it cannot tell
+        monkeypatch.setattr(os, "sysconf", lambda name: answer)
+        assert knobs.device_memory(cpu) == float("inf")
+    monkeypatch.delattr(os, "sysconf")  # Windows
+    assert knobs.device_memory(cpu) == float("inf")

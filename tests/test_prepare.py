@@ -268,22 +268,23 @@ def test_local_files_without_val_hold_a_share_out(tmp_path):
 # ---- hub datasets: the real code path, on a local dataset folder ------------------------------------------------
 
 def test_dataset_folder_with_and_without_validation(tmp_path):
-    env = {"HF_HOME": str(tmp_path / "hf")}
+    env = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     folder = tmp_path / "MySet"
     (folder / "data").mkdir(parents=True)
     write_input(folder / "data" / "train-00000.parquet", STORIES)
     write_input(folder / "data" / "validation-00000.parquet", VAL)
-    done = script("--dataset", folder, "--tokenizer", "words", "--out", tmp_path / "out", env=env)
-    assert done.returncode == 0, done.stderr
-    assert check_complete(tmp_path / "out")["source"]["dataset"] == str(folder)
+    words = ["--dataset", str(folder), "--tokenizer", "words", "--out"]
+    code = f"""
+import os, sys, prepare
+prepare.main({words!r} + ["{tmp_path}/out"])
+os.remove("{folder}/data/validation-00000.parquet")
+prepare.main({words!r} + ["{tmp_path}/out2"])
+sys.argv = ["prepare.py", "--text_column", "body", *{words!r}, "{tmp_path}/out3"]
+prepare.script()"""  # one process for all three: the packages take seconds to import
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
+    assert check_complete(tmp_path / "out")["source"]["dataset"] == str(folder), done.stderr
     assert (stories_in(tmp_path / "out", "train"), stories_in(tmp_path / "out", "val")) == (STORIES, VAL)
-
-    (folder / "data" / "validation-00000.parquet").unlink()
-    done = script("--dataset", folder, "--tokenizer", "words", "--out", tmp_path / "out2", env=env)
-    assert done.returncode == 0, done.stderr
     assert sorted(stories_in(tmp_path / "out2", "train") + stories_in(tmp_path / "out2", "val")) == sorted(STORIES)
-
-    done = script("--dataset", folder, "--text_column", "body", "--tokenizer", "words", "--out", tmp_path / "out3", env=env)
     complaint(done, "no column 'body', only id, text", "--text_column")
     assert not (tmp_path / "out3").exists()
 

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import config as knobs
 import train
 from model import GPTNeo, GPTNeoConfig, Losses, load_checkpoint, save_checkpoint
-from prepare import load_tokens, lock_folder
+from prepare import UserError, load_tokens, lock_folder
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, max_iters=12, eval_interval=5, eval_windows=8,
             log_interval=4, device="cpu")
@@ -151,8 +151,11 @@ class Launcher:
     computed nothing yet, forks a child for each run. The children die for real."""
 
     CODE = f"""if True:
-        import json, os, runpy, signal, sys
-        import matplotlib.pyplot, train, torch._dynamo  # which torch itself would import at the first update
+        import gc, json, os, runpy, signal, sys
+        import matplotlib.figure, train, torch._dynamo.backends.debugging  # torch's own would come at the first update
+        import functorch.compile, torch.distributed.run, torch.distributed.launcher.api
+        gc.collect()
+        gc.freeze()  # else every child goes through all these objects as it ends, and copies them: a second each
         for line in sys.stdin:
             pids = []
             for job in json.loads(line):
@@ -693,7 +696,7 @@ def test_a_run_killed_again_and_again_equals_the_undisturbed_one(data, tmp_path,
     """Real processes and real kill -9, at random moments. However slow the machine, what was finished stays finished."""
     rng, out, codes = random.Random(0), tmp_path / "run", []
     chosen = dict(eval_interval=1, max_iters=16, n_layer=1)
-    for _ in range(8):
+    for _ in range(6):
         pid, = launcher.start((words(data, out, **chosen, resume=(out / "last.pt").exists()), {}), log=tmp_path / "log")
         time.sleep(rng.uniform(0.05, 0.9))
         with contextlib.suppress(ProcessLookupError):  # it had come to its end
@@ -874,6 +877,13 @@ def test_a_run_goes_on_in_other_processes_sharded_or_not(data, tmp_path, launche
     assert_close_run(out, start(data, tmp_path / "whole"))
 
 
+def test_processes_whose_run_diverges_say_so_and_wait_for_nobody(data, tmp_path, launcher):
+    jobs = ((words(data, tmp_path / "run", learning_rate=1e30), rank) for rank in ranks())
+    launcher.start(*jobs, log=tmp_path / "log", script=script(tmp_path))
+    assert launcher.wait() == [1, 1]
+    assert (tmp_path / "log").read_text().count("no longer finite at update 2;") == 2
+
+
 def test_sharding_without_processes_is_refused(data, tmp_path):
     assert "torchrun" in refused(data, tmp_path / "run", fsdp=True)
 
@@ -897,18 +907,21 @@ def test_all_ranks_stop_together_when_one_is_asked_to(data, tmp_path, launcher, 
     assert_close_run(out, start(data, tmp_path / "whole"))
 
 
-def torchrun(*words):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words],
-                          cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, timeout=PATIENCE)
+def torchrun(launcher, folder, *words):
+    """The real torchrun, but for its import of torch, with two real processes. -> exit code, what all of them printed"""
+    (folder / "torchrun.py").write_text("import sys, torch.distributed.run as run; run.main(sys.argv[1:])")
+    launcher.start((["--standalone", "--nproc_per_node=2", *words], {}), log=folder / "torchrun.log", script=folder / "torchrun.py")
+    code, = launcher.wait()
+    return code, (folder / "torchrun.log").read_text()
 
 
-def test_a_run_of_torchrun_that_is_told_to_stop_goes_on_in_one_process(data, tmp_path, double):
+def test_a_run_of_torchrun_that_is_told_to_stop_goes_on_in_one_process(data, tmp_path, launcher, double):
     """The scheduler signals torchrun, which tells its processes and kills them 30 seconds later: they must not wait for
     the next line on the console to agree."""
     chosen = dict(max_iters=60, eval_interval=50, log_interval=1000)
     told = script(tmp_path, send="os.kill(os.getppid(), signal.SIGTERM)", patience=0.5)
-    ended = torchrun(told, *words(data, tmp_path / "run", **chosen))
-    assert "--resume=True goes on" in ended.stdout, ended.stderr
+    _, said = torchrun(launcher, tmp_path, told, *words(data, tmp_path / "run", **chosen))
+    assert "--resume=True goes on" in said, said
     assert 7 <= load_checkpoint(tmp_path / "run" / "last.pt")["step"] < 60
     start(data, tmp_path / "run", **chosen, resume=True)
     assert_close_run(tmp_path / "run", start(data, tmp_path / "one", **chosen))
@@ -919,21 +932,23 @@ def test_the_death_of_one_process_ends_all_and_the_run_goes_on(data, tmp_path, l
     """kill -9, as when memory runs out. torchrun would kill the others after 30 seconds, but they notice by themselves."""
     chosen, out = dict(eval_interval=3, log_interval=1000, **changes), tmp_path / "run"
     begun = time.monotonic()
-    ended = torchrun(script(tmp_path, send="os.kill(os.getpid(), signal.SIGKILL)", victim=1), *words(data, out, **chosen))
+    killed = script(tmp_path, send="os.kill(os.getpid(), signal.SIGKILL)", victim=1)
+    code, said = torchrun(launcher, tmp_path, killed, *words(data, out, **chosen))
     assert time.monotonic() - begun < PATIENCE / 2  # not timed, but it must not hang
-    assert ended.returncode != 0 and "SIGKILL" in ended.stderr
+    assert code != 0 and "SIGKILL" in said
     if not changes:  # a sharded process may be told by torchrun before it notices
-        assert f"error: this run has lost one of its processes" in ended.stderr and f"from {out / 'last.pt'}" in ended.stderr
-        assert "Error: [" not in ended.stderr  # gloo's own words, with its traceback
+        assert "error: this run has lost one of its processes" in said and f"from {out / 'last.pt'}" in said
+        assert "Error: [" not in said  # gloo's own words, with its traceback
     assert load_checkpoint(out / "last.pt")["step"] == 6
     several(launcher, 2, tmp_path, data, out, **chosen, resume=True)
     assert_close_run(out, start(data, tmp_path / "one", **{**chosen, "fsdp": False}))
 
 
-def test_a_mistake_ends_all_processes_with_the_message(data, tmp_path):
-    ended = torchrun("train.py", *words(data, tmp_path / "run", grad_accum=4))
-    assert ended.returncode != 0
-    assert "error: batch_size=4 must be a multiple of processes x grad_accum = 2 x 4" in ended.stderr
+def test_a_mistake_ends_all_processes_with_the_message(data, tmp_path, launcher):
+    launcher.start(*((words(data, tmp_path / "run", grad_accum=4), rank) for rank in ranks()), log=tmp_path / "log")
+    assert launcher.wait() == [1, 1]
+    assert (tmp_path / "log").read_text().count(
+        "error: batch_size=4 must be a multiple of processes x grad_accum = 2 x 4\n") == 2
     assert not (tmp_path / "run").exists()
 
 
@@ -1041,6 +1056,19 @@ def test_what_torchrun_would_never_say_is_refused(data, tmp_path, monkeypatch, n
     message = refused(data, tmp_path / "run")
     assert ("torchrun" in message) and (f"{name}={value} is not a whole number" in message or value == "1")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ablation", ["none", "local", "global"])
+def test_a_run_is_refused_beforehand_only_where_no_swap_could_hold_it(monkeypatch, ablation):
+    config = configured(ablation=ablation)
+    held = 16 * sum(p.numel() for p in model_of(config).parameters()) + 2 * 2 * 4 * 16 * 16  # 2 bytes of L x B x T x C
+    config = dataclasses.replace(config, vocab_size=300)
+    for memory in (held / 2, float("inf")):
+        monkeypatch.setattr(knobs, "device_memory", lambda device: memory)
+        train.check_memory(config, train.Machine())
+    monkeypatch.setattr(knobs, "device_memory", lambda device: 0.4 * held)
+    with pytest.raises(UserError, match="this run needs more than 0 GB of memory, and cpu has 0"):
+        train.check_memory(config, train.Machine())
 
 
 @pytest.mark.parametrize("error", [

@@ -95,16 +95,17 @@ def load_meta(folder):
 
 def has_all_fields(meta):
     """Whether all fields hold what `write` puts there; KeyError or TypeError: they do not."""
-    spec = meta["tokenizer"]
-    pieces = spec["pieces"] if spec["name"] == "words" else []
-    texts, counts = [spec["name"], meta["checksum"], *pieces], [meta["vocab_size"]]
+    spec, size = meta["tokenizer"], 50_257  # GPT-2's; end-of-text is always the last token
+    texts, counts = [spec["name"], meta["checksum"]], []
+    if spec["name"] == "words":  # the 256 bytes, the pieces, end-of-text
+        size = 257 + len(spec["pieces"])
+        texts += spec["pieces"]
     for split in SPLITS:
         texts.append(meta[split]["sha256"])
         counts += [meta[split][name] for name in ("tokens", "stories", "bytes")]
-    ids_fit = type(meta["eot"]) is int and 0 <= meta["eot"] < meta["vocab_size"] <= 65_536
-    if spec["name"] == "words":  # the 256 bytes, the pieces, end-of-text
-        ids_fit = ids_fit and type(pieces) is list and meta["vocab_size"] == 257 + len(pieces)
-    return (ids_fit and isinstance(meta["source"], dict)
+    counts += [meta["vocab_size"], meta["eot"]]
+    return (spec["name"] in ("gpt2", "words") and isinstance(meta["source"], dict)
+            and counts[-2:] == [size, size - 1] and size <= 65_536
             and all(isinstance(text, str) for text in texts)
             and all(type(count) is int and 0 < count < 2**63 for count in counts))  # no bool
 
@@ -342,7 +343,7 @@ def cleaned(texts):
     """(where, text) -> stories: stripped, UTF-8, not empty. Raises UserError if a text is none."""
     for where, text in texts:
         if not isinstance(text, str | None):
-            raise UserError(f"{where}: a {type(text).__name__} where text should be: "
+            raise UserError(f"{where}: {type(text).__name__} where text should be: "
                             "name the column of texts with --text_column")
         # half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes U+FFFD
         pairs = (text or "").strip().encode("utf-16", "surrogatepass")
@@ -666,8 +667,9 @@ def output_folder(args):
         name = Path(os.path.abspath(args.dataset)).name.lower() or name
     chosen = os.path.join("data", name) if args.out is None else args.out
     out = Path(os.path.abspath(chosen))
-    if not chosen or not out.name:
-        raise UserError(f"--out {chosen!r} names no folder: choose one, for example data/mine")
+    here = Path.cwd()
+    if not chosen or out in (here, *here.parents):  # the files would lie among others
+        raise UserError(f"--out {chosen!r} names no folder of its own: choose one, such as data/mine")
     if os.path.exists(out) and not out.is_dir():
         raise UserError(f"{out} is a file: choose another --out")
     # token files without meta.json are somebody else's, unless a run of ours was killed moving them

@@ -68,7 +68,10 @@ class Machine:
 
     def say(self, text):
         if self.rank == 0:
-            print(text, flush=True)  # flushed: a log file is read while it grows
+            try:
+                print(text, flush=True)  # flushed: a log file is read while it grows
+            except OSError:  # nobody reads it any more, or the disk is full: the run goes on
+                knobs.drop_output()
 
     def total(self, array):
         """A float64 array summed over all processes, the same on each."""
@@ -319,12 +322,14 @@ class Progress:
 
     def is_sound(self, config):
         """Whether a run of this Config can have come to this: a file may hold anything."""
-        try:
-            keys = self.metrics_line(config, 0.0, 0.0).keys()  # which looks at `since`
-            np.array([line[key] for line in self.metrics for key in keys], float)
-        except (KeyError, TypeError, ValueError, OverflowError):
+        if not (0 <= self.step <= config.max_iters and -1 <= self.evaluated <= self.step):
             return False
-        return -1 <= self.evaluated <= self.step <= config.max_iters
+        numbers, keys = [*self.since], Progress().metrics_line(config, 0.0, 0.0).keys()
+        for line in self.metrics:
+            if not isinstance(line, dict) or line.keys() != keys:
+                return False
+            numbers += [0.0 if value is None else value for value in line.values()]
+        return len(self.since) == 5 and all(type(value) in (int, float) for value in numbers)
 
 
 class Meter:
@@ -416,9 +421,9 @@ class RunFolder:
         try:
             yield
         except ModelError as error:
-            kept = "nothing is lost: make room or choose another --out"
-            if self.saved is not None:
-                kept = (f"last.pt, of step {self.saved:,}, is intact: make room, and the same "
+            kept = "mend that or choose another --out"
+            if self.saved is not None and (self.path / "last.pt").is_file():
+                kept = (f"last.pt, of step {self.saved:,}, is intact: mend that, and the same "
                         f"command with --resume=True goes on from there")
             raise UserError(f"{error}; {kept}") from None
 
@@ -491,18 +496,19 @@ def fits(checkpoint, config):
     """Whether it holds the weights of such a model and, after an update, AdamW's state of each."""
     with torch.device("meta"):
         model = GPTNeo(config)
-    state = {}
+    state, found = {}, checkpoint["optimizer"].get("state", {})
     for name, p in model.named_parameters() if checkpoint["step"] else ():
-        state[name] = {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-    found = shapes(checkpoint["optimizer"].get("state", {}))
-    return shapes(checkpoint["model"]) == shapes(model.state_dict()) and found == state
+        state[name] = {"step": torch.tensor(float(checkpoint["step"])), "exp_avg": p, "exp_avg_sq": p}
+    if kinds(checkpoint["model"]) != kinds(model.state_dict()) or kinds(found) != kinds(state):
+        return False
+    return all(moments["step"] == checkpoint["step"] for moments in found.values())
 
 
-def shapes(tree):
-    """Nested dicts of tensors as nested dicts of shapes."""
+def kinds(tree):
+    """Nested dicts of tensors as nested dicts of what tells a tensor's kind: shape, dtype, layout."""
     if isinstance(tree, dict):
-        return {name: shapes(value) for name, value in tree.items()}
-    return getattr(tree, "shape", None)
+        return {name: kinds(value) for name, value in tree.items()}
+    return [getattr(tree, name, None) for name in ("shape", "dtype", "layout")]
 
 
 def restore(model, optimizer, checkpoint, config):

@@ -118,7 +118,11 @@ class Sweep:
             if gpu:
                 environment["CUDA_VISIBLE_DEVICES"] = gpu
             script, resume = str(ROOT / "train.py"), f"--resume={started(config)}"
-            with open(f"{config.out}.log", "a") as log:
+            try:
+                log = open(f"{config.out}.log", "a")
+            except OSError as error:
+                raise UserError(f"cannot write {config.out}.log: {error.strerror}") from None
+            with log:
                 # in a session of its own, so that Ctrl-C reaches it through us only: twice would
                 # not let it save
                 process = subprocess.Popen(

@@ -70,8 +70,8 @@ class Config(GPTNeoConfig):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         for name in NOT_NEGATIVE:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name}={getattr(self, name)} must be a finite number, 0 or more")
+            if not 0 <= getattr(self, name) <= 1e38:  # float32 holds no more
+                raise UserError(f"{name}={getattr(self, name)} must be a number from 0 to 1e38")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
@@ -184,7 +184,7 @@ def read_file(path):
     try:
         names = runpy.run_path(path)
     except (Exception, SystemExit) as error:  # whatever is wrong with the user's Python
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         kind = type(error).__name__
         raise UserError(f"config file {path} does not run: {kind}: {reason}") from None
     values = {}

@@ -278,7 +278,7 @@ def test_a_mistake_is_found_before_anything_is_measured(run, call, tmp_path, mon
     other = tmp_path / "other"
     other.mkdir()
     meta = json.loads((tmp_path / "data" / "meta.json").read_text())
-    (other / "meta.json").write_text(json.dumps(meta | {"tokenizer": {"name": "gpt2"}}))
+    (other / "meta.json").write_text(json.dumps(meta | {"tokenizer": {"name": "words", "pieces": ["xy", "yx"]}}))
     nowhere = tmp_path / "nowhere"
     for words, expected in [
         ((nowhere,), "no checkpoint at"),

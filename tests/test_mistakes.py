@@ -112,12 +112,24 @@ def changed_knobs(**changes):
     return damage
 
 
+def optimizer_entry(name, change):
+    """One entry of AdamW's state in last.pt, changed."""
+    def damage(folder):
+        path = folder / "out" / "run" / "last.pt"
+        fields = torch.load(path, weights_only=True)
+        moments = next(iter(fields["optimizer"]["state"].values()))
+        moments[name] = change(moments[name])
+        torch.save(fields, path)
+    return damage
+
+
 BY_NUMBER = {"state": {0: {"step": torch.ones(())}}, "param_groups": [{"params": [0]}]}  # torch's own state_dict
 RESUME = "train.py config.py --out=out/run --resume"
 
 TRAIN = [
     ("train.py config.py --seed=18446744073709551616", "seed=18446744073709551616 must be a whole number from 0 to"),
     ("train.py config.py --clean_coeff=0 --ablated_coeff=0", "would train nothing"),
+    ("train.py config.py --clean_coeff=1e308", "clean_coeff=1e+308 must be a number from 0 to 1e38"),
     ("train.py config.py --device=cpu:9", "--device=cpu:9 cannot be used"),
     ("train.py raises.py", "config file raises.py does not run: ValueError: two lines", text("raises.py", "raise ValueError('''two\nlines''')")),
     ("train.py leaves.py", "config file leaves.py does not run: SystemExit: 3", text("leaves.py", "import sys; sys.exit(3)")),
@@ -133,6 +145,10 @@ TRAIN = [
     (RESUME, "with other knobs (seed)", changed_knobs(seed=None)),
     (RESUME, "to continue it add --seed=x", changed_knobs(seed="x")),
     (RESUME, "its progress, weights or optimizer are not those", checkpoint("last.pt", since=[1.0])),
+    (RESUME, "its progress, weights or optimizer are not those", checkpoint("last.pt", since=[None] * 5)),
+    (RESUME, "its progress, weights or optimizer are not those", checkpoint("last.pt", step=-1)),
+    (RESUME, "its progress, weights or optimizer are not those", optimizer_entry("exp_avg", torch.Tensor.long)),
+    (RESUME, "its progress, weights or optimizer are not those", optimizer_entry("step", lambda step: step + 1)),
     (RESUME, "its progress, weights or optimizer are not those", checkpoint("last.pt", since=["a"] * 5)),
     (RESUME, "its progress, weights or optimizer are not those", checkpoint("last.pt", metrics=[{"step": 0}])),
     (RESUME, "its progress, weights or optimizer are not those", checkpoint("last.pt", step=5)),
@@ -148,6 +164,8 @@ GOOD_ROW = '{"text": "a"}\n'
 PREPARE = [
     (TOY, "--out '' names no folder"),
     (f"{TOY}/", "--out '/' names no folder"),
+    (f"{TOY}.", "--out '.' names no folder"),
+    (f"{TOY}..", "--out '..' names no folder"),
     (TOY + "x" * 300, ".tmp (File name too long): choose another --out"),
     (f"{TOY}a\0b", ".tmp (embedded null byte): choose another --out"),
     (f"{TOY}config.py", "config.py is a file: choose another --out"),
@@ -158,9 +176,9 @@ PREPARE = [
     (f"{FILES}a\0b.txt", "check the path after --train or --val"),
     (f"{FILES}a.jsonl", "line 2 is not a JSON object that can be read (Exceeds", text("a.jsonl", GOOD_ROW + "1" * 6000)),
     (f"{FILES}a.jsonl", "line 1 is not a JSON object that can be read (maximum", text("a.jsonl", "[" * 200_000)),
-    (f"{FILES}a.jsonl", "a.jsonl: line 2: a int where text should be", text("a.jsonl", GOOD_ROW + '{"text": 1}')),
+    (f"{FILES}a.jsonl", "a.jsonl: line 2: int where text should be", text("a.jsonl", GOOD_ROW + '{"text": 1}')),
     (f"{FILES}config.py a.jsonl", "config.py: unknown kind of file", text("a.jsonl", GOOD_ROW)),
-    (f"{FILES}a.jsonl b.jsonl", "b.jsonl: line 1: a dict where", text("a.jsonl", GOOD_ROW), text("b.jsonl", '{"text": {}}')),
+    (f"{FILES}a.jsonl b.jsonl", "b.jsonl: line 1: dict where", text("a.jsonl", GOOD_ROW), text("b.jsonl", '{"text": {}}')),
 ]
 
 NO_DATA = "no prepared data in nowhere (no meta.json): name the folder that has it with --data"
@@ -204,7 +222,8 @@ EVAL = [
     ("eval.py out/run", OTHER_TOKENS, flip("data/val.bin")),
     ("eval.py out/run", "val.bin has 3 bytes where meta.json promises 800", text("data/val.bin", "abc")),
     ("eval.py out/run", "data/meta.json is damaged", text("data/meta.json", "{")),
-    ("eval.py out/run", "data has another tokenizer than the one out/run", meta(tokenizer={"name": "gpt2"})),
+    ("eval.py out/run", "data/meta.json is damaged", meta(eot=3)),
+    ("eval.py out/run", "data has another tokenizer than the one out/run", meta(tokenizer={"name": "words", "pieces": [f" other{i}" for i in range(43)]})),
 ]
 
 TABLE1 = [

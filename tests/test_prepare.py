@@ -295,7 +295,7 @@ def test_a_row_of_a_dataset_that_is_no_text_is_named():
             return [{"text": ["a", "b"]}, {"text": ["c", 4.5]}]
 
     rows = prepare.read_hub(Rows(), "text", "some/set, split train")
-    with pytest.raises(prepare.UserError, match="some/set, split train: row 4: a float where text"):
+    with pytest.raises(prepare.UserError, match="some/set, split train: row 4: float where text"):
         list(prepare.cleaned(rows))
 
 
@@ -365,7 +365,7 @@ def test_bad_flags(refused, tmp_path):
     ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', ["line 2", "'text'", "--text_column"]),
     ("a.jsonl", b'["a"]\n', ["line 1 is not a JSON object"]),
     ("a.jsonl", b'{"text": 7}\n', ["int where text should be"]),
-    ("a.jsonl", b'{"text": "a"}\n\n{"text": ["b"]}', ["a.jsonl: line 3: a list where text should be"]),
+    ("a.jsonl", b'{"text": "a"}\n\n{"text": ["b"]}', ["a.jsonl: line 3: list where text should be"]),
     ("a.parquet", b"no parquet", ["cannot read", "a.parquet"]),
     ("a.txt.gz", b"no gzip", ["cannot read", "a.txt.gz"]),
     ("a.txt.gz", gzip.compress(b"cut off " * 999, mtime=0)[:-30], ["cannot read", "a.txt.gz"]),
@@ -383,7 +383,7 @@ def test_bad_parquet_columns(refused, tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), path)
     assert "no column 'text', only body, n" in refused("--train", path, "--tokenizer", "words")
     message = refused("--train", path, "--tokenizer", "words", "--text_column", "n")
-    assert "a.parquet: row 1: a int where text should be" in message
+    assert "a.parquet: row 1: int where text should be" in message
     broken = pyarrow.StringArray.from_buffers(2, pyarrow.py_buffer(np.array([0, 1, 3], np.int32)), pyarrow.py_buffer(b"ab\xff"))
     pyarrow.parquet.write_table(pyarrow.table({"text": broken}), path)
     assert "row 2 is not UTF-8 (byte 1)" in refused("--train", path, "--tokenizer", "words")

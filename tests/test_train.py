@@ -696,7 +696,7 @@ def test_a_run_killed_again_and_again_equals_the_undisturbed_one(data, tmp_path,
     """Real processes and real kill -9, at random moments. However slow the machine, what was finished stays finished."""
     rng, out, codes = random.Random(0), tmp_path / "run", []
     chosen = dict(eval_interval=1, max_iters=16, n_layer=1)
-    for _ in range(6):
+    for _ in range(8):
         pid, = launcher.start((words(data, out, **chosen, resume=(out / "last.pt").exists()), {}), log=tmp_path / "log")
         time.sleep(rng.uniform(0.05, 0.9))
         with contextlib.suppress(ProcessLookupError):  # it had come to its end

@@ -497,8 +497,9 @@ def fits(checkpoint, config):
     with torch.device("meta"):
         model = GPTNeo(config)
     state, found = {}, checkpoint["optimizer"].get("state", {})
+    count = torch.tensor(0, dtype=torch.float32)  # AdamW counts its updates so
     for name, p in model.named_parameters() if checkpoint["step"] else ():
-        state[name] = {"step": torch.tensor(float(checkpoint["step"])), "exp_avg": p, "exp_avg_sq": p}
+        state[name] = {"step": count, "exp_avg": p, "exp_avg_sq": p}
     if kinds(checkpoint["model"]) != kinds(model.state_dict()) or kinds(found) != kinds(state):
         return False
     return all(moments["step"] == checkpoint["step"] for moments in found.values())

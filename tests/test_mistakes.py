@@ -56,6 +56,14 @@ def checkpoint(name, **changes):
     return damage
 
 
+def config_says(**changes):
+    """Fields of the model's config in best.pt of out/run, which fit its weights all the same."""
+    def damage(folder):
+        found = torch.load(folder / "out" / "run" / "best.pt", weights_only=True)
+        checkpoint("best.pt", config={**found["config"], **changes})(folder)
+    return damage
+
+
 def text(name, content):
     """A file of this content."""
     return lambda folder: (folder / name).write_text(content)
@@ -170,7 +178,7 @@ OTHER_TOKENS = "val.bin is damaged, its sha256 is not that of meta.json"
 EVAL = [
     ("eval.py", "the following arguments are required: runs"),
     ("eval.py out/nowhere", "no checkpoint at out/nowhere"),
-    ("eval.py ''", "no checkpoint at : give a run folder"),
+    ("eval.py ''", "the name of a run is empty: give a run folder"),
     (f"eval.py {'a' * 300}", "no checkpoint at aaa"),
     ("eval.py out", "no checkpoint at out/best.pt"),
     ("eval.py config.py", "config.py is damaged, or no file of this project"),
@@ -205,6 +213,8 @@ EVAL = [
     ("eval.py out/run", "val.bin has 3 bytes where meta.json promises 800", text("data/val.bin", "abc")),
     ("eval.py out/run", "data/meta.json is damaged", text("data/meta.json", "{")),
     ("eval.py out/run", "data has another tokenizer than the one out/run", meta(tokenizer={"name": "gpt2"})),
+    ("eval.py out/run", "data has changed since out/run was trained on it (checksum def, not ", meta(checksum="def")),
+    ("eval.py out/run", "out/run is damaged: its config says k_mlp=5, its training config 2", config_says(k_mlp=5)),
 ]
 
 TABLE1 = [

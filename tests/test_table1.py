@@ -123,7 +123,7 @@ def test_it_refuses_what_does_not_belong_together(run, call, tmp_path, no_measur
     other = shutil.copytree(tmp_path / "data", tmp_path / "other")
     meta = json.loads((other / "meta.json").read_text())
     (other / "meta.json").write_text(json.dumps(meta | {"checksum": "def"}))
-    checkpoint["train_config"]["data"] = str(other)
+    checkpoint["train_config"]["data"], checkpoint["data"] = str(other), "def"
     torch.save(checkpoint, first / "best.pt")
     assert "other texts" in call(run, first)[0]
 

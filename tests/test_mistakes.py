@@ -88,6 +88,43 @@ def unfinished(folder):
     done.with_name("sae.json").unlink()
 
 
+def circuits(*damage):
+    """A circuit in out/run, and then this damage."""
+    def spoil(folder):
+        pair()(folder)
+        with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(importlib.import_module("acdc"), "draw_circuit", lambda *_: None)
+            assert typed(PAIRS) is None
+        for change in damage:
+            change(folder)
+    return spoil
+
+
+def says(name, path, value):
+    """An entry of a JSON file, or of a file of torch, such as "circuits 0 edges"; None takes it out."""
+    def damage(folder):
+        binary = name.endswith(".pt")
+        content = torch.load(folder / name) if binary else json.loads((folder / name).read_text())
+        *outer, last = [int(key) if key.isdecimal() else key for key in path.split()]
+        place = content
+        for key in outer:
+            place = place[key]
+        place[last] = value
+        if value is None:
+            del place[last]
+        torch.save(content, folder / name) if binary else (folder / name).write_text(json.dumps(content))
+    return damage
+
+
+def unfinished_circuits(folder):
+    """The circuit of out/run as a stop would leave it."""
+    done = folder / "out" / "run" / "acdc.json"
+    found = json.loads(done.read_text())
+    head = {name: found[name] for name in ("checkpoint", "settings")}
+    torch.save({**head, "state": {"circuits": [], "sweep": None}}, done.with_name("acdc.resume.pt"))
+    done.unlink()
+
+
 def folder_named(name):
     return lambda folder: (folder / name).mkdir(parents=True)
 
@@ -233,6 +270,11 @@ TABLE1 = [
 
 PAIRS = "acdc.py out/run --prompts=pairs.json"
 
+ACDC_RESULT = "out/run/acdc.json"
+WRONG_CIRCUITS = [("circuits", None), ("circuits", []), ("circuits", 5), ("circuits 0", 5), ("circuits 0 edges", "x"),
+                  ("circuits 0 kinds", None), ("warnings", None), ("warnings", 5), ("ioi_exact", "x")]
+WRONG_STATES = [("state", 5), ("state", {}), ("state circuits", 5), ("state circuits", [5]), ("state sweep", {})]
+
 ACDC = [
     ("acdc.py", "the following arguments are required: runs"),
     ("acdc.py out/run", "only 0 of our names, 0 places and 0 objects are single tokens of this tokenizer"),
@@ -279,11 +321,20 @@ ACDC = [
     (PAIRS, "'' is 0 tokens of this tokenizer", pair(wrong="")),
     (PAIRS, "out/run/acdc.json is damaged, or of an earlier version: delete it, or add --force", pair(), text("out/run/acdc.json", "{")),
     (PAIRS, "out/run/acdc.resume.pt is damaged, or of an earlier version: delete it, or add --force", pair(), text("out/run/acdc.resume.pt", "{")),
+    *((PAIRS, f"{ACDC_RESULT} is damaged, or of an earlier version: delete it, or add --force",
+       circuits(says(ACDC_RESULT, *change))) for change in WRONG_CIRCUITS),
+    *((PAIRS, "acdc.resume.pt is damaged, or of an earlier version: delete it, or add --force",
+       circuits(unfinished_circuits, says("out/run/acdc.resume.pt", *change))) for change in WRONG_STATES),
     (PAIRS, "cannot write out/run/acdc.png: there is a folder of that name", pair(), folder_named("out/run/acdc.png")),
     (PAIRS, "out/run has weights that are not finite: its training has diverged", pair(), diverged),
 ]
 
 SAE_WORDS = "sae.py out/run --steps=4 --batch_size=64 --expansion=30 --device=cpu"
+
+SAE_RESULT, SAE_STATE = "out/run/sae.json", "out/run/sae.resume.pt"
+WRONG_SAES = [("saes", None), ("saes", []), ("saes 0 l0", "x"), ("saes 0 l1", None), ("saes 0 history", {}),
+              ("warnings", None)]
+WRONG_STATES_OF_SAES = [("state", 5), ("state rows", 5), ("state rows", [{}]), ("state current", {})]
 
 SAE = [
     ("sae.py out/run --l1=", "--l1= must be numbers from 0 on"),
@@ -315,6 +366,10 @@ SAE = [
      unfinished, flip("out/run/sae.resume.pt")),
     (f"{SAE_WORDS}", "sae.pt is damaged, or of an earlier version: delete it, or add --force", autoencoders(flip("out/run/sae.pt"))),
     (f"{SAE_WORDS} --features=3", "sae.pt is damaged, or of an earlier version: delete it, or add --force", autoencoders(text("out/run/sae.pt", ""))),
+    *((SAE_WORDS, f"{SAE_RESULT} is damaged, or of an earlier version: delete it, or add --force",
+       autoencoders(says(SAE_RESULT, *change))) for change in WRONG_SAES),
+    *((SAE_WORDS, f"{SAE_STATE} is damaged, or of an earlier version: delete it, or add --force",
+       autoencoders(unfinished, says(SAE_STATE, *change))) for change in WRONG_STATES_OF_SAES),
     (f"{SAE_WORDS} --lr=0.1", "sae.json was made with lr=1e-05, not 0.1: --force replaces it", autoencoders()),
 ]
 

@@ -388,6 +388,9 @@ BENCH = [
     ("speed.py --device=cpu --grad_accum=5", "multiple of grad_accum=5"),
     ("speed.py --device=cpu --compile=reduce-overhead --grad_accum=2", "take --compile=True"),
     ("speed.py --device=nowhere", "--device=nowhere cannot be used"),
+    ("speed.py --device=cpu --n_embd=4000000", "this run needs more than"),
+    ("speed.py --device=cpu --against=", "git knows no tree at ''"),
+    ("speed.py --device=cpu --against= --parts", "leave out --parts"),
     ("speed.py --device=cpu --against=nocommit", "git knows no tree at 'nocommit'"),
     ("speed.py --device=cpu --against=HEAD --parts", "leave out --parts"),
     ("alternatives.py --device=cpu --rounds=0", "--rounds=0 must be"),
@@ -395,6 +398,7 @@ BENCH = [
     ("check.py --device=cpu --compile=yes", "--compile=yes must be"),
     ("same.py nocommit config.py", "git knows no model.py at 'nocommit'"),
     ("same.py --updates=2 config.py --data=nowhere", "nowhere"),
+    ("same.py HEAD config.py --n_embd=4000000", "this run needs more than"),
     ("same.py HEAD config.py --updates=0", "--updates=0 must be at least 1"),
     ("same.py HEAD config.py --block_size=100000", "too few for block_size=100000"),
 ]

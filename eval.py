@@ -14,6 +14,12 @@ With --over_seeds, ± is the sample standard deviation over the runs of a row: h
 changes the result. A row of one run has none. The paper's Table 1 is made by interp/table1.py.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import dataclasses
 import json

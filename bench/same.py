@@ -13,6 +13,12 @@ each of them is from the gradient in float64, over the same norm. Exit code 1 wh
 more than rounding.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import dataclasses
 import importlib.util

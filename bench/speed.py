@@ -29,6 +29,12 @@ of each round are divided first, and the median is taken of these ratios: a mach
 for a few rounds cannot move it. `lowest` and `highest` are the extremes of the same ratios.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import dataclasses
 import itertools

@@ -21,11 +21,16 @@ Shape letters: B prompts, T positions, C channels, H heads, D = C / H, V vocabul
 K circuits tried at a time.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import hashlib
 import json
 import math
 import random
-import signal
 import statistics
 import sys
 import time

@@ -25,6 +25,12 @@ token or on average, in place of l1.
 Shape letters: n activations, d their size, F features; B windows of T tokens, V vocabulary.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import html
 import math
 import sys

@@ -10,6 +10,12 @@ table1.png in the folder that holds the first run. Of several thresholds (acdc.p
 coefficients (sae.py --l1, --k) the first counts.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import csv
 import io
 import json

@@ -14,6 +14,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -432,6 +433,25 @@ def typed(command):
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", ["eval.py", "interp/acdc.py", "interp/table1.py", "bench/speed.py", "bench/same.py"])
+def test_ctrl_c_while_torch_is_imported_just_ends_the_script(name, tmp_path):
+    """A stand-in for torch that is interrupted as it is imported, and would go on for a minute."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run([sys.executable, ROOT / name], env=environment, text=True, capture_output=True, timeout=50)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_ctrl_c_in_main_is_one_line():
+    """Also where Ctrl-C just ended the script while it imported."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit, match="^stopped$"):
+            knobs.cli(lambda: signal.raise_signal(signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def contents(folder):

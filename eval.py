@@ -14,12 +14,18 @@ With --over_seeds, ± is the sample standard deviation over the runs of a row: h
 changes the result. A row of one run has none. The paper's Table 1 is made by interp/table1.py.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
+import dataclasses
 import json
 import math
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 import config as knobs
-from model import GPTNeo, ModelError, load_checkpoint, replace_file
+from model import GPTNeo, GPTNeoConfig, ModelError, load_checkpoint, replace_file
 from prepare import UserError, load_meta, load_tokenizer, load_tokens
 
 STREAMS = ("clean", "ablated")
@@ -173,7 +179,7 @@ def l1_norms(model):
 # ----------------------------------------------------------------------------------------- the runs
 
 
-@dataclass
+@dataclasses.dataclass
 class Run:
     """A run of train.py, opened: the model on the CPU and what its checkpoint says about it."""
 
@@ -213,6 +219,10 @@ def run_paths(paths):
 
 def open_run(path):
     """The Run of a folder's best.pt or of a .pt file. Raises UserError or ModelError on others."""
+    if not path:
+        raise UserError("the name of a run is empty: give a run folder, such as out/local_k2, "
+                        "or a .pt file")
+
     def entry(values, key, kind):
         if not isinstance(values.get(key), kind):
             raise UserError(f"{path} was not written by train.py: it has no {key!r}")
@@ -226,6 +236,12 @@ def open_run(path):
         model = GPTNeo.from_checkpoint(checkpoint).eval()
     except ModelError as error:
         raise UserError(f"{path}: {error}") from None
+    for field in dataclasses.fields(GPTNeoConfig):
+        name = field.name
+        value = getattr(model.config, name)
+        if trained.get(name, value) != value:  # earlier runs have no vocab_size there
+            raise UserError(f"{path} is damaged: its config says {name}={value}, "
+                            f"its training config {trained[name]}")
     return Run(path, model, entry(checkpoint, "step", int), trained,
                entry(checkpoint, "tokenizer", dict), entry(checkpoint, "data", str))
 
@@ -234,20 +250,26 @@ def find_data(run, data=None):
     """The data folder to measure a run on, data or else the run's own, and its meta.json.
 
     A relative folder is looked for here and then in the folders that the run lies in, so that
-    a project can be used from elsewhere. Raises UserError where there is none, or where it has
-    another tokenizer than the run.
+    a project can be used from elsewhere. Raises UserError where there is none, where it has
+    another tokenizer than the run, or where the run's own folder has other texts by now.
     """
-    if data is None:
-        data = run.train_config["data"]
-    for parent in (Path(), *Path(run.path).absolute().parents):
-        if os.path.isfile(parent / data / "meta.json"):
-            data = parent / data
+    name = run.train_config["data"] if data is None else data
+    parents = (Path(), *Path(run.path).absolute().parents)
+    places = [parent / name for parent in parents if os.path.isfile(parent / name / "meta.json")]
+    folder = places[0] if places else name
+    for place in places if data is None else ():  # another project's folder may have the same name
+        if load_meta(place)["checksum"] == run.data_checksum:
+            folder = place
             break
-    meta = load_meta(data)
+    meta = load_meta(folder)
     if meta["tokenizer"] != run.tokenizer:
-        raise UserError(f"{data} has another tokenizer than the one {run.path} was trained with: "
+        raise UserError(f"{folder} has another tokenizer than the one {run.path} was trained with: "
                         f"give its data with --data")
-    return str(data), meta
+    if data is None and meta["checksum"] != run.data_checksum:
+        raise UserError(f"{folder} has changed since {run.path} was trained on it (checksum "
+                        f"{meta['checksum']}, not {run.data_checksum}): give the run's own data, "
+                        f"or say --data={folder} to measure on it all the same")
+    return str(folder), meta
 
 
 def open_tasks(paths, data=None):

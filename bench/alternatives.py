@@ -15,6 +15,12 @@ model.py, and as `error` the largest difference from it, of result and gradients
 largest value. An alternative that cannot run here says why.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import statistics
 import sys

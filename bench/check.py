@@ -11,6 +11,12 @@ gradient grows as 1 / T: in bfloat16 a few near-tied tokens dominate it, so ther
 and not judged. Exit code 1 beyond BOUNDS.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import itertools
 import sys

@@ -13,6 +13,12 @@ each of them is from the gradient in float64, over the same norm. Exit code 1 wh
 more than rounding.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import dataclasses
 import importlib.util
@@ -31,7 +37,7 @@ sys.path.insert(0, str(ROOT))  # python puts bench/ there
 import config as knobs
 import model as new
 from prepare import UserError, load_meta, load_tokens
-from train import batch_at, learning_rate_at, make_optimizer
+from train import Machine, batch_at, check_memory, learning_rate_at, make_optimizer
 
 BOUND = 1e-9  # of the relative difference of gradients in float64
 
@@ -125,6 +131,7 @@ def main():
         raise UserError(f"{config.data} has {len(tokens)} tokens to train on, too few for "
                         f"block_size={config.block_size}")
     config = dataclasses.replace(config, vocab_size=vocab_size)
+    check_memory(config, Machine())
     worst = train_beside(args.commit, config, tokens, args.precision)
     if args.precision == "float64" and not worst < BOUND:
         raise SystemExit(f"the gradients differ by up to {worst:.1e}: more than rounding")

@@ -29,6 +29,12 @@ of each round are divided first, and the median is taken of these ratios: a mach
 for a few rounds cannot move it. `lowest` and `highest` are the extremes of the same ratios.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import dataclasses
 import itertools
@@ -56,7 +62,8 @@ from model import GPTNeo
 from parts import time_parts
 from prepare import UserError
 from timing import clock, in_turn
-from train import batch_at, choose_machine, make_optimizer, place_tokens, update
+from train import (
+    Machine, batch_at, check_memory, choose_machine, make_optimizer, place_tokens, update)
 
 ABLATION = {  # variant: the knob
     "plain": "none", "baseline": "none", "whole": "local", "local": "local", "global": "global"}
@@ -89,8 +96,13 @@ class Row:
                             f"grad_accum={grad_accum}, and this is one process: --fsdp=False")
         self.device, bfloat16, self.compile_mode = choose_machine(self.config, 0)
         self.dtype = "bfloat16" if bfloat16 else "float32"
+        check_memory(self.sized(), Machine(device=self.device))
         self.streams = 1 if self.config.ablation == "none" else 2
         self.memory = None  # peak of a step in bytes, where it is known
+
+    def sized(self):
+        """The config with the vocabulary, which is no knob."""
+        return dataclasses.replace(self.config, vocab_size=self.vocab_size)
 
     def label(self):
         """What tells it from the other rows: the knobs as they were given."""
@@ -106,7 +118,7 @@ class Row:
             "batch": f"{self.config.batch_size} x {self.config.block_size}"}
 
     def build(self):
-        config = dataclasses.replace(self.config, vocab_size=self.vocab_size)
+        config = self.sized()
         bfloat16 = self.dtype == "bfloat16"
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
         torch.manual_seed(config.seed)
@@ -357,7 +369,9 @@ def parse_arguments():
     add("--json", action="store_true", help="print JSON and nothing else")
     args, words = parser.parse_known_args()
     if args.variants is None:
-        args.variants = "baseline,local,global" if args.against else ",".join(ABLATION)
+        args.variants = ",".join(ABLATION)
+        if args.against is not None:
+            args.variants = "baseline,local,global"
     args.variants = args.variants.split(",")
     if set(args.variants) - ABLATION.keys():
         named = ",".join(args.variants)
@@ -369,7 +383,7 @@ def parse_arguments():
         if not few_digits or not 2 <= int(text) <= 2**16:  # tokens are uint16
             raise UserError(f"--vocab_size={args.vocab_size} must be whole numbers "
                             f"from 2 to 65,536, with commas")
-    if args.against and args.parts:
+    if args.against is not None and args.parts:
         raise UserError("--against compares whole steps: leave out --parts")
     return args, words
 
@@ -391,7 +405,7 @@ def main():
     args, words = parse_arguments()
     rows = make_rows(args, words)
     steps = args.steps or (10 if rows[0].device.type == "cuda" else 1)
-    measure = compare_rows if args.against else measure_rows
+    measure = measure_rows if args.against is None else compare_rows
     result = measure(rows, args, steps)
     if args.json:
         print(json.dumps(result, indent=1))

@@ -13,6 +13,7 @@ import json
 import signal
 import sys
 
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this
 sys.path[0] = sys.argv[1]  # in place of this file's own folder
 import speed
 
@@ -26,7 +27,6 @@ def seconds_of(rows, number, steps):
 
 
 def main():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
     rows = json.loads(sys.argv[2])
     for line in sys.stdin:

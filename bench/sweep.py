@@ -9,11 +9,16 @@ out/sweep/CONFIG_seedS.log. The same command again skips what is finished and co
 after Ctrl-C or SIGTERM, which stop all runs, or after a failure, which stops no other.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import dataclasses
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time

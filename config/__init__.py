@@ -264,6 +264,8 @@ codecs.register_error("plainly", plainly)
 def cli(main):
     """Run a script's main(). What the user can mend is one line on stderr and exit code 1; every
     other exception is a bug and keeps its traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as scripts have it while they import
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not where a test or a notebook has put its own
             stream.reconfigure(errors="plainly")

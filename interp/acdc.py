@@ -21,11 +21,16 @@ Shape letters: B prompts, T positions, C channels, H heads, D = C / H, V vocabul
 K circuits tried at a time.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import hashlib
 import json
 import math
 import random
-import signal
 import statistics
 import sys
 import time
@@ -43,7 +48,7 @@ import config as knobs
 from eval import (
     averages, check_range, column, number, open_run, parse_list, print_table, run_parser,
     run_paths, save_figure)
-from interp.results import Job, results_of
+from interp.results import Job, fits, results_of
 from prepare import UserError, load_tokenizer, word_lists
 
 TEMPLATES = (  # A and B in the order of their mention; G is the giver, one of the two
@@ -897,6 +902,31 @@ def table_rows(result):
         yield result | first | counts
 
 
+NUMBER = (int, float)
+CIRCUIT = {  # of a result, what is printed of each of its circuits
+    "tau": NUMBER, "order": (int, str), "edges": int, "connected": int, "heads": int, "kl": NUMBER,
+    "kl_random": NUMBER, "kl_random_sd": NUMBER, "circuit_exact": NUMBER, "circuit_right": NUMBER,
+    "evaluations": int, "seconds": NUMBER, "margin": NUMBER, "kinds": dict}
+RESULT = {"total": int, "ioi_exact": NUMBER, "ioi_right": NUMBER, "kl_corrupt": NUMBER,
+          "circuits": [CIRCUIT], "warnings": [str]}
+SWEEP = {"decided": list, "kl": NUMBER, "margin": NUMBER, "evaluations": int, "batches": int,
+         "seconds": NUMBER}  # of a state, see discover
+
+
+def is_result(result):
+    """Whether a result has the circuits that its settings ask for, and what is printed of them."""
+    if not fits(result, RESULT):
+        return False
+    return {circuit["tau"] for circuit in result["circuits"]} == set(result["settings"]["tau"])
+
+
+def is_state(state):
+    """Whether find_circuits can go on from it."""
+    if not fits(state, {"circuits": [CIRCUIT], "sweep": object}):
+        return False
+    return state["sweep"] is None or fits(state["sweep"], SWEEP)
+
+
 def print_results(results):
     """Print the table and what cannot stand in it."""
     print()
@@ -963,7 +993,8 @@ def open_job(path, args):
         "prompts": f"{args.prompts or 'templates'}, tokens {digest[:16]}",
         "count": min(args.count, len(prompts)), "heldout": max(0, len(prompts) - args.count),
         "dtype": args.dtype}
-    job = Job(run, "acdc", settings, pictures=[".png"], force=args.force)
+    job = Job(run, "acdc", settings, pictures=[".png"], force=args.force,
+              is_result=is_result, is_state=is_state)
     job.inputs = prompts, tokens
     if not job.result and not all(p.isfinite().all() for p in run.model.parameters()):
         raise UserError(f"{path} has weights that are not finite: its training has diverged")

@@ -89,11 +89,16 @@ def write_torch(path, content):
         torch.save(content, file)
 
 
-def is_complete(found, kinds):
-    """Whether it is a dict with at least these entries, {name: type}."""
-    if not isinstance(found, dict) or not kinds.keys() <= found.keys():
+def fits(found, form):
+    """Whether something read has this form: a type or several, [the form of every entry of a list],
+    or {name: form} of a dict that has at least these."""
+    if isinstance(form, list):
+        return isinstance(found, list) and all(fits(entry, form[0]) for entry in found)
+    if not isinstance(form, dict):
+        return isinstance(found, form)
+    if not isinstance(found, dict) or not form.keys() <= found.keys():
         return False
-    return all(isinstance(found[name], kind) for name, kind in kinds.items())
+    return all(fits(found[name], kind) for name, kind in form.items())
 
 
 def read_result(path):
@@ -102,7 +107,7 @@ def read_result(path):
         result = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         result = None
-    if not is_complete(result, RESULT):
+    if not fits(result, RESULT):
         raise UserError(f"{path} is damaged: delete it, and make it again")
     return result
 
@@ -110,7 +115,7 @@ def read_result(path):
 def read_unfinished(path):
     """What Job.save wrote, a dict. Raises UserError or ModelError when it is none."""
     found = load_torch(path)
-    if not is_complete(found, UNFINISHED):
+    if not fits(found, UNFINISHED):
         raise UserError(f"{path} is damaged, or of an earlier version")
     return found
 
@@ -136,6 +141,11 @@ def refuse_mixed(settings_of):
 # ------------------------------------------------------------------------------- one run, many runs
 
 
+def anything(found):
+    """What an experiment that looks no closer takes for its own."""
+    return True
+
+
 class Job:
     """One experiment on one run: what there is already of NAME.json, and where to go on.
 
@@ -143,23 +153,27 @@ class Job:
     holds it: lists, no tuples. files: what else belongs to a finished result, {".pt": read} for a
     NAME.pt that read(path) reads: a dict with "checkpoint" and "settings", like the result's. It
     is to be written before the result. pictures: what is drawn beside it, such as ".png".
+    is_result(result), is_state(state): whether what an earlier call with these settings has left
+    is what this experiment writes and goes on from.
     Raises UserError where a result made otherwise is in the way and force does not replace it,
     and where something could not be written.
     """
 
-    def __init__(self, run, name, settings, files=None, pictures=(), force=False):
+    def __init__(self, run, name, settings, files=None, pictures=(), force=False,
+                 is_result=anything, is_state=anything):
         self.run, self.name, self.settings, self.force = run, name, settings, force
         self.checkpoint = fingerprint(run.model)
         self.inputs = None  # for the experiment to set: what it reads beside the model
         self.state = None  # what an interrupted call gave to save
-        self.result = self.earlier(".json", read_result)
+        self.result = self.earlier(".json", read_result, is_result)
         for suffix, read in (files or {}).items():
             if self.result and not self.earlier(suffix, read):
                 self.result = None
         if self.result:
             self.result["run"] = str(run.path)  # the folder may have been renamed since
             return
-        unfinished = self.earlier(".resume.pt", read_unfinished)
+        unfinished = self.earlier(".resume.pt", read_unfinished,
+                                  lambda found: is_state(found["state"]))
         if unfinished:
             self.state = unfinished["state"]
         for suffix in (".resume.pt", *(files or ()), *pictures, ".json"):
@@ -169,21 +183,23 @@ class Job:
         """The file NAME + suffix beside the checkpoint."""
         return result_path(self.run.path, f"{self.name}{suffix}")
 
-    def earlier(self, suffix, read):
+    def earlier(self, suffix, read, is_sound=anything):
         """A file of an earlier call, read; None where there is none or force replaces it."""
         path = self.path(suffix)
         if not path.exists():
             return None
         try:
             found = read(path)
+            other = difference(self.settings, found["settings"])
+            if found["checkpoint"] != self.checkpoint:
+                other = "weights that this run no longer has"
+            if not other and not is_sound(found):
+                raise UserError("its head alone is right")
         except ValueError:
             if self.force:
                 return None
             raise UserError(f"{path} is damaged, or of an earlier version: "
                             f"delete it, or add --force") from None
-        other = difference(self.settings, found["settings"])
-        if found["checkpoint"] != self.checkpoint:
-            other = "weights that this run no longer has"
         if other and not self.force:
             raise UserError(f"{path} was made with {other}: --force replaces it")
         return None if other else found

@@ -25,6 +25,12 @@ token or on average, in place of l1.
 Shape letters: n activations, d their size, F features; B windows of T tokens, V vocabulary.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import html
 import math
 import sys
@@ -47,7 +53,7 @@ from eval import (
     parse_list, print_table, run_parser, run_paths, save_figure)
 from interp.activations import (
     SITES, Site, Stopped, Strongest, Text, check_stop, held_out_windows, read_windows, windows_at)
-from interp.results import Job, results_of, write_text, write_torch
+from interp.results import Job, fits, results_of, write_text, write_torch
 from model import load_torch
 from prepare import UserError, load_tokenizer, load_tokens
 
@@ -622,6 +628,31 @@ MEASURED = ("l0", "ce_score", "kl_score", "explained_variance", "dead", "ce_clea
             "ce_zero")
 
 
+NUMBER, MAYBE = (int, float), (int, float, type(None))
+HISTORY = {"step": list, "error": list, "l0": list, "dead": list}
+TRAINED = {"seed": int, "features": int, "scale": NUMBER, "dead": MAYBE, "history": HISTORY}
+SCORED = {**TRAINED, **{name: MAYBE for name in MEASURED}, "l0": NUMBER,
+          "density": {"features": list, "log10_edges": list}}
+TRAINING = {"step": int, "seconds": NUMBER, "history": [HISTORY], "silent": torch.Tensor,
+            "weights": [dict], "moments": [dict], "batches": object}  # see Training.state
+
+
+def is_result(result):
+    """Whether a result has the SAEs that its settings ask for, and what is printed and drawn."""
+    settings = result["settings"]
+    swept = "l1" if settings["l1"] else "k"
+    if not fits(result, {"saes": [{**SCORED, swept: NUMBER}], "warnings": [str]}):
+        return False
+    return len(result["saes"]) == len(settings["seeds"]) * len(settings[swept])
+
+
+def is_state(state):
+    """Whether train_saes can go on from it."""
+    if not fits(state, {"rows": [{**TRAINED, "weights": dict}], "current": object}):
+        return False
+    return state["current"] is None or fits(state["current"], TRAINING)
+
+
 def table_rows(result):
     """A row for every l1 (or k) of a run: averages over the seeds."""
     rows = []
@@ -741,7 +772,7 @@ def open_job(path, args, splits, device):
     F = args.expansion * site.d
     if args.k and not 1 <= min(args.k) <= max(args.k) <= F:
         raise UserError(f"--k: keep from 1 to all {F} features of {path}")
-    job = Job(run, "sae", settings, {".pt": read_saes}, [".png"], args.force)
+    job = Job(run, "sae", settings, {".pt": read_saes}, [".png"], args.force, is_result, is_state)
     if args.features:  # it may be the only thing left to write
         check_writable(job.path("_features.html"))
     elif job.result:

@@ -10,11 +10,18 @@ table1.png in the folder that holds the first run. Of several thresholds (acdc.p
 coefficients (sae.py --l1, --k) the first counts.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import csv
 import io
 import json
 import math
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,8 +29,9 @@ sys.path.insert(0, str(ROOT))
 import config as knobs
 from eval import (
     AVERAGED, COLUMNS, ablation, cells, check_range, check_writable, evaluate_run, group_seeds,
-    join_seeds, measuring_parser, number, open_tasks, print_table, save_figure)
-from interp.results import fingerprint, read_result, refuse_mixed, result_path, write_text
+    join_seeds, measuring_parser, number, open_tasks, print_table)
+from interp.results import fingerprint, read_result, refuse_mixed, result_path
+from model import replace_file
 from prepare import UserError
 
 # a number of the paper's table -> what it is called in a row of ours, and how it is printed
@@ -188,8 +196,8 @@ def spreadsheet(table):
     return text.getvalue()
 
 
-def draw_table1(path, table):
-    """A column for every number, each with a scale of its own.
+def draw_table1(table):
+    """A column for every number, each with a scale of its own. -> the bytes of a .png
 
     Above ours, a dot for a seed and a bar for their mean; below the paper's.
     """
@@ -211,7 +219,18 @@ def draw_table1(path, table):
         below.set_xticks(range(len(table)), labels, rotation=60, ha="right", fontsize="small")
     grid[0, 0].set_ylabel("here")
     grid[1, 0].set_ylabel("paper")
-    save_figure(path, figure)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    return picture.getvalue()
+
+
+def save_together(contents):
+    """{path: bytes}. Where one of them finds no room, none takes its place: they are one result."""
+    with ExitStack() as stack:
+        for path, content in contents.items():
+            file = stack.enter_context(replace_file(path))
+            file.write(content)
+            file.flush()  # a full disk shows here, when nothing has been replaced yet
 
 
 def main():
@@ -235,9 +254,10 @@ def main():
     else:
         print_table(table, table1_columns())
         print(*NOTES, *notes, sep="\n")
-    write_text(target.with_suffix(".md"), markdown(table, notes))
-    write_text(target.with_suffix(".csv"), spreadsheet(table))
-    draw_table1(target.with_suffix(".png"), table)
+    save_together({
+        target.with_suffix(".md"): markdown(table, notes).encode(errors="replace"),
+        target.with_suffix(".csv"): spreadsheet(table).encode(errors="replace"),
+        target.with_suffix(".png"): draw_table1(table)})
     if not args.json:
         print(f"saved as {target.with_suffix('.md')}, .csv, .png")
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -245,9 +246,28 @@ def test_over_seeds_joins_what_differs_in_seed_and_machine_only(run, call):
               list(seeds(run, "fast", of=(1, 2), learning_rate=0.1)), list(seeds(run, "other", of=(1, 2), data="abd")),
               list(seeds(run, "plain", ablation="none", of=(9,)))]
     message, out = call(*(path for group in groups for path in group[:1]), *(path for group in groups for path in group[1:]),
-                        "--over_seeds", "--json")
+                        "--over_seeds", "--json", "--data", run.parents[1] / "data")
     assert message is None
     assert [[one["run"] for one in row["rows"]] for row in json.loads(out)] == [list(map(str, group)) for group in groups]
+
+
+def test_a_run_is_measured_on_the_data_it_was_trained_on(run, call, tmp_path, monkeypatch):
+    """Not on another folder of that name, nor on what is there by now; but --data may name other texts."""
+    checkpoint = load_checkpoint(run)
+    checkpoint["train_config"]["data"] = "data"
+    torch.save(checkpoint, run / "best.pt")
+    elsewhere = tmp_path / "elsewhere"
+    other = shutil.copytree(tmp_path / "data", elsewhere / "data")
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"checksum": "def"}))
+    monkeypatch.chdir(elsewhere)
+    assert evaluation.find_data(evaluation.open_run(run))[0] == str(tmp_path / "data")
+    assert evaluation.find_data(evaluation.open_run(run), "data") == ("data", meta | {"checksum": "def"})
+    shutil.rmtree(tmp_path / "data")
+    message, _ = call(run)
+    assert message.startswith(f"error: data has changed since {run} was trained on it (checksum def, not abc): ")
+    assert message.endswith("or say --data=data to measure on it all the same")
+    assert call(run, "--data=data")[0] is None
 
 
 def test_one_seed_has_no_spread(run, call):

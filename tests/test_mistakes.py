@@ -14,6 +14,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,6 +57,14 @@ def checkpoint(name, **changes):
     return damage
 
 
+def config_says(**changes):
+    """Fields of the model's config in best.pt of out/run, which fit its weights all the same."""
+    def damage(folder):
+        found = torch.load(folder / "out" / "run" / "best.pt", weights_only=True)
+        checkpoint("best.pt", config={**found["config"], **changes})(folder)
+    return damage
+
+
 def text(name, content):
     """A file of this content."""
     return lambda folder: (folder / name).write_text(content)
@@ -78,6 +87,43 @@ def unfinished(folder):
     done = folder / "out" / "run" / "sae.pt"
     torch.save({**torch.load(done, weights_only=True), "state": {"rows": [], "current": None}}, done.with_name("sae.resume.pt"))
     done.with_name("sae.json").unlink()
+
+
+def circuits(*damage):
+    """A circuit in out/run, and then this damage."""
+    def spoil(folder):
+        pair()(folder)
+        with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(importlib.import_module("acdc"), "draw_circuit", lambda *_: None)
+            assert typed(PAIRS) is None
+        for change in damage:
+            change(folder)
+    return spoil
+
+
+def says(name, path, value):
+    """An entry of a JSON file, or of a file of torch, such as "circuits 0 edges"; None takes it out."""
+    def damage(folder):
+        binary = name.endswith(".pt")
+        content = torch.load(folder / name) if binary else json.loads((folder / name).read_text())
+        *outer, last = [int(key) if key.isdecimal() else key for key in path.split()]
+        place = content
+        for key in outer:
+            place = place[key]
+        place[last] = value
+        if value is None:
+            del place[last]
+        torch.save(content, folder / name) if binary else (folder / name).write_text(json.dumps(content))
+    return damage
+
+
+def unfinished_circuits(folder):
+    """The circuit of out/run as a stop would leave it."""
+    done = folder / "out" / "run" / "acdc.json"
+    found = json.loads(done.read_text())
+    head = {name: found[name] for name in ("checkpoint", "settings")}
+    torch.save({**head, "state": {"circuits": [], "sweep": None}}, done.with_name("acdc.resume.pt"))
+    done.unlink()
 
 
 def folder_named(name):
@@ -124,6 +170,7 @@ def optimizer_entry(name, change):
 
 
 BY_NUMBER = {"state": {0: {"step": torch.ones(())}}, "param_groups": [{"params": [0]}]}  # torch's own state_dict
+OTHER_WORDS = {"name": "words", "pieces": [f" other{i}" for i in range(43)]}
 RESUME = "train.py config.py --out=out/run --resume"
 
 TRAIN = [
@@ -188,7 +235,7 @@ OTHER_TOKENS = "val.bin is damaged, its sha256 is not that of meta.json"
 EVAL = [
     ("eval.py", "the following arguments are required: runs"),
     ("eval.py out/nowhere", "no checkpoint at out/nowhere"),
-    ("eval.py ''", "no checkpoint at : give a run folder"),
+    ("eval.py ''", "the name of a run is empty: give a run folder"),
     (f"eval.py {'a' * 300}", "no checkpoint at aaa"),
     ("eval.py out", "no checkpoint at out/best.pt"),
     ("eval.py config.py", "config.py is damaged, or no file of this project"),
@@ -223,7 +270,9 @@ EVAL = [
     ("eval.py out/run", "val.bin has 3 bytes where meta.json promises 800", text("data/val.bin", "abc")),
     ("eval.py out/run", "data/meta.json is damaged", text("data/meta.json", "{")),
     ("eval.py out/run", "data/meta.json is damaged", meta(eot=3)),
-    ("eval.py out/run", "data has another tokenizer than the one out/run", meta(tokenizer={"name": "words", "pieces": [f" other{i}" for i in range(43)]})),
+    ("eval.py out/run", "data has another tokenizer than the one out/run", meta(tokenizer=OTHER_WORDS)),
+    ("eval.py out/run", "data has changed since out/run was trained on it (checksum def, not ", meta(checksum="def")),
+    ("eval.py out/run", "out/run is damaged: its config says k_mlp=5, its training config 2", config_says(k_mlp=5)),
 ]
 
 TABLE1 = [
@@ -241,6 +290,11 @@ TABLE1 = [
 ]
 
 PAIRS = "acdc.py out/run --prompts=pairs.json"
+
+ACDC_RESULT = "out/run/acdc.json"
+WRONG_CIRCUITS = [("circuits", None), ("circuits", []), ("circuits", 5), ("circuits 0", 5), ("circuits 0 edges", "x"),
+                  ("circuits 0 kinds", None), ("warnings", None), ("warnings", 5), ("ioi_exact", "x")]
+WRONG_STATES = [("state", 5), ("state", {}), ("state circuits", 5), ("state circuits", [5]), ("state sweep", {})]
 
 ACDC = [
     ("acdc.py", "the following arguments are required: runs"),
@@ -288,11 +342,20 @@ ACDC = [
     (PAIRS, "'' is 0 tokens of this tokenizer", pair(wrong="")),
     (PAIRS, "out/run/acdc.json is damaged, or of an earlier version: delete it, or add --force", pair(), text("out/run/acdc.json", "{")),
     (PAIRS, "out/run/acdc.resume.pt is damaged, or of an earlier version: delete it, or add --force", pair(), text("out/run/acdc.resume.pt", "{")),
+    *((PAIRS, f"{ACDC_RESULT} is damaged, or of an earlier version: delete it, or add --force",
+       circuits(says(ACDC_RESULT, *change))) for change in WRONG_CIRCUITS),
+    *((PAIRS, "acdc.resume.pt is damaged, or of an earlier version: delete it, or add --force",
+       circuits(unfinished_circuits, says("out/run/acdc.resume.pt", *change))) for change in WRONG_STATES),
     (PAIRS, "cannot write out/run/acdc.png: there is a folder of that name", pair(), folder_named("out/run/acdc.png")),
     (PAIRS, "out/run has weights that are not finite: its training has diverged", pair(), diverged),
 ]
 
 SAE_WORDS = "sae.py out/run --steps=4 --batch_size=64 --expansion=30 --device=cpu"
+
+SAE_RESULT, SAE_STATE = "out/run/sae.json", "out/run/sae.resume.pt"
+WRONG_SAES = [("saes", None), ("saes", []), ("saes 0 l0", "x"), ("saes 0 l1", None), ("saes 0 history", {}),
+              ("warnings", None)]
+WRONG_STATES_OF_SAES = [("state", 5), ("state rows", 5), ("state rows", [{}]), ("state current", {})]
 
 SAE = [
     ("sae.py out/run --l1=", "--l1= must be numbers from 0 on"),
@@ -324,6 +387,10 @@ SAE = [
      unfinished, flip("out/run/sae.resume.pt")),
     (f"{SAE_WORDS}", "sae.pt is damaged, or of an earlier version: delete it, or add --force", autoencoders(flip("out/run/sae.pt"))),
     (f"{SAE_WORDS} --features=3", "sae.pt is damaged, or of an earlier version: delete it, or add --force", autoencoders(text("out/run/sae.pt", ""))),
+    *((SAE_WORDS, f"{SAE_RESULT} is damaged, or of an earlier version: delete it, or add --force",
+       autoencoders(says(SAE_RESULT, *change))) for change in WRONG_SAES),
+    *((SAE_WORDS, f"{SAE_STATE} is damaged, or of an earlier version: delete it, or add --force",
+       autoencoders(unfinished, says(SAE_STATE, *change))) for change in WRONG_STATES_OF_SAES),
     (f"{SAE_WORDS} --lr=0.1", "sae.json was made with lr=1e-05, not 0.1: --force replaces it", autoencoders()),
 ]
 
@@ -342,6 +409,9 @@ BENCH = [
     ("speed.py --device=cpu --grad_accum=5", "multiple of grad_accum=5"),
     ("speed.py --device=cpu --compile=reduce-overhead --grad_accum=2", "take --compile=True"),
     ("speed.py --device=nowhere", "--device=nowhere cannot be used"),
+    ("speed.py --device=cpu --n_embd=4000000", "this run needs more than"),
+    ("speed.py --device=cpu --against=", "git knows no tree at ''"),
+    ("speed.py --device=cpu --against= --parts", "leave out --parts"),
     ("speed.py --device=cpu --against=nocommit", "git knows no tree at 'nocommit'"),
     ("speed.py --device=cpu --against=HEAD --parts", "leave out --parts"),
     ("alternatives.py --device=cpu --rounds=0", "--rounds=0 must be"),
@@ -349,6 +419,7 @@ BENCH = [
     ("check.py --device=cpu --compile=yes", "--compile=yes must be"),
     ("same.py nocommit config.py", "git knows no model.py at 'nocommit'"),
     ("same.py --updates=2 config.py --data=nowhere", "nowhere"),
+    ("same.py HEAD config.py --n_embd=4000000", "this run needs more than"),
     ("same.py HEAD config.py --updates=0", "--updates=0 must be at least 1"),
     ("same.py HEAD config.py --block_size=100000", "too few for block_size=100000"),
 ]
@@ -382,6 +453,25 @@ def typed(command):
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", ["eval.py", "interp/acdc.py", "interp/table1.py", "bench/speed.py", "bench/same.py"])
+def test_ctrl_c_while_torch_is_imported_just_ends_the_script(name, tmp_path):
+    """A stand-in for torch that is interrupted as it is imported, and would go on for a minute."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run([sys.executable, ROOT / name], env=environment, text=True, capture_output=True, timeout=50)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_ctrl_c_in_main_is_one_line():
+    """Also where Ctrl-C just ended the script while it imported."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit, match="^stopped$"):
+            knobs.cli(lambda: signal.raise_signal(signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def contents(folder):

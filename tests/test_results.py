@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval import open_run
 from interp.results import (
-    Job, difference, environment, fingerprint, read_result, refuse_mixed, result_path, results_of,
+    Job, difference, environment, fingerprint, fits, read_result, refuse_mixed, result_path, results_of,
     write_json, write_text, write_torch)
 from model import ModelError, load_checkpoint, load_torch
 from prepare import UserError
@@ -204,6 +204,29 @@ def test_a_damaged_result_is_refused_and_can_be_replaced(run, text):
     assert forced.result is None
     forced.finish({}, CPU)
     assert job(run).result
+
+
+def test_a_result_or_state_that_the_experiment_does_not_know_is_refused_and_can_be_replaced(run):
+    known = {"is_result": lambda result: "found" in result, "is_state": lambda state: state == "half"}
+    job(run).save(5)
+    refused(run, "toy.resume.pt is damaged, or of an earlier version: delete it, or add --force", **known)
+    job(run).finish({}, CPU)
+    refused(run, "toy.json is damaged, or of an earlier version: delete it, or add --force", **known)
+    forced = job(run, force=True, **known)
+    assert forced.result is None and forced.state is None
+    forced.save("half")
+    (run / "toy.json").unlink()
+    assert job(run, **known).state == "half"
+    forced.finish({"found": 1}, CPU)
+    assert job(run, **known).result["found"] == 1
+
+
+@pytest.mark.parametrize("found, form, good", [
+    (1, int, True), ("1", int, False), (1.5, (int, float), True), ([], [int], True), ([1, "1"], [int], False), (5, [int], False),
+    ({"a": 1, "b": 2}, {"a": int}, True), ({"b": 2}, {"a": int}, False), ([{"a": [1]}], [{"a": [int]}], True),
+    ([{"a": [None]}], [{"a": [int]}], False), ([], {}, False), (None, {"a": int}, False)])
+def test_a_form_is_fitted_entry_by_entry(found, form, good):
+    assert fits(found, form) == good
 
 
 def as_earlier_sae(run, path):

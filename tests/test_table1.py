@@ -6,6 +6,7 @@
 import csv
 import functools
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def test_it_refuses_what_does_not_belong_together(run, call, tmp_path, no_measur
     other = shutil.copytree(tmp_path / "data", tmp_path / "other")
     meta = json.loads((other / "meta.json").read_text())
     (other / "meta.json").write_text(json.dumps(meta | {"checksum": "def"}))
-    checkpoint["train_config"]["data"] = str(other)
+    checkpoint["train_config"]["data"], checkpoint["data"] = str(other), "def"
     torch.save(checkpoint, first / "best.pt")
     assert "other texts" in call(run, first)[0]
 
@@ -149,6 +150,23 @@ def test_a_damaged_result_is_one_line(run, call, no_measuring, text):
 def test_what_cannot_be_saved_is_found_out_at_once(run, call, no_measuring, name):
     (run.parent / name).mkdir()
     assert call(run)[0] == f"error: cannot write {run.parent / name}: there is a folder of that name"
+
+
+def test_what_finds_no_room_leaves_the_table_as_it_was(run, call):
+    """A limit on the size of a file, in place of a full disk, lets the text through and not the picture."""
+    assert call(run)[0] is None
+    before = {path.name: path.read_bytes() for path in run.parent.glob("table1*")}
+    checkpoint = load_checkpoint(run)
+    checkpoint["model"]["transformer.ln_f.bias"] += 1  # other numbers
+    torch.save(checkpoint, run / "best.pt")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))
+    try:
+        message, _ = call(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert message == f"error: cannot write {run.parent / 'table1.png'}: File too large"
+    assert {path.name: path.read_bytes() for path in run.parent.glob("table1*")} == before
 
 
 def test_it_does_not_count_a_seed_twice(run, call, no_measuring):

@@ -669,7 +669,8 @@ def output_folder(args):
     out = Path(os.path.abspath(chosen))
     here = Path.cwd()
     if not chosen or out in (here, *here.parents):  # the files would lie among others
-        raise UserError(f"--out {chosen!r} names no folder of its own: choose one, such as data/mine")
+        raise UserError(f"--out {chosen!r} names no folder of its own: "
+                        "choose one, such as data/mine")
     if os.path.exists(out) and not out.is_dir():
         raise UserError(f"{out} is a file: choose another --out")
     # token files without meta.json are somebody else's, unless a run of ours was killed moving them

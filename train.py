@@ -506,7 +506,7 @@ def fits(checkpoint, config):
 
 
 def kinds(tree):
-    """Nested dicts of tensors as nested dicts of what tells a tensor's kind: shape, dtype, layout."""
+    """Nested dicts of tensors as nested dicts of their kinds: shape, dtype, layout."""
     if isinstance(tree, dict):
         return {name: kinds(value) for name, value in tree.items()}
     return [getattr(tree, name, None) for name in ("shape", "dtype", "layout")]

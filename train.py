@@ -500,15 +500,16 @@ def fits(checkpoint, config):
     count = torch.tensor(0, dtype=torch.float32)  # AdamW counts its updates so
     for name, p in model.named_parameters() if checkpoint["step"] else ():
         state[name] = {"step": count, "exp_avg": p, "exp_avg_sq": p}
-    if kinds(checkpoint["model"]) != kinds(model.state_dict()) or kinds(found) != kinds(state):
+    pairs = ((checkpoint["model"], model.state_dict()), (found, state))
+    if any(layouts(theirs) != layouts(ours) for theirs, ours in pairs):
         return False
     return all(moments["step"] == checkpoint["step"] for moments in found.values())
 
 
-def kinds(tree):
-    """Nested dicts of tensors as nested dicts of their kinds: shape, dtype, layout."""
+def layouts(tree):
+    """Nested dicts of tensors as nested dicts of their shapes, dtypes and layouts."""
     if isinstance(tree, dict):
-        return {name: kinds(value) for name, value in tree.items()}
+        return {name: layouts(value) for name, value in tree.items()}
     return [getattr(tree, name, None) for name in ("shape", "dtype", "layout")]
 
 
@@ -675,8 +676,8 @@ def main():
     try:
         train(config)
     except (MemoryError, RuntimeError) as error:
-        kinds = (MemoryError, torch.OutOfMemoryError)  # Python's and numpy's, a GPU's
-        if isinstance(error, kinds) or "can't allocate memory" in str(error):  # torch's on a CPU
+        shortages = (MemoryError, torch.OutOfMemoryError)  # Python's and numpy's, a GPU's
+        if isinstance(error, shortages) or "can't allocate memory" in str(error):  # torch's on a CPU
             raise UserError("out of memory: raise --grad_accum, which changes no result, or lower "
                             "--batch_size, --n_embd or --n_layer") from None
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):

@@ -105,7 +105,7 @@ def says(name, path, value):
     """An entry of a JSON file, or of a file of torch, such as "circuits 0 edges"; None takes it out."""
     def damage(folder):
         binary = name.endswith(".pt")
-        content = torch.load(folder / name) if binary else json.loads((folder / name).read_text())
+        content = torch.load(folder / name, weights_only=True) if binary else json.loads((folder / name).read_text())
         *outer, last = [int(key) if key.isdecimal() else key for key in path.split()]
         place = content
         for key in outer:

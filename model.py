@@ -46,10 +46,12 @@ class GPTNeoConfig:
     window_size: int = 256  # tokens that a local layer sees, the current one included
     # local: gates in every block read its clean input; global: one pair, after the clean pass
     ablation: Literal["none", "local", "global"] = "local"  # none: plain GPT-Neo, the baseline
-    gate: Literal["softmax", "sigmoid"] = "softmax"  # the paper's Eq. 3, or the published code's
+    # softmax: the paper's Eq. 3; sigmoid: the published code's; constant: softmax(scores), T = 1
+    gate: Literal["softmax", "sigmoid", "constant"] = "softmax"  # the gradient's soft weights
     attn_unit: Literal["dim", "head"] = "dim"  # units are head-output channels, or whole heads
     k_attn: int = 2  # attention units kept per token and layer
     k_mlp: int = 2  # MLP neurons kept per token and layer
+    embd_std: float = 0.02  # token embeddings begin as N(0, embd_std); GPT-Neo's
     clean_coeff: float = 1.0  # loss = clean_coeff * clean + ablated_coeff * ablated cross-entropy
     ablated_coeff: float = 1.0
 
@@ -114,14 +116,19 @@ MIN_GAP = 1e-6  # floor under T: a tie would divide by zero, and below it scores
 
 
 def gate(scores, k, form="softmax"):
-    """k-winner-takes-all mask with a straight-through gradient (paper, Eq. 1-3).
+    """k-winner-takes-all mask with a straight-through gradient.
 
     scores (..., N), 1 <= k < N -> mask (..., N): exact 0/1, with exactly k ones in every row, on
-    the k largest scores (of tied ones, those that topk lists first). Its gradient is that of the
-    soft weights, through gamma and T too; in rows held at the floor under T, none flows through T.
+    the k largest scores (of tied ones, those that topk lists first). Its gradient is that of soft
+    weights. "softmax" (paper, Eq. 1-3) and "sigmoid" (the published code): through gamma and T too;
+    in rows held at the floor under T, none flows through T. "constant" has neither: T = 1, since
+    a gradient through Eq. 2 grows as 1 / T and drowns the others (RESULTS.md).
     """
+    if form == "constant":
+        scores = at_least_fp32(scores)
+        return StraightThrough.apply(scores.softmax(-1), scores.topk(k, dim=-1).indices)
     if form not in ("softmax", "sigmoid"):
-        raise ModelError(f"form={form!r} is neither 'softmax' nor 'sigmoid'")
+        raise ModelError(f"form={form!r} is none of 'softmax', 'sigmoid' and 'constant'")
     floor = max(MIN_GAP, torch.finfo(scores.dtype).eps)  # fp16 has no gradient of 1 / MIN_GAP
     scores = at_least_fp32(scores)  # in bf16 a few per cent of rows tie at the k-th place
 
@@ -341,7 +348,8 @@ class GPTNeo(nn.Module):
             self.mlp_gate = GateScores(C, L * 4 * C)
         for module in self.modules():  # as GPT-Neo: N(0, 0.02), biases 0; LayerNorms have 1 and 0
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+                is_wte = module is self.transformer["wte"]
+                nn.init.normal_(module.weight, std=config.embd_std if is_wte else 0.02)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
         self.lm_head.weight = self.transformer["wte"].weight  # tied
@@ -378,10 +386,11 @@ class GPTNeo(nn.Module):
             masks.append(block_masks)
         return self.transformer["ln_f"](x), masks
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, ablated_coeff=None):
         """idx (B, T) -> clean logits (B, T, V), which is inference; with targets (B, T) -> Losses.
 
-        Raises ModelError when T exceeds block_size or, on a CPU, a token is outside the vocabulary.
+        ablated_coeff: in place of the config's, a tensor (), whose value no compiled code depends
+        on; or 0, and the ablated pass is left out. Raises ModelError when T exceeds block_size or, on a CPU, a token is outside the vocabulary.
         """
         config = self.config
         hidden, inputs, caches = self.clean_pass(idx)
@@ -389,10 +398,11 @@ class GPTNeo(nn.Module):
             return self.lm_head(hidden)
         check_tokens(targets, config)
         streams, coeffs = [hidden], [config.clean_coeff]
-        if config.ablation != "none":
+        left_out = isinstance(ablated_coeff, (int, float)) and ablated_coeff == 0
+        if config.ablation != "none" and not left_out:
             hidden_ablated, _ = self.ablated_pass(hidden, inputs, caches)
             streams.append(hidden_ablated)
-            coeffs.append(config.ablated_coeff)
+            coeffs.append(config.ablated_coeff if ablated_coeff is None else ablated_coeff)
         loss, means = head_losses(streams, self.lm_head.weight, targets, coeffs)
         return Losses(loss, *means)
 
@@ -521,7 +531,7 @@ def head_losses(streams, weight, targets, coeffs):
     n = targets.numel()
     hidden = torch.cat([x.flatten(0, 1) for x in streams])  # (R, C), R = streams x n rows
     targets = targets.flatten().repeat(len(streams))  # (R)
-    scales = [hidden.new_full((n,), coeff / n) for coeff in coeffs]  # no copy from the CPU
+    scales = [hidden.new_full((n,), 1 / n) * coeff for coeff in coeffs]  # no copy from the CPU
     fuses = hidden.is_cuda and torch.compiler.is_compiling()  # then only bf16 logits are stored
     scaled_loss = cross_entropy if fuses else ChunkedCrossEntropy.apply
     loss, nll = scaled_loss(hidden, weight, targets, torch.cat(scales))

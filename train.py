@@ -216,26 +216,37 @@ def make_optimizer(model, config, device):
     """AdamW over exactly the model's parameters; weight decay reaches matrices only."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
-    return torch.optim.AdamW(
+    fused = device.type in ("cuda", "cpu")
+    optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": config.weight_decay},
          {"params": others, "weight_decay": 0.0}],
         lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.adam_eps,
-        fused=device.type in ("cuda", "cpu"))
+        fused=fused)
+    # AdamW would make a parameter's state at its first gradient, which gates may get late: they
+    # count their own updates. Made at once, so that every checkpoint has the state of every one.
+    for p in model.parameters():
+        updates = torch.zeros((), dtype=torch.float32, device=device if fused else "cpu")
+        optimizer.state[p] = {"step": updates, "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
-def update(model, optimizer, rows, config, autocast):
+def update(model, optimizer, rows, config, autocast, ablated_coeff=None):
     """One optimizer step on this process's rows, (B, block_size + 1) int64, in grad_accum parts.
 
+    ablated_coeff: of this update, a number; None is the config's. 0 leaves the ablated pass out.
     -> loss, clean and ablated loss of these rows and the norm of the whole gradient, (4,), on the
     device: nothing here waits for it.
     """
+    if ablated_coeff:  # as a tensor, lest a compiled step be made anew for every value
+        ablated_coeff = torch.full((), ablated_coeff, device=rows.device)
     seen = torch.zeros(3, device=rows.device)
     for part_number, part in enumerate(rows.chunk(config.grad_accum), 1):
         # of several processes, the gradients are averaged once, with the last part
         waits = isinstance(model, DistributedDataParallel) and part_number < config.grad_accum
         with model.no_sync() if waits else nullcontext():
             with autocast:
-                losses = model(part[:, :-1], part[:, 1:])
+                losses = model(part[:, :-1], part[:, 1:], ablated_coeff)
             (losses.loss / config.grad_accum).backward()
         seen += torch.cat((losses.loss[None], both(losses))).detach() / config.grad_accum
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
@@ -247,7 +258,7 @@ def update(model, optimizer, rows, config, autocast):
 
 
 def both(losses):
-    """Clean and ablated loss, (2,); without ablation the clean one stands in for the other."""
+    """Clean and ablated loss, (2,); without an ablated pass the clean one stands in for it."""
     clean, ablated = losses.loss_clean, losses.loss_ablated
     return torch.stack((clean, clean if ablated is None else ablated))
 
@@ -302,13 +313,16 @@ class Progress:
         *sums, updates = self.since
         loss, clean, ablated, norm = [total / updates if updates else None for total in sums]
         val_loss = config.clean_coeff * val_clean
+        if config.ablated_coeff_at(self.step - updates) == 0:  # some of them did not compute it
+            ablated = None
         if config.ablation == "none":
-            ablated = val_ablated = None
+            val_ablated = None
         else:
             val_loss += config.ablated_coeff * val_ablated
         return {"step": self.step, "loss": loss, "loss_clean": clean, "loss_ablated": ablated,
                 "val_loss": val_loss, "val_clean": val_clean, "val_ablated": val_ablated,
                 "grad_norm": norm, "lr": learning_rate_at(self.step, config),
+                "ablated_coeff": config.ablated_coeff_at(self.step),
                 "tokens": self.step * config.batch_size * config.block_size,
                 "seconds": round(self.seconds, 3)}
 
@@ -347,8 +361,8 @@ class Meter:
         self.collected.append(numbers)
 
     def settle(self, progress):
-        """Enter what was collected into progress -> its means, (4,), and tokens per second; None
-        where nothing was. Raises UserError at the first update that is not finite."""
+        """Enter what was collected into progress -> its means, (4,), tokens per second, updates;
+        None where nothing was. Raises UserError at the first update that is not finite."""
         if not self.collected:
             return None
         rows = torch.stack(self.collected).cpu().double().numpy()  # (n, 4)
@@ -361,7 +375,7 @@ class Meter:
             raise diverged(self.config, first + int(finite.argmin()))
         progress.add(rows, seconds)
         tokens = len(rows) * self.config.batch_size * self.config.block_size
-        return rows.mean(0).tolist(), tokens / seconds
+        return rows.mean(0).tolist(), tokens / seconds, len(rows)
 
 
 def diverged(config, number):
@@ -371,14 +385,15 @@ def diverged(config, number):
 
 
 def streams_text(clean, ablated):
-    """Both losses for the console; ablated is None without ablation."""
+    """Both losses for the console; ablated is None where it was not computed."""
     return f"clean {clean:.4f}" + ("" if ablated is None else f", ablated {ablated:.4f}")
 
 
-def speed_line(progress, config, means, speed):
-    """The console's line about the last updates; means, speed: what Meter.settle returned."""
+def speed_line(progress, config, means, speed, updates):
+    """The console's line about the last updates; means, ...: what Meter.settle returned."""
     _, clean, ablated, norm = means
-    text = streams_text(clean, None if config.ablation == "none" else ablated)
+    known = config.ablated_coeff_at(progress.step - updates) > 0  # from the first of them on
+    text = streams_text(clean, ablated if known else None)
     tokens = (config.max_iters - progress.step) * config.batch_size * config.block_size
     minutes, seconds = divmod(round(tokens / speed), 60)
     return (f"step {progress.step:,}: {text} | grad norm {norm:.2f} | "
@@ -442,9 +457,7 @@ class RunFolder:
         whole weights and the whole optimizer, by parameter name, off the GPU."""
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(model, options=whole)
-        state = {}
-        if progress.step:  # before the first update, to ask for it would make it, one update old
-            state = get_optimizer_state_dict(model, optimizer, options=whole)
+        state = get_optimizer_state_dict(model, optimizer, options=whole)
         if self.machine.rank == 0:
             with self.writing():
                 for name in names:
@@ -480,7 +493,7 @@ def read_resumable(config, data_checksum):
     if changed:
         raise UserError(f"{path} was trained with other knobs; to continue it add "
                         f"{' '.join(changed)}")
-    if not (progress_of(checkpoint).is_sound(config) and fits(checkpoint, config.model)):
+    if not (progress_of(checkpoint).is_sound(config) and fits(checkpoint, config)):
         raise UserError(f"{path} is damaged, or of an earlier version of train.py: its progress, "
                         f"weights or optimizer are not those of this run, so it cannot go on")
     return checkpoint
@@ -493,17 +506,20 @@ def progress_of(checkpoint):
 
 
 def fits(checkpoint, config):
-    """Whether it holds the weights of such a model and, after an update, AdamW's state of each."""
+    """Whether it holds the weights of such a model and AdamW's state of each."""
     with torch.device("meta"):
-        model = GPTNeo(config)
+        model = GPTNeo(config.model)
     state, found = {}, checkpoint["optimizer"].get("state", {})
     count = torch.tensor(0, dtype=torch.float32)  # AdamW counts its updates so
-    for name, p in model.named_parameters() if checkpoint["step"] else ():
+    for name, p in model.named_parameters():
         state[name] = {"step": count, "exp_avg": p, "exp_avg_sq": p}
     pairs = ((checkpoint["model"], model.state_dict()), (found, state))
     if any(layouts(theirs) != layouts(ours) for theirs, ours in pairs):
         return False
-    return all(moments["step"] == checkpoint["step"] for moments in found.values())
+    updates = checkpoint["step"]
+    of_gates = sum(config.ablated_coeff_at(step) > 0 for step in range(updates))
+    counts = {name: of_gates if "_gate." in name else updates for name in found}
+    return all(moments["step"] == counts[name] for name, moments in found.items())
 
 
 def layouts(tree):
@@ -518,12 +534,11 @@ def restore(model, optimizer, checkpoint, config):
     whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
     if checkpoint["step"]:
         set_learning_rate(optimizer, checkpoint["step"] - 1, config)  # of the last update
-        state = checkpoint["optimizer"]
-        fresh = get_optimizer_state_dict(model, optimizer)  # takes an update of size 0 to make it
-        if state:  # with groups of this machine: those of another may say "fused"
-            state["param_groups"] = fresh["param_groups"]
-        set_optimizer_state_dict(model, optimizer, state, options=whole)
-    set_model_state_dict(model, checkpoint["model"], options=whole)  # after that update
+    state = checkpoint["optimizer"]
+    if state:  # with groups of this machine: those of another may say "fused"
+        state["param_groups"] = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    set_optimizer_state_dict(model, optimizer, state, options=whole)
+    set_model_state_dict(model, checkpoint["model"], options=whole)
 
 
 def draw_losses(path, metrics, title):
@@ -606,7 +621,9 @@ def train(config):
             model.compile(mode=machine.compile_mode)  # in place: names in checkpoints stay plain
         replica = model
         if world > 1 and not config.fsdp:
-            replica = DistributedDataParallel(model)
+            # gates that have no gradient yet are not to be waited for
+            has_idle_gates = config.ablation != "none" and config.ablated_coeff_at(0) == 0
+            replica = DistributedDataParallel(model, find_unused_parameters=has_idle_gates)
 
         # ---- the first lines
         folder.write_metrics(progress)  # a killed run may have written one line more
@@ -647,7 +664,8 @@ def train(config):
 
             set_learning_rate(optimizer, progress.step, config)
             rows = batch_at(train_tokens, progress.step, config, rank, world, device)
-            meter.add(update(replica, optimizer, rows, config, machine.autocast))
+            coeff = config.ablated_coeff_at(progress.step)
+            meter.add(update(replica, optimizer, rows, config, machine.autocast, coeff))
             progress.step += 1
 
             log = progress.step % config.log_interval == 0

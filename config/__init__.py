@@ -45,6 +45,9 @@ class Config(GPTNeoConfig):
     batch_size: int = 24  # sequences per update, over all processes and micro-batches together
     grad_accum: int = 1  # micro-batches per update on each process: less memory, the same update
     max_iters: int = 400_000  # updates
+    # ablated_coeff is 0 up to ramp_start, then rises in a line, and is whole from ramp_end on
+    ramp_start: float = 0.0  # share of the run; while the coefficient is 0 no gate is computed
+    ramp_end: float = 0.0  # share of the run; 0: whole from the first update on, the paper
     learning_rate: float = 1.4e-3  # at the top of the cosine
     warmup_iters: int = 0  # updates of linear warm-up before the cosine
     weight_decay: float = 0.0  # on matrices only
@@ -83,9 +86,24 @@ class Config(GPTNeoConfig):
         if not 0 <= self.warmup_iters < self.max_iters:
             raise UserError(f"warmup_iters={self.warmup_iters} must be between 0 and "
                             f"max_iters - 1 = {self.max_iters - 1}")
-        if self.clean_coeff == 0 and (self.ablated_coeff == 0 or self.ablation == "none"):
+        if not 0 <= self.ramp_start <= self.ramp_end <= 1:
+            raise UserError(f"ramp_start={self.ramp_start} and ramp_end={self.ramp_end} must be "
+                            f"shares of the run: 0 <= ramp_start <= ramp_end <= 1")
+        if self.clean_coeff == 0 and self.ablated_coeff_at(0) == 0:
             raise UserError("clean_coeff=0 and no ablated stream with a coefficient above 0: "
-                            "such a run would train nothing")
+                            "such a run would train nothing, or nothing at first")
+
+    def ablated_coeff_at(self, step):
+        """The ramp: the coefficient of the ablated loss at an update, counted from 0. Without an
+        ablated stream it is 0."""
+        done = step / self.max_iters
+        if self.ablation == "none":
+            return 0.0
+        if done >= self.ramp_end:
+            return self.ablated_coeff
+        if done <= self.ramp_start:
+            return 0.0
+        return self.ablated_coeff * (done - self.ramp_start) / (self.ramp_end - self.ramp_start)
 
     @property
     def model(self):

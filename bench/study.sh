@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# The runs behind "What interpretability costs" in RESULTS.md: every recipe with three seeds, one
+# thread a run. Each line goes on where it stopped, so that several shells can share the work:
+#
+#     bash bench/study.sh stories      real stories (data/tinystories_words, see RESULTS.md)
+#     bash bench/study.sh toy          toy stories, on which the models learn to copy names
+set -eu
+export OMP_NUM_THREADS=1
+PYTHON=${PYTHON:-python}
+
+sweep() {  # FOLDER CONFIG... --knob=value...: config/CONFIG.py with seeds 1, 2 and 3 into FOLDER
+    local folder=$1; shift
+    local words=()
+    for word in "$@"; do [[ $word == --* ]] && words+=("$word") || words+=("config/$word.py"); done
+    $PYTHON bench/sweep.py "${words[@]}" --seeds=1,2,3 --device=cpu --out="$folder"
+}
+
+RAMP="--ramp_start=0.3 --ramp_end=0.8"
+
+case ${1:-} in
+stories)
+    SIZE="--data=data/tinystories_words --n_layer=4 --n_head=4 --n_embd=64 --block_size=128
+        --batch_size=8 --learning_rate=2e-3 --warmup_iters=50 --eval_interval=250"
+    FULL="$SIZE --max_iters=1500"
+    sweep out/stories/plain baseline $FULL
+    sweep out/stories/constant_ramp local_k2 global_k2 $FULL --gate=constant $RAMP
+    sweep out/stories/paper local_k2 global_k2 $FULL
+    sweep out/stories/constant local_k2 global_k2 $FULL --gate=constant
+    sweep out/stories/paper_ramp local_k2 global_k2 $FULL $RAMP
+    HALF="$SIZE --max_iters=750"
+    sweep out/stories/half/plain baseline $HALF
+    sweep out/stories/half/constant_ramp local_k2 $HALF --gate=constant $RAMP
+    sweep out/stories/half/paper local_k2 $HALF
+    sweep out/stories/constant_ramp local_k8 global_k8 $FULL --gate=constant $RAMP
+    sweep out/stories/sigmoid_ramp local_k2 $FULL --gate=sigmoid $RAMP
+    ;;
+toy)
+    SIZE="--data=data/bigtoy --n_layer=2 --n_head=4 --n_embd=64 --block_size=64 --batch_size=12
+        --learning_rate=5e-3 --warmup_iters=100 --beta2=0.99 --embd_std=0.4 --max_iters=4400
+        --eval_interval=1100"
+    sweep out/toy/plain baseline $SIZE
+    sweep out/toy/constant_ramp local_k2 global_k2 local_k8 global_k8 $SIZE --gate=constant $RAMP
+    sweep out/toy/paper local_k2 global_k2 local_k8 global_k8 $SIZE
+    OURS="$SIZE --gate=constant"
+    sweep out/toy/constant local_k2 $OURS
+    sweep out/toy/ramp_to_0.1 local_k2 $OURS $RAMP --ablated_coeff=0.1
+    sweep out/toy/ramp_to_0.3 local_k2 $OURS $RAMP --ablated_coeff=0.3
+    sweep out/toy/ramp_to_3 local_k2 $OURS $RAMP --ablated_coeff=3
+    sweep out/toy/ramp_from_0 local_k2 $OURS --ramp_start=0 --ramp_end=0.8
+    sweep out/toy/ramp_from_0.6 local_k2 $OURS --ramp_start=0.6 --ramp_end=0.8
+    ;;
+*)
+    echo "usage: bash bench/study.sh stories|toy" >&2
+    exit 1
+    ;;
+esac

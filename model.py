@@ -67,6 +67,8 @@ class GPTNeoConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ModelError(f"{name}={value} must be at least 1")
+        if not 0 < self.embd_std <= 1e3:  # "not <" refuses nan too
+            raise ModelError(f"embd_std={self.embd_std} must be above 0 and at most 1000")
         if self.n_embd % self.n_head:
             raise ModelError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
                              f"change one of them")

@@ -20,7 +20,7 @@ import model as model_file
 from model import GPTNeo, GPTNeoConfig, gate, masked
 
 TINY = dict(vocab_size=61, block_size=12, n_layer=2, n_head=4, n_embd=16, k_attn=3, k_mlp=5)
-VARIANTS = [(ablation, form) for ablation in ("local", "global") for form in ("softmax", "sigmoid")]
+VARIANTS = [(ablation, form) for ablation in ("local", "global") for form in ("softmax", "sigmoid", "constant")]
 
 
 def tiny(seed=0, dtype=torch.float64, **changes):
@@ -53,7 +53,7 @@ def awkward_scores(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("form", ["softmax", "sigmoid", "constant"])
 @pytest.mark.parametrize("k", [1, 2, 8, 15])
 def test_exactly_k_ones_on_the_largest_scores(dtype, form, k):
     for scores in awkward_scores(dtype):
@@ -76,15 +76,15 @@ def test_the_mask_is_at_least_single_precision():
 
 
 def soft_weights(s, k, form):
-    """Eq. 1-3 for one row in NumPy, or the published code's sigmoid; s (N,) float64."""
+    """Eq. 1-3 for one row in NumPy, or the published code's sigmoid, or T = 1; s (N,) float64."""
     ordered = np.sort(s)[::-1]
     gamma, T = (ordered[k - 1] + ordered[k]) / 2, ordered[k - 1] - ordered[k]
-    z = (s - gamma) / T
-    w = np.exp(z - z.max()) if form == "softmax" else k / (1 + np.exp(-z))
-    return w / w.sum() if form == "softmax" else w / (w.sum() / k)
+    z = s if form == "constant" else (s - gamma) / T
+    w = k / (1 + np.exp(-z)) if form == "sigmoid" else np.exp(z - z.max())
+    return w / (w.sum() / k) if form == "sigmoid" else w / w.sum()
 
 
-@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("form", ["softmax", "sigmoid", "constant"])
 @pytest.mark.parametrize("k", [1, 2, 5, 9])
 def test_gradient_is_that_of_the_soft_weights_through_gamma_and_T(form, k):
     """Against central differences of an independent Eq. 3, for a random cotangent."""
@@ -110,8 +110,20 @@ def test_gradient_equals_autograd_of_eq_3():
         torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-9, atol=1e-10)
 
 
+def test_a_constant_T_takes_autograds_gradient_of_a_plain_softmax():
+    s = torch.randn(20, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    s[:5] = s[:5].round()  # rows with ties: nothing depends on the gap
+    cotangent = torch.randn(20, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for k in (1, 4, 11):
+        ours, plain = s.clone().requires_grad_(), s.clone().requires_grad_()
+        (gate(ours, k, "constant") * cotangent).sum().backward()
+        (plain.softmax(-1) * cotangent).sum().backward()
+        assert torch.equal(ours.grad, plain.grad)
+        assert torch.equal(gate(s, k, "constant"), gate(s, k, "softmax"))  # the mask is the same
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("form", ["softmax", "sigmoid", "constant"])
 def test_gradient_is_finite_at_ties(dtype, form):
     for rows in (torch.zeros(4, 16), torch.tensor([[1.0] * 3 + [0.0] * 13]), torch.randint(3, (50, 16)).float()):
         for k in (1, 2, 15):
@@ -142,8 +154,8 @@ def dual_stream(p, config, idx):
     def winners(s, k):
         ordered = s.sort(-1, descending=True).values
         s_k, s_next = ordered[..., k - 1, None], ordered[..., k, None]
-        z = (s - (s_k + s_next) / 2) / (s_k - s_next)
-        soft = z.softmax(-1) if config.gate == "softmax" else k * z.sigmoid() / z.sigmoid().sum(-1, keepdim=True)
+        z = s if config.gate == "constant" else (s - (s_k + s_next) / 2) / (s_k - s_next)
+        soft = k * z.sigmoid() / z.sigmoid().sum(-1, keepdim=True) if config.gate == "sigmoid" else z.softmax(-1)
         return (s >= s_k).to(s.dtype) + soft - soft.detach()
 
     def gates(x, prefix, layer=None):  # (B, T, C) -> masks of one layer

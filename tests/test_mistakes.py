@@ -176,6 +176,12 @@ RESUME = "train.py config.py --out=out/run --resume"
 TRAIN = [
     ("train.py config.py --seed=18446744073709551616", "seed=18446744073709551616 must be a whole number from 0 to"),
     ("train.py config.py --clean_coeff=0 --ablated_coeff=0", "would train nothing"),
+    ("train.py config.py --clean_coeff=0 --ramp_start=0.3 --ramp_end=0.8", "would train nothing, or nothing at first"),
+    ("train.py config.py --ramp_start=0.3", "ramp_start=0.3 and ramp_end=0.0 must be shares of the run: 0 <= ramp_start <= ramp_end <= 1"),
+    ("train.py config.py --ramp_start=30 --ramp_end=80", "must be shares of the run"),
+    ("train.py config.py --ramp_end=nan", "must be shares of the run"),
+    ("train.py config.py --gate=constnat", "gate=constnat is not one of softmax, sigmoid, constant"),
+    ("train.py config.py --embd_std=-1", "embd_std=-1.0 must be above 0"),
     ("train.py config.py --clean_coeff=1e308", "clean_coeff=1e+308 must be a number from 0 to 1e38"),
     ("train.py config.py --device=cpu:9", "--device=cpu:9 cannot be used"),
     ("train.py raises.py", "config file raises.py does not run: ValueError: two lines", text("raises.py", "raise ValueError('''two\nlines''')")),

@@ -388,7 +388,12 @@ def test_a_batchs_rows_are_stretches_of_the_file_with_one_token_more_for_the_tar
 
 def test_what_the_model_is_given_are_inputs_and_the_same_shifted_by_one(data, tmp_path, monkeypatch):
     forward, seen = GPTNeo.forward, []
-    monkeypatch.setattr(GPTNeo, "forward", lambda self, idx, targets=None: (seen.append((idx, targets)), forward(self, idx, targets))[1])
+
+    def spy(self, idx, targets=None, ablated_coeff=None):
+        seen.append((idx, targets))
+        return forward(self, idx, targets, ablated_coeff)
+
+    monkeypatch.setattr(GPTNeo, "forward", spy)
     start(data, tmp_path / "run", max_iters=1)
     for idx, targets in seen:
         assert idx.shape == targets.shape and torch.equal(idx[:, 1:], targets[:, :-1])
@@ -464,6 +469,64 @@ def test_evaluating_more_often_or_on_more_windows_does_not_change_the_weights(da
         assert identical(state(often)[part], state(whole)[part])
 
 
+# ---- the ramp of the ablated coefficient
+
+
+RAMP = dict(ramp_start=0.25, ramp_end=0.75, ablated_coeff=2.0)  # of 12 updates: 3 without, then 2 * 1/6, 2 * 2/6, ...
+
+
+def test_the_coefficient_rises_in_a_line_between_two_shares_of_the_run():
+    config = configured(**RAMP)
+    assert [config.ablated_coeff_at(step) for step in range(13)] == pytest.approx(
+        [0, 0, 0, 0, 1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2, 2, 2, 2])
+    assert {configured().ablated_coeff_at(step) for step in range(13)} == {1.0}  # the paper
+    assert {configured(ablation="none").ablated_coeff_at(step) for step in range(13)} == {0.0}
+    jump = configured(ramp_start=0.5, ramp_end=0.5)
+    assert [jump.ablated_coeff_at(step) for step in (0, 5, 6, 12)] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("ablation", ["local", "global"])
+def test_updates_weigh_the_ablated_loss_by_the_ramp_and_leave_it_out_at_0(data, tmp_path, monkeypatch, ablation):
+    """The last weights are those of plain updates written out: Adam counts a gate's updates from its first gradient."""
+    passes, ablated_pass = [], GPTNeo.ablated_pass
+    monkeypatch.setattr(GPTNeo, "ablated_pass", lambda self, *given: (
+        passes.append(torch.is_grad_enabled()), ablated_pass(self, *given))[1])
+    chosen = dict(ablation=ablation, **RAMP, adam_eps=0.1, eval_interval=12)
+    out = start(data, tmp_path / "run", **chosen)
+    assert passes.count(True) == 8  # 12 updates less the 4 whose coefficient is 0
+    assert passes.count(False) == 4  # validation always has both streams: 2 x 8 windows in batches of 4
+    config = configured(**chosen)
+    model = model_of(config, seed=1337)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1, weight_decay=0, eps=0.1)
+    tokens = load_tokens(data, "train")
+    for step in range(12):
+        rows = train.batch_at(tokens, step, config)
+        streams = model.ablated(rows[:, :-1])
+        loss = F.cross_entropy(streams.logits_clean.flatten(0, 1), rows[:, 1:].flatten())
+        if step > 3:
+            ablated = F.cross_entropy(streams.logits_ablated.flatten(0, 1), rows[:, 1:].flatten())
+            loss = loss + 2 * min(1, (step - 3) / 6) * ablated
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = train.learning_rate_at(step, config)
+        optimizer.step()
+    trained = load_checkpoint(out / "last.pt")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(trained["model"][name], parameter.detach(), rtol=1e-4, atol=1e-6, msg=name)
+        assert trained["optimizer"]["state"][name]["step"] == (8 if "_gate." in name else 12)
+
+
+def test_a_line_of_metrics_has_an_ablated_loss_where_every_update_had_one(data, tmp_path, capsys):
+    lines = metrics(start(data, tmp_path / "run", **RAMP, eval_interval=4, log_interval=2))
+    assert [line["loss_ablated"] is None for line in lines] == [True, True, False, False]
+    assert [line["ablated_coeff"] for line in lines] == pytest.approx([0, 1 / 3, 5 / 3, 2])
+    assert all(line["val_ablated"] for line in lines)
+    assert all(line["val_loss"] == pytest.approx(line["val_clean"] + 2 * line["val_ablated"]) for line in lines)
+    spoken = [line.split("|")[0] for line in capsys.readouterr().out.splitlines() if "grad norm" in line]
+    assert ["ablated" in line for line in spoken] == [False, False, True, True, True, True]
+
+
 # ---- what a run leaves behind
 
 
@@ -472,12 +535,13 @@ def test_a_line_of_metrics_says_all_and_agrees_with_the_checkpoint(data, tmp_pat
     out = start(data, tmp_path / "run", ablation=ablation, clean_coeff=0.5, ablated_coeff=2.0)
     lines = metrics(out)
     assert all(line.keys() == {"step", "loss", "loss_clean", "loss_ablated", "val_loss", "val_clean", "val_ablated",
-                               "grad_norm", "lr", "tokens"} for line in lines)
+                               "grad_norm", "lr", "ablated_coeff", "tokens"} for line in lines)
     seconds = [json.loads(line)["seconds"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert seconds == sorted(seconds) and seconds[0] == 0
     for line in lines:
         assert line["tokens"] == line["step"] * 4 * 16
         assert line["lr"] == train.learning_rate_at(line["step"], configured())
+        assert line["ablated_coeff"] == (0 if ablation == "none" else 2)
         if ablation == "none":
             assert line["val_ablated"] is None and line["loss_ablated"] is None
             assert line["val_loss"] == pytest.approx(0.5 * line["val_clean"])
@@ -587,7 +651,7 @@ def test_the_parting_words_say_how_to_go_on(data, tmp_path, capsys):
 
 @pytest.mark.parametrize("changes", [
     {"ablation": "none"}, {"ablation": "global", "gate": "sigmoid", "attn_unit": "head", "k_attn": 1},
-    {"grad_accum": 2, "warmup_iters": 9, "weight_decay": 0.1}], ids=str)
+    {"grad_accum": 2, "warmup_iters": 9, "weight_decay": 0.1}, {"gate": "constant", **RAMP}], ids=str)
 def test_a_run_stopped_after_every_update_equals_the_uninterrupted_one(data, tmp_path, changes):
     undisturbed = start(data, tmp_path / "whole", **changes)
     out = tmp_path / "run"
@@ -816,7 +880,8 @@ def several(launcher, world, folder, data, out, **changes):
     return out
 
 
-@pytest.mark.parametrize("changes", [{"ablation": "local"}, {"ablation": "global", "grad_accum": 2}], ids=str)
+@pytest.mark.parametrize("changes", [{"ablation": "local"}, {"ablation": "global", "grad_accum": 2},
+                                     {"gate": "constant", **RAMP}, {"ablation": "global", "grad_accum": 2, **RAMP}], ids=str)
 def test_two_processes_train_like_one(data, tmp_path, launcher, changes, double):
     """Each rank is told another folder, so that it shows who writes: only rank 0 does."""
     folders = [tmp_path / "rank0", tmp_path / "rank1"]
@@ -838,7 +903,7 @@ def test_four_processes_train_like_one(data, tmp_path, launcher, double, fsdp):
 
 @pytest.mark.parametrize("changes", [
     {"ablation": "none"}, {"grad_accum": 2}, {"attention_layers": "global,local", "window_size": 4},
-    {"ablation": "global", "compile": True, "n_layer": 1, "max_iters": 2}], ids=str)
+    {"ablation": "global", "compile": True, "n_layer": 1, "max_iters": 2}, RAMP, {"ablation": "global", **RAMP}], ids=str)
 def test_sharded_processes_train_like_one(data, tmp_path, launcher, double, changes):
     """compile: all but its last part, as in the compiled run below."""
     out = several(launcher, 2, tmp_path, data, tmp_path / "sharded", **changes, fsdp=True)
@@ -962,9 +1027,10 @@ def test_bfloat16_computes_in_half_the_digits_and_saves_all_of_them(data, tmp_pa
     assert {value.dtype for value in state(out)["model"].values()} == {torch.float32}
 
 
-def test_a_compiled_run_gives_the_same_losses_and_plain_names(data, tmp_path, monkeypatch, double):
+@pytest.mark.parametrize("changes", [{}, RAMP], ids=str)
+def test_a_compiled_run_gives_the_same_losses_and_plain_names(data, tmp_path, monkeypatch, double, changes):
     """The whole way through torch.compile but for its last part, which turns graphs into C++ and takes minutes."""
-    compile_module, compiled, chosen = torch.nn.Module.compile, [], dict(n_layer=1, max_iters=3)
+    compile_module, compiled, chosen = torch.nn.Module.compile, [], dict(n_layer=1, max_iters=3, **changes)
 
     def without_cpp(self, mode):
         compiled.append(self)
@@ -978,6 +1044,17 @@ def test_a_compiled_run_gives_the_same_losses_and_plain_names(data, tmp_path, mo
     assert_close_run(out, plain)
     assert state(out)["model"].keys() == state(plain)["model"].keys()
     start(data, out, **chosen, compile=False, resume=True)  # and goes on where there is no compiler
+
+
+def test_a_compiled_ramp_is_not_compiled_anew_for_every_coefficient(data, tmp_path, monkeypatch):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    compile_module = torch.nn.Module.compile
+    graphs = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: compile_module(self, backend=graphs))
+    start(data, tmp_path / "run", n_layer=1, **RAMP, compile=True)
+    torch._dynamo.reset()
+    assert graphs.frame_count == 3  # an evaluation, an update of one stream, an update of both
 
 
 # ---- refused, in one line
@@ -1021,7 +1098,7 @@ def test_no_knob_that_changes_the_computation_can_change_on_the_way(name, data, 
     choices = [choice for choice in getattr(field.type, "__args__", ()) if choice != field.default]
     other = choices[0] if choices else "local" if field.type is str else TINY.get(name, field.default) + 1
     other = {"beta1": 0.5, "beta2": 0.5, "n_head": 4, "n_embd": 32}.get(name, other)
-    allowed = {"k_attn": 1} if name == "attn_unit" else {}  # of two heads one must lose
+    allowed = {"attn_unit": {"k_attn": 1}, "ramp_start": {"ramp_end": 1.0}}.get(name, {})  # what it needs beside it
     assert f"--{name}=" in refused(data, whole, resume=True, **{name: other, **allowed})
 
 

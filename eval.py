@@ -291,6 +291,9 @@ def evaluate_run(task, batch_size, device):
         "run": str(run.path), "step": run.step,
         "ablation": config.ablation, "gate": config.gate, "attn_unit": config.attn_unit,
         "k_attn": config.k_attn if gated else 0, "k_mlp": config.k_mlp if gated else 0,
+        "ablated_coeff": config.ablated_coeff,
+        "ramp_start": run.train_config.get("ramp_start", 0.0),  # runs of earlier versions have none
+        "ramp_end": run.train_config.get("ramp_end", 0.0),
         "seed": run.train_config["seed"], "data": task.data, "checksum": meta["checksum"]}
     row |= measure_split(model, task.tokens, meta["eot"], meta["val"]["bytes"], batch_size, device)
     return row | l1_norms(model)
@@ -299,8 +302,8 @@ def evaluate_run(task, batch_size, device):
 # --------------------------------------------------------------------------------------- over seeds
 
 # what the runs of a group have in common, and what is averaged over them
-SHARED = ("ablation", "gate", "attn_unit", "k_attn", "k_mlp", "data", "checksum", "tokens",
-          "stories")
+SHARED = ("ablation", "gate", "attn_unit", "k_attn", "k_mlp", "ablated_coeff", "ramp_start",
+          "ramp_end", "data", "checksum", "tokens", "stories")
 AVERAGED = (
     "step", "loss_clean", "ppl_clean", "bits_per_byte_clean",
     "loss_ablated", "ppl_ablated", "bits_per_byte_ablated",
@@ -382,7 +385,8 @@ def number(name, form):
 
 
 def ablation(row):
-    """What tells the models of one size apart: "none", or such as "local k=1,2, heads"."""
+    """What tells the models of one size apart: "none", or such as "local k=1,2, heads, constant,
+    ramp 0.3 to 0.8": what differs from the paper's recipe."""
     if not row["k_mlp"]:
         return row["ablation"]
     text = f"{row['ablation']} k={row['k_attn']}"
@@ -392,6 +396,10 @@ def ablation(row):
         text += ", heads"
     if row["gate"] != "softmax":
         text += f", {row['gate']}"
+    if row["ramp_end"]:
+        text += f", ramp {row['ramp_start']:g} to {row['ramp_end']:g}"
+    if row["ablated_coeff"] != 1:
+        text += f", coefficient {row['ablated_coeff']:g}"
     return text
 
 

@@ -607,7 +607,7 @@ def parse_arguments(argv):
     parser.error = usage_error
     add = parser.add_argument
     add("toy", nargs="?", choices=["toy"], help="write stories from the grammar in assets/toy.txt")
-    add("--stories", type=int, default=20_000, help="toy: how many, those of val included (20000)")
+    add("--stories", type=int, default=50_000, help="toy: how many, those of val included (50000)")
     add("--dataset", default="roneneldan/TinyStories", help="on the Hugging Face hub, or a folder")
     add("--config", help="configuration of the dataset, where it has several")
     add("--train", nargs="+", type=Path, metavar="FILE", help=".txt, .jsonl, .parquet, also .gz")

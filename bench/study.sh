@@ -38,16 +38,18 @@ toy)
     SIZE="--data=data/bigtoy --n_layer=2 --n_head=4 --n_embd=64 --block_size=64 --batch_size=12
         --learning_rate=5e-3 --warmup_iters=100 --beta2=0.99 --embd_std=0.4 --max_iters=4400
         --eval_interval=1100"
-    sweep out/toy/plain baseline $SIZE
-    sweep out/toy/constant_ramp local_k2 global_k2 local_k8 global_k8 $SIZE --gate=constant $RAMP
-    sweep out/toy/paper local_k2 global_k2 local_k8 global_k8 $SIZE
     OURS="$SIZE --gate=constant"
-    sweep out/toy/constant local_k2 $OURS
-    sweep out/toy/ramp_to_0.1 local_k2 $OURS $RAMP --ablated_coeff=0.1
+    sweep out/toy/plain baseline $SIZE
+    sweep out/toy/constant_ramp local_k2 global_k2 $OURS $RAMP
+    sweep out/toy/paper local_k2 global_k2 $SIZE
     sweep out/toy/ramp_to_0.3 local_k2 $OURS $RAMP --ablated_coeff=0.3
     sweep out/toy/ramp_to_3 local_k2 $OURS $RAMP --ablated_coeff=3
     sweep out/toy/ramp_from_0 local_k2 $OURS --ramp_start=0 --ramp_end=0.8
     sweep out/toy/ramp_from_0.6 local_k2 $OURS --ramp_start=0.6 --ramp_end=0.8
+    sweep out/toy/constant local_k2 $OURS
+    sweep out/toy/ramp_to_0.1 local_k2 $OURS $RAMP --ablated_coeff=0.1
+    sweep out/toy/constant_ramp local_k8 global_k8 $OURS $RAMP
+    sweep out/toy/paper local_k8 global_k8 $SIZE
     ;;
 *)
     echo "usage: bash bench/study.sh stories|toy" >&2

@@ -5,8 +5,9 @@
 
 Other --name=value words are knobs of train.py, for every run. CONFIG with seed S is trained into
 out/sweep/CONFIG_seedS (another parent folder: --out=FOLDER) and prints into
-out/sweep/CONFIG_seedS.log. The same command again skips what is finished and continues the rest:
-after Ctrl-C or SIGTERM, which stop all runs, or after a failure, which stops no other.
+out/sweep/CONFIG_seedS.log, its evaluations here too. The same command again skips what is finished
+and continues the rest: after Ctrl-C or SIGTERM, which stop all runs, or after a failure, which
+stops no other.
 """
 
 import signal
@@ -110,7 +111,7 @@ class Sweep:
         self.runs, self.threads = runs, threads
         self.waiting = [run for run in runs if not finished(run[1])]
         self.free = places  # GPUs, one named as often as it takes runs; None is the CPU
-        self.working = {}  # process -> its Config, its GPU
+        self.working = {}  # process -> its Config, its GPU, its log to read on from
         self.failed = []  # run folders
 
     def start_waiting(self):
@@ -133,19 +134,29 @@ class Sweep:
                 process = subprocess.Popen(
                     [sys.executable, script, *words, resume], env=environment,
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-            self.working[process] = config, gpu
+            log = open(log.name)
+            log.seek(0, os.SEEK_END)  # what stands there is of an earlier start
+            self.working[process] = config, gpu, log
+
+    def tell(self):
+        """Print the evaluations of those at work since the last call."""
+        for config, _, log in self.working.values():
+            for line in log:
+                if ": validation " in line:
+                    print(f"{config.out}: {line}", end="", flush=True)
 
     def collect(self):
         """Look which of those at work have ended."""
         for process in [process for process in self.working if process.poll() is not None]:
-            config, gpu = self.working.pop(process)
+            config, gpu, log = self.working.pop(process)
+            log.close()
             self.free.append(gpu)
             outcome = "done"
             if process.returncode or not finished(config):  # it ends with 0 when stopped, too
                 outcome = f"FAILED, exit code {process.returncode}"
                 self.failed.append(config.out)
-            print(f"{config.out}: {outcome}, {len(self.waiting) + len(self.working)} to go | "
-                  f"{last_line(config)}", flush=True)
+            to_go = len(self.waiting) + len(self.working)
+            print(f"{config.out}: {outcome}, {to_go} to go | {last_line(config)}", flush=True)
 
     def stop_all(self):
         """Leave nothing running: train.py saves last.pt and leaves."""
@@ -187,10 +198,11 @@ def main():
         while (sweep.waiting or sweep.working) and not asked_to_stop:
             sweep.start_waiting()
             time.sleep(0.2)
+            sweep.tell()
             sweep.collect()
     finally:  # whatever ended the loop
         sweep.stop_all()
-    for config, _ in sweep.working.values():
+    for config, *_ in sweep.working.values():
         print(f"{config.out}: stopped | {last_line(config)}")
     if asked_to_stop:
         raise SystemExit("stopped: the same command again goes on from here")

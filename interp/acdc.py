@@ -67,6 +67,7 @@ TEMPLATES = (  # A and B in the order of their mention; G is the giver, one of t
 WINDOW = 16  # edges tried in one batch; of a larger one, more is thrown away when one is put back
 GPU_WINDOW = 32  # the same on a GPU, where more is faster
 RANDOM = 10  # random circuits of the same size that a circuit's KL is compared with
+KNOWS = 0.5  # in under this share of prompts right, a model has no circuit for the task
 ALL, LAST = slice(None), slice(-1, None)  # the positions of a node's input that count
 
 
@@ -830,7 +831,7 @@ def find_circuits(job, title, args, device):
 def doubts(exact, first, dtype):
     """Why not to believe the first circuit, a line each."""
     warnings = []
-    if exact < 0.5:
+    if exact < KNOWS:
         warnings.append("gives the right answer in under half of the prompts: "
                         "its circuit is not one for that task")
     if first["margin"] < 1e-5 and dtype == "float32":
@@ -888,11 +889,17 @@ def edges_for_kl(points, kl):
 
 
 def edges_at_equal_kl(result):
-    """{name in EDGES_FOR: edges} as far as a result says; nothing of a single tau."""
+    """{name in EDGES_FOR: edges} as far as a result says.
+
+    Of a single tau it says nothing, nor of a model that does not know the answers: it needs next to
+    no edges, for next to nothing.
+    """
     points, found = measured_points(result), {}
+    if len(points) < 3 or result["ioi_exact"] < KNOWS:
+        return {}
     for name, kl in EDGES_FOR.items():
         edges = edges_for_kl(points, kl)
-        if edges is not None and len(points) > 2:
+        if edges is not None:
             found[name] = edges
     return found
 
@@ -987,8 +994,9 @@ def draw_frontiers(path, results):
     taus = ", ".join(f"{tau:g}" for tau in settings["tau"])
     label = f"KL(model || circuit) in nats, on {measured_on(settings)}"
     axes.set(xscale="log", xlabel=label, ylabel="edges")
-    axes.set_title(f"circuits at tau {taus}: a smaller tau keeps more edges; a line ends where no "
-                   f"edge is left", loc="left", fontsize="medium")
+    axes.set_title(f"circuits at tau {taus}\n"
+                   f"a smaller tau keeps more edges; a line ends at the circuit without edges",
+                   loc="left", fontsize="medium")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small", frameon=False)
     save_figure(path, figure)
@@ -1071,8 +1079,9 @@ def print_results(results):
     print(how.format(**settings))
     print("± is the sample standard deviation over random orders, or over random circuits")
     if len(settings["tau"]) > 1:
-        print(f"\ninterpolated, edges against log KL, between the circuits of these taus, on "
-              f"{measured_on(settings)}; - is out of their range")
+        print(f"\ninterpolated between the circuits of these taus, edges against log KL, on "
+              f"{measured_on(settings)}\n"
+              f"- is out of their range, or of a model that does not know the answers")
         rows = [{"run": result["run"]} | edges_at_equal_kl(result) for result in results]
         print_table(rows, EQUAL_KL_COLUMNS)
     for result in results:

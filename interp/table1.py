@@ -121,7 +121,7 @@ FOUND = ("edges", "connected", "ioi_exact", "ablated_exact", *EDGES_FOR,
 # what their settings are followed by, in the notes
 READING = {
     "acdc": "of several tau the first; edges for a KL: interpolated between all, edges against "
-            "log KL, on held-out prompts if there are any",
+            "log KL, on held-out prompts if any, of models that know the answers",
     "sae": "of a list, the first; the CE score at an L0: interpolated between all"}
 
 
@@ -272,9 +272,11 @@ def draw_table1(table):
 
     ours = set().union(*table)
     shown = [(heading, name) for heading, (name, _) in PAPER_NUMBERS.items() if name in ours]
-    figure = Figure(figsize=(2.6 * len(shown) + 1, 5.5), layout="constrained")
-    grid = figure.subplots(2, len(shown), sharex=True, squeeze=False)
     labels = [row["recipe"] for row in table]
+    width = max(2.6, 0.25 * len(table))  # inches; a letter of the labels is some 0.07 high
+    size = width * len(shown) + 1, 4.5 + 0.07 * max(map(len, labels))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(2, len(shown), sharex=True, squeeze=False)
     for (heading, name), (above, below) in zip(shown, grid.T):
         for x, row in enumerate(table):
             values = [one[name] for one in row["rows"] if name in one]
@@ -283,7 +285,7 @@ def draw_table1(table):
                 above.plot([x - 0.3, x + 0.3], [row[name]] * 2, color="tab:blue")
             below.plot(x, in_paper(row).get(heading, math.nan), "s", color="0.4")
         above.set_title(heading, fontsize="medium")
-        below.set_xticks(range(len(table)), labels, rotation=60, ha="right", fontsize="small")
+        below.set_xticks(range(len(table)), labels, rotation=90, fontsize="small")
     grid[0, 0].set_ylabel("here")
     grid[1, 0].set_ylabel("paper")
     return as_png(figure)

@@ -340,7 +340,8 @@ def test_a_frontier_that_begins_with_some_edges_says_nothing_of_fewer():
 def found_circuits(*rows, heldout=2, **facts):
     """A result, as far as the frontier reads it: rows of (order, edges, kl, kl_heldout)."""
     names = ("order", "edges", "kl", "kl_heldout")
-    return {"settings": {"heldout": heldout}, "kl_corrupt": 4.0, "kl_corrupt_heldout": 16.0, **facts,
+    return {"settings": {"heldout": heldout}, "kl_corrupt": 4.0, "kl_corrupt_heldout": 16.0,
+            "ioi_exact": 0.5, **facts,
             "circuits": [dict(zip(names, row)) for row in rows]}
 
 
@@ -352,6 +353,7 @@ def test_edges_at_equal_kl_are_of_the_fixed_order_on_the_prompts_held_out():
     assert found["edges_kl_1"] == pytest.approx(8)  # 16 to 0.5 is five halvings, 16 to 1 four of them
     assert 10 < found["edges_kl_0.3"] < found["edges_kl_0.1"] < 30
     assert acdc.edges_at_equal_kl(found_circuits(*rows[:2])) == {}  # of one tau, whatever the other orders
+    assert acdc.edges_at_equal_kl(found_circuits(*rows, ioi_exact=0.49)) == {}  # it has no circuit for the task
     low = [("descending", 5, 2.0, 2.0), ("descending", 9, 0.2, 0.2)]
     assert acdc.edges_at_equal_kl(found_circuits(*low)).keys() == {"edges_kl_0.3", "edges_kl_1"}
 
@@ -548,10 +550,11 @@ def picture_words(monkeypatch):
 def test_several_taus_make_a_frontier(call, run, tmp_path, monkeypatch):
     """Its table and its picture, also when all has been found before; no gates, no ablated stream."""
     words = picture_words(monkeypatch)
+    monkeypatch.setattr(acdc, "KNOWS", 0)  # these models know nothing
     command = (run, run.parent / "run2", "--count=4", "--tau=0.001,0.01,0.2", f"--plot={tmp_path / 'all.pdf'}")
     message, out = call(*command)
     assert message is None and "by the ablated stream" not in out and result_of(run)["ablated_exact"] is None
-    note, head, first, second = out[out.index("interpolated") :].splitlines()[:4]
+    note, _, head, first, second = out[out.index("interpolated") :].splitlines()[:5]
     assert "on held-out prompts" in note and "edges for KL <= 0.1" in head
     expected = acdc.edges_at_equal_kl(result_of(run))
     assert first.split()[0] == str(run) and [f"{edges:.1f}" for edges in expected.values()] == first.split()[1:]
@@ -561,7 +564,7 @@ def test_several_taus_make_a_frontier(call, run, tmp_path, monkeypatch):
     (tmp_path / "all.pdf").unlink()
     message, again = call(*command)
     assert message is None and "already" in again and (tmp_path / "all.pdf").exists()
-    assert again[again.index("interpolated") :].splitlines()[:4] == [note, head, first, second]
+    assert again[again.index("interpolated") :].splitlines()[2:5] == [head, first, second]
     assert "interpolated" not in call(run, "--count=4", "--force")[1]
 
 

@@ -1,7 +1,8 @@
 """Circuits: the edges of a model that ACDC keeps for the indirect-object task (paper: Table 1).
 
     python interp/acdc.py out/local_k2                             tau 0.03, 64 prompts of our own
-    python interp/acdc.py out/local_k2 out/base --tau 0.03,0.1     several runs and thresholds
+    python interp/acdc.py out/* --tau 0.01,0.03,0.1,0.3 --plot frontier.png
+                                                                   several runs and thresholds
     python interp/acdc.py out/local_k2 --orders 8                  8 random orders of the sweep too
     python interp/acdc.py out/local_k2 --prompts mine.json         [{"clean": ..., "corrupt": ...,
                                                           "answer": " Tom", "wrong": " Sue"}, ...]
@@ -12,8 +13,10 @@ in the circuit, every other edge what its source gives on the corrupt prompt.
 
 The method is ACDC (Conmy et al. 2023) as the paper ran it. What is kept depends on the order of the
 sweep; within a stage (all heads of a block, or one MLP) that hangs on a hash seed in the paper's
-library. Here it is fixed, and --orders shows how much it matters. Below, each under its heading:
-the task, the graph, the metric, the model, the circuit, the order, the rule, the result.
+library. Here it is fixed, and --orders shows how much it matters. One tau gives two models circuits
+of different quality, so compare models at equal KL, by the frontiers of several taus. Below, each
+under its heading: the task, the graph, the metric, the model, the circuit, the order, the rule, the
+result, the frontier.
 
 Writes acdc.json and acdc.png beside the checkpoint. After Ctrl-C the same command goes on.
 
@@ -30,6 +33,7 @@ if __name__ == "__main__":
 import hashlib
 import json
 import math
+import os
 import random
 import statistics
 import sys
@@ -46,8 +50,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python puts interp/ there
 import config as knobs
 from eval import (
-    averages, check_range, column, number, open_run, parse_list, print_table, run_parser,
-    run_paths, save_figure)
+    averages, check_picture, check_range, column, number, open_run, parse_list, print_table,
+    run_parser, run_paths, save_figure)
 from interp.results import Job, fits, results_of
 from prepare import UserError, load_tokenizer, word_lists
 
@@ -63,6 +67,7 @@ TEMPLATES = (  # A and B in the order of their mention; G is the giver, one of t
 WINDOW = 16  # edges tried in one batch; of a larger one, more is thrown away when one is put back
 GPU_WINDOW = 32  # the same on a GPU, where more is faster
 RANDOM = 10  # random circuits of the same size that a circuit's KL is compared with
+KNOWS = 0.5  # in under this share of prompts right, a model has no circuit for the task
 ALL, LAST = slice(None), slice(-1, None)  # the positions of a node's input that count
 
 
@@ -693,6 +698,20 @@ def accuracy(logits, tokens):
     return exact.double().mean().item(), right.double().mean().item()
 
 
+@torch.no_grad()
+def ablated_logits(model, tokens):
+    """The ablated stream's logits at the last position, (B, V).
+
+    It knows of no padding, so it is given the prompts of one length at a time.
+    """
+    logits = model.lm_head.weight.new_empty(len(tokens.clean), model.config.vocab_size)  # (B, V)
+    for length in tokens.lengths.unique().tolist():
+        rows = tokens.lengths == length  # (B)
+        idx = tokens.clean[rows, -length:].to(logits.device)  # without padding
+        logits[rows.to(logits.device)] = model.ablated(idx).logits_ablated[:, -1]
+    return logits
+
+
 def kl_of_several(circuit, removals):
     """Mean and standard deviation of the KL of circuits, given by the edges removed in each."""
     kls = []
@@ -709,6 +728,26 @@ def random_removals(edges, kept, rng):
         chosen = set(rng.sample(range(len(edges)), kept))
         removals.append([edge for at, edge in enumerate(edges) if at not in chosen])
     return removals
+
+
+def describe_model(gptneo, circuit, heldout, tokens):
+    """What a result says of the model itself, as a dict; circuit: one of its, with all edges.
+
+    heldout: the same on other prompts, or None. Without gates ablated_exact and _right are None.
+    """
+    exact, right = accuracy(circuit.logits(), tokens)
+    everything = sweep_order(circuit.graph)
+    facts = {"total": len(everything), "ioi_exact": exact, "ioi_right": right,
+             "ablated_exact": None, "ablated_right": None}
+    if gptneo.config.ablation != "none":
+        exact, right = accuracy(ablated_logits(gptneo, tokens), tokens)
+        facts |= {"ablated_exact": exact, "ablated_right": right}
+    circuit.set_removed(everything)
+    facts["kl_corrupt"] = circuit.kl()
+    if heldout is not None:
+        heldout.set_removed(everything)
+        facts["kl_corrupt_heldout"] = heldout.kl()
+    return facts
 
 
 def describe(circuit, heldout, edges, state, tokens, seed):
@@ -745,7 +784,8 @@ def describe(circuit, heldout, edges, state, tokens, seed):
 def find_circuits(job, title, args, device):
     """Find the circuits of one run, or go on with it -> the facts of its result."""
     prompts, tokens = job.inputs
-    config, weights, count = job.run.model.config, job.run.model.clean_state_dict(), args.count
+    gptneo, count = job.run.model.to(device), args.count
+    config, weights = gptneo.config, gptneo.clean_state_dict()
 
     def circuit_on(tokens):
         model = PatchedModel(weights, config.n_head, config.windows, tokens.clean, tokens.corrupt,
@@ -755,13 +795,9 @@ def find_circuits(job, title, args, device):
     found_on = tokens.rows(0, count)
     circuit = circuit_on(found_on)
     heldout = circuit_on(tokens.rows(count, None)) if len(prompts) > count else None
-    exact, right = accuracy(circuit.logits(), found_on)
-    everything = sweep_order(circuit.graph)
-    circuit.set_removed(everything)
-    facts = {"total": len(everything), "ioi_exact": exact, "ioi_right": right,
-             "kl_corrupt": circuit.kl(), "prompts": prompts}
-    print(f"{title}: {len(everything):,} edges; the model's likeliest token is the answer in "
-          f"{exact:.0%}, the answer beats the wrong one in {right:.0%}; "
+    facts = describe_model(gptneo, circuit, heldout, found_on) | {"prompts": prompts}
+    print(f"{title}: {facts['total']:,} edges; the model's likeliest token is the answer in "
+          f"{facts['ioi_exact']:.0%}, the answer beats the wrong one in {facts['ioi_right']:.0%}; "
           f"KL(clean || corrupt) {facts['kl_corrupt']:.3f}", flush=True)
 
     state = {"circuits": [], "sweep": None}  # finished ones, and the one in progress
@@ -787,15 +823,15 @@ def find_circuits(job, title, args, device):
         circuits.append({"tau": tau, "order": order, **row})
         state["sweep"] = None
         save(None)
-    facts |= {"circuits": circuits, "warnings": doubts(exact, circuits[0], args.dtype)}
-    draw_circuit(job.path(".png"), job.run.path, facts, circuit.graph)
+    facts |= {"circuits": circuits, "warnings": doubts(facts["ioi_exact"], circuits[0], args.dtype)}
+    draw_circuit(job.path(".png"), run_name(job.run.path), facts, circuit.graph)
     return facts
 
 
 def doubts(exact, first, dtype):
     """Why not to believe the first circuit, a line each."""
     warnings = []
-    if exact < 0.5:
+    if exact < KNOWS:
         warnings.append("gives the right answer in under half of the prompts: "
                         "its circuit is not one for that task")
     if first["margin"] < 1e-5 and dtype == "float32":
@@ -803,7 +839,78 @@ def doubts(exact, first, dtype):
     return warnings
 
 
-# -------------------------------------------------------------------------------------- the picture
+# ------------------------------------------------------------------------------------- the frontier
+
+
+# names of numbers, and the KL in nats that a circuit of so many edges reaches
+EDGES_FOR = {"edges_kl_0.1": 0.1, "edges_kl_0.3": 0.3, "edges_kl_1": 1.0}
+LEAST_KL = 1e-6  # float32 does not tell less from 0, which has no logarithm
+
+
+def measured_points(result):
+    """(edges, KL) of a model's circuits: the one without edges, then one a tau, in the fixed order.
+
+    On held-out prompts, or on those it was found on where none are held out.
+    """
+    prompts = "_heldout" if result["settings"]["heldout"] else ""
+    points = [(0, result[f"kl_corrupt{prompts}"])]
+    for row in result["circuits"]:
+        if isinstance(row["order"], str):  # a random order has a number
+            points.append((row["edges"], row[f"kl{prompts}"]))
+    return [(edges, max(kl, LEAST_KL)) for edges, kl in points]
+
+
+def measured_on(settings):
+    """Which prompts measured_points are of."""
+    return "held-out prompts" if settings["heldout"] else "the prompts they were found on"
+
+
+def frontier(points):
+    """Those of the (edges, KL) that are better than all with fewer edges: KL falls along them."""
+    best = []
+    for edges, kl in sorted(points):
+        if not best or kl < best[-1][1]:
+            best.append((edges, kl))
+    return best
+
+
+def edges_for_kl(points, kl):
+    """How many edges a KL of at most kl takes, a float; None where these (edges, KL) do not say.
+
+    Between two neighbours on the frontier log KL is taken to fall in a line, as it is drawn. A KL
+    that no edge is needed for takes 0; what lies otherwise outside the frontier is not guessed.
+    """
+    best = frontier(points)
+    for (fewer, high), (more, low) in zip(best, best[1:]):
+        if low <= kl <= high:
+            return fewer + (more - fewer) * math.log(high / kl) / math.log(high / low)
+    fewest, highest = best[0]
+    return 0.0 if fewest == 0 and kl >= highest else None
+
+
+def edges_at_equal_kl(result):
+    """{name in EDGES_FOR: edges} as far as a result says.
+
+    Of a single tau it says nothing, nor of a model that does not know the answers: it needs next to
+    no edges, for next to nothing.
+    """
+    points, found = measured_points(result), {}
+    if len(points) < 3 or result["ioi_exact"] < KNOWS:
+        return {}
+    for name, kl in EDGES_FOR.items():
+        edges = edges_for_kl(points, kl)
+        if edges is not None:
+            found[name] = edges
+    return found
+
+
+# ------------------------------------------------------------------------------------- the pictures
+
+
+def run_name(path):
+    """The name of a run's folder, also for a .pt file in it."""
+    path = Path(os.path.abspath(path))  # "." has no name
+    return path.name if path.is_dir() else path.parent.name
 
 
 COLORS = {"Q": "tab:red", "K": "tab:blue", "V": "tab:green", "": "0.35"}
@@ -868,11 +975,41 @@ def draw_circuit(path, run, facts, graph):
     save_figure(path, figure)
 
 
+def draw_frontiers(path, results):
+    """Edges against KL, a line for every run, and a point for every tau, also off the line."""
+    from cycler import cycler
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_prop_cycle(cycler(ls=["-", "--", ":", "-."]) * rcParams["axes.prop_cycle"])
+    for result in results:
+        points = measured_points(result)
+        edges, kls = zip(*frontier(points))
+        (line,) = axes.plot(kls, edges, label=result["run"])
+        edges, kls = zip(*points[1:])
+        axes.scatter(kls, edges, s=20, color=line.get_color())
+    settings = results[0]["settings"]
+    taus = ", ".join(f"{tau:g}" for tau in settings["tau"])
+    label = f"KL(model || circuit) in nats, on {measured_on(settings)}"
+    axes.set(xscale="log", xlabel=label, ylabel="edges")
+    axes.set_title(f"circuits at tau {taus}\n"
+                   f"a smaller tau keeps more edges; a line ends at the circuit without edges",
+                   loc="left", fontsize="medium")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    save_figure(path, figure)
+
+
 # --------------------------------------------------------------------------------- the command line
 
 
-def by_the_circuit(row):
-    return f"{row['circuit_exact']:.0%}, {row['circuit_right']:.0%}"
+def answers_by(whose):
+    """A column: how often the answer is the likeliest token, and how often it beats the other."""
+    def show(row):
+        return f"{row[f'{whose}_exact']:.0%}, {row[f'{whose}_right']:.0%}"
+    return show
 
 
 COLUMNS = [  # heading, how to print it; a column that no row has is left out
@@ -888,10 +1025,13 @@ COLUMNS = [  # heading, how to print it; a column that no row has is left out
     ("corrupt", column("kl_corrupt", ".3f")),
     ("answer exact", column("ioi_exact", ".0%")),
     ("right > wrong", column("ioi_right", ".0%")),
-    ("by the circuit", by_the_circuit),
+    ("by the ablated stream", answers_by("ablated")),
+    ("by the circuit", answers_by("circuit")),
     ("evaluations", column("evaluations", ",")),
     ("seconds", column("seconds", ".0f")),
 ]
+EQUAL_KL_COLUMNS = [("run", column("run"))] + [
+    (f"edges for KL <= {kl:g}", column(name, ".1f")) for name, kl in EDGES_FOR.items()]
 
 
 def table_rows(result):
@@ -899,25 +1039,28 @@ def table_rows(result):
     for tau in result["settings"]["tau"]:
         first, *others = [row for row in result["circuits"] if row["tau"] == tau]
         counts = averages([{"orders": other["edges"]} for other in others], ["orders"])
-        yield result | first | counts
+        row = result | first | counts
+        yield {name: value for name, value in row.items() if value is not None}
 
 
-NUMBER = (int, float)
+NUMBER, MAYBE = (int, float), (int, float, type(None))
 CIRCUIT = {  # of a result, what is printed of each of its circuits
     "tau": NUMBER, "order": (int, str), "edges": int, "connected": int, "heads": int, "kl": NUMBER,
     "kl_random": NUMBER, "kl_random_sd": NUMBER, "circuit_exact": NUMBER, "circuit_right": NUMBER,
     "evaluations": int, "seconds": NUMBER, "margin": NUMBER, "kinds": dict}
-RESULT = {"total": int, "ioi_exact": NUMBER, "ioi_right": NUMBER, "kl_corrupt": NUMBER,
-          "circuits": [CIRCUIT], "warnings": [str]}
+RESULT = {"total": int, "ioi_exact": NUMBER, "ioi_right": NUMBER, "ablated_exact": MAYBE,
+          "ablated_right": MAYBE, "kl_corrupt": NUMBER, "circuits": [CIRCUIT], "warnings": [str]}
+HELD_OUT = {"kl_corrupt_heldout": NUMBER, "circuits": [{"kl_heldout": NUMBER}]}  # where any are
 SWEEP = {"decided": list, "kl": NUMBER, "margin": NUMBER, "evaluations": int, "batches": int,
          "seconds": NUMBER}  # of a state, see discover
 
 
 def is_result(result):
     """Whether a result has the circuits that its settings ask for, and what is printed of them."""
-    if not fits(result, RESULT):
+    settings = result["settings"]
+    if not fits(result, RESULT) or (settings["heldout"] and not fits(result, HELD_OUT)):
         return False
-    return {circuit["tau"] for circuit in result["circuits"]} == set(result["settings"]["tau"])
+    return {circuit["tau"] for circuit in result["circuits"]} == set(settings["tau"])
 
 
 def is_state(state):
@@ -928,13 +1071,19 @@ def is_state(state):
 
 
 def print_results(results):
-    """Print the table and what cannot stand in it."""
+    """Print the tables and what cannot stand in them."""
     print()
     print_table([row for result in results for row in table_rows(result)], COLUMNS)
     settings = results[0]["settings"]
     how = "found on {count} prompts, {heldout} held out, seed {seed}; sources {order}"
     print(how.format(**settings))
     print("± is the sample standard deviation over random orders, or over random circuits")
+    if len(settings["tau"]) > 1:
+        print(f"\ninterpolated between the circuits of these taus, edges against log KL, on "
+              f"{measured_on(settings)}\n"
+              f"- is out of their range, or of a model that does not know the answers")
+        rows = [{"run": result["run"]} | edges_at_equal_kl(result) for result in results]
+        print_table(rows, EQUAL_KL_COLUMNS)
     for result in results:
         first = result["circuits"][0]
         kinds = [f"{count} {kind}" for kind, count in Counter(first["kinds"]).most_common()]
@@ -959,12 +1108,16 @@ def parse_arguments():
     add("--seed", type=int, default=0,
         help="of the prompts, the random orders and the random circuits (0)")
     add("--dtype", choices=("float32", "float64"), default="float32")
+    add("--plot", metavar="FILE", help="one picture of all these runs: edges against KL, a point a "
+        "tau (.png, .pdf or .svg)")
     add("--force", action="store_true", help="replace a result of other settings")
     args = parser.parse_args()
     args.tau = parse_list("--tau", args.tau, float)
     check_range(args, "count", 1, 10_000)
     check_range(args, "orders", 0, 1000)
     check_range(args, "seed", 0, 2**63 - 1)
+    if args.plot is not None:
+        check_picture(args.plot)
     return args
 
 
@@ -1012,6 +1165,8 @@ def main():
         advice = "the same command goes on from the last stage that was done"
         raise SystemExit(f"stopped: {advice}") from None
     print_results(results)
+    if args.plot is not None:
+        draw_frontiers(args.plot, results)
 
 
 if __name__ == "__main__":

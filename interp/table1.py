@@ -4,10 +4,15 @@
     python interp/sae.py out/*         their autoencoders
     python interp/table1.py out/*      both beside perplexity and L1, and beside the paper's numbers
 
-Runs that differ only in the seed are one row: the mean ± the sample standard deviation. What an
-experiment has not looked at prints -. The table is printed, and saved as table1.md, table1.csv and
-table1.png in the folder that holds the first run. Of several thresholds (acdc.py --tau) or
-coefficients (sae.py --l1, --k) the first counts.
+Runs that differ only in the seed are one row: the mean ± the sample standard deviation. A row is
+called after its ablation and whatever else it was trained with that other rows were not. What an
+experiment has not looked at prints -. Of several thresholds (acdc.py --tau), coefficients (sae.py
+--l1, --k) or places the first counts; the numbers at equal quality are interpolated between all of
+them.
+
+The table is printed, and saved as table1.md, table1.csv and table1.png in the folder that holds the
+first run. Beside them bargain.png draws what interpretability costs: clean perplexity across, and
+up, fewer edges, a better autoencoder, a better ablated stream; what no run has is left out.
 """
 
 import signal
@@ -28,13 +33,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import config as knobs
 from eval import (
-    AVERAGED, COLUMNS, ablation, cells, check_range, check_writable, evaluate_run, group_seeds,
-    join_seeds, measuring_parser, number, open_tasks, print_table)
+    AVERAGED, ablation, averages, cells, check_range, check_writable, column, evaluate_run,
+    group_seeds, join_seeds, measuring_parser, number, open_tasks, print_table)
+from interp.acdc import EDGES_FOR, edges_at_equal_kl
 from interp.results import fingerprint, read_result, refuse_mixed, result_path
 from model import replace_file
 from prepare import UserError
 
-# a number of the paper's table -> what it is called in a row of ours, and how it is printed
+# the heading of a number in the paper's table -> its name in a row of ours, and how it is printed
 PAPER_NUMBERS = {
     "edges": ("edges", ".1f"),
     "SAE L0": ("l0", ".2f"),
@@ -54,6 +60,21 @@ PAPER = {
     ("local", 2): (54, 4.9, 0.70, 6.55, 0.71),
     ("local", 1): (36, 5.33, 0.69, 6.58, 0.70),
 }
+# the same of numbers that the paper does not have
+FURTHER_NUMBERS = {
+    "connected edges": ("connected", ".1f"),
+    **{f"edges for KL <= {kl:g}": (name, ".1f") for name, kl in EDGES_FOR.items()},
+    "CE score at L0 = 3": ("ce_score_l0_3", ".2f"),
+    "IOI answers exact": ("ioi_exact", ".0%"),
+    "by the ablated stream": ("ablated_exact", ".0%"),
+    "ppl ablated": ("ppl_ablated", ".2f"),
+}
+# the panels of bargain.png: the name of a number, its axis, whether less of it is better
+BARGAIN = (
+    ("edges_kl_0.3", "edges for KL <= 0.3 (interpolated)", True),
+    ("ce_score_l0_3", "CE score at L0 = 3 (interpolated)", False),
+    ("ppl_ablated", "ablated perplexity", True),
+)
 NOTES = ("± is the sample standard deviation over the seeds of a row",
          "the paper's models are of another size and data; its ppl is per GPT-2 token")
 
@@ -62,20 +83,30 @@ NOTES = ("± is the sample standard deviation over the seeds of a row",
 
 
 def circuit_numbers(result):
-    """Of acdc.json: the size of its first circuit, and how often the model knows the answer."""
+    """Of acdc.json: the size of its first circuit, edges at equal KL, how often both streams know
+    the answer."""
     first = result["circuits"][0]
-    return {"edges": float(first["edges"]), "connected": float(first["connected"]),
-            "ioi_exact": float(result["ioi_exact"])}
+    numbers = {"edges": float(first["edges"]), "connected": float(first["connected"]),
+               "ioi_exact": float(result["ioi_exact"])}
+    if result["ablated_exact"] is not None:  # the baseline has no such stream
+        numbers["ablated_exact"] = float(result["ablated_exact"])
+    return numbers | edges_at_equal_kl(result)
+
+
+def trained_as(row):
+    """Place and coefficient of an autoencoder in sae.json."""
+    coefficient = row["l1"] if "l1" in row else row["k"]
+    return row.get("layer"), row.get("site"), coefficient  # of a single place the settings tell it
 
 
 def sae_numbers(result):
-    """Of sae.json: means over the autoencoders of the first coefficient, one a seed.
+    """Of sae.json: means over the autoencoders of the first place and coefficient, one a seed.
 
     A score that one of them lacks is left out.
     """
-    first = result["saes"][0]
-    coefficient = "l1" if "l1" in first else "k"
-    rows = [row for row in result["saes"] if row[coefficient] == first[coefficient]]
+    first = trained_as(result["saes"][0])
+    rows = [row for row in result["saes"] if trained_as(row) == first]
+    # TO MERGE: numbers["ce_score_l0_3"], by score_at_l0 of interp/sae.py, belongs here
     numbers = {}
     for name in ("l0", "ce_score"):
         values = [row[name] for row in rows]
@@ -85,7 +116,13 @@ def sae_numbers(result):
 
 
 EXPERIMENTS = {"acdc": circuit_numbers, "sae": sae_numbers}
-FOUND = ("edges", "connected", "ioi_exact", "l0", "ce_score")  # the names of all these numbers
+FOUND = ("edges", "connected", "ioi_exact", "ablated_exact", *EDGES_FOR,
+         "l0", "ce_score", "ce_score_l0_3")  # the names of all these numbers
+# what their settings are followed by, in the notes
+READING = {
+    "acdc": "of several tau the first; edges for a KL: interpolated between all, edges against "
+            "log KL, on held-out prompts if any, of models that know the answers",
+    "sae": "of a list, the first; the CE score at an L0: interpolated between all"}
 
 
 def read_experiment(name, run):
@@ -104,7 +141,8 @@ def read_experiment(name, run):
         numbers = EXPERIMENTS[name](result)
         result["warnings"] = [str(warning) for warning in result["warnings"]]
     except (KeyError, IndexError, TypeError, ValueError):
-        raise UserError(f"{path} is damaged: delete it, and make it again") from None
+        raise UserError(f"{path} is damaged, or of an earlier version: delete it, "
+                        f"and make it again") from None
     return result, numbers
 
 
@@ -128,7 +166,7 @@ def read_experiments(runs):
             refuse_mixed(settings_of)
             settings = next(iter(settings_of.values())).items()
             words = [f"{knob} {value}" for knob, value in settings if value is not None]
-            notes.append(f"{name}: {', '.join(words)}; of a list, the first")
+            notes.append(f"{name}: {', '.join(words)}; {READING[name]}")
         notes += warnings
     return found, notes
 
@@ -143,6 +181,26 @@ def refuse_other_texts(tasks):
 
 
 # ---------------------------------------------------------------------------------------- the table
+
+
+def name_recipes(table, configs):
+    """Call every row, row["recipe"], after its ablation and those of its other knobs in which rows
+    differ and which are not at their default.
+
+    configs: what the rows were trained with, {knob: value} each; earlier runs lack some knobs.
+    """
+    defaults = {name: field.default for name, field in knobs.FIELDS.items()}
+    configs = [defaults | config for config in configs]
+    told = ("ablation", "k_attn", "k_mlp", "attn_unit", "gate", "seed")  # or not to be told
+    differing = []
+    for name in knobs.decisive(defaults):
+        values = {config[name] for config in configs}
+        if len(values) > 1 and name not in told:
+            differing.append(name)
+    for row, config in zip(table, configs):
+        words = [ablation(row).replace("none", "baseline")]
+        words += [f"{name} {config[name]}" for name in differing if config[name] != defaults[name]]
+        row["recipe"] = ", ".join(words)
 
 
 def in_paper(row):
@@ -163,12 +221,12 @@ def paper_number(heading, name):
 
 def table1_columns():
     """(heading, row -> text), each number of ours followed by the paper's."""
-    columns = [column for column in COLUMNS if column[0] in ("run", "ablation", "seeds")]
+    columns = [("run", column("run")), ("recipe", column("recipe")), ("seeds", column("n"))]
     for heading, (name, form) in PAPER_NUMBERS.items():
         columns.append((heading, number(name, form)))
         columns.append((f"paper {heading}", paper_number(heading, name)))
-    columns.append(("connected edges", number("connected", ".1f")))
-    columns.append(("IOI answers exact", number("ioi_exact", ".0%")))
+    for heading, (name, form) in FURTHER_NUMBERS.items():
+        columns.append((heading, number(name, form)))
     return columns
 
 
@@ -181,10 +239,9 @@ def markdown(table, notes):
 
 def spreadsheet(table):
     """The table as text for table1.csv, with every digit."""
-    names = ["run", "ablation", "k_attn", "k_mlp", "n"]
-    for name, _ in PAPER_NUMBERS.values():
+    names = ["run", "recipe", "ablation", "k_attn", "k_mlp", "n"]
+    for name, _ in (*PAPER_NUMBERS.values(), *FURTHER_NUMBERS.values()):
         names += [name, f"{name}_sd"]
-    names += ["connected", "ioi_exact"]
     headings = ["seeds" if name == "n" else name for name in names]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -196,6 +253,16 @@ def spreadsheet(table):
     return text.getvalue()
 
 
+# ------------------------------------------------------------------------------------- the pictures
+
+
+def as_png(figure):
+    """The bytes of a .png of a matplotlib figure."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    return picture.getvalue()
+
+
 def draw_table1(table):
     """A column for every number, each with a scale of its own. -> the bytes of a .png
 
@@ -205,9 +272,11 @@ def draw_table1(table):
 
     ours = set().union(*table)
     shown = [(heading, name) for heading, (name, _) in PAPER_NUMBERS.items() if name in ours]
-    figure = Figure(figsize=(2.6 * len(shown) + 1, 5.5), layout="constrained")
+    labels = [row["recipe"] for row in table]
+    width = max(2.6, 0.25 * len(table))  # inches; a letter of the labels is some 0.07 high
+    size = width * len(shown) + 1, 4.5 + 0.07 * max(map(len, labels))
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(2, len(shown), sharex=True, squeeze=False)
-    labels = [ablation(row).replace("none", "baseline") for row in table]
     for (heading, name), (above, below) in zip(shown, grid.T):
         for x, row in enumerate(table):
             values = [one[name] for one in row["rows"] if name in one]
@@ -216,12 +285,51 @@ def draw_table1(table):
                 above.plot([x - 0.3, x + 0.3], [row[name]] * 2, color="tab:blue")
             below.plot(x, in_paper(row).get(heading, math.nan), "s", color="0.4")
         above.set_title(heading, fontsize="medium")
-        below.set_xticks(range(len(table)), labels, rotation=60, ha="right", fontsize="small")
+        below.set_xticks(range(len(table)), labels, rotation=90, fontsize="small")
     grid[0, 0].set_ylabel("here")
     grid[1, 0].set_ylabel("paper")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    return picture.getvalue()
+    return as_png(figure)
+
+
+def draw_bargain(table):
+    """What interpretability costs, a panel for each of BARGAIN that is in the table.
+
+    -> the bytes of a .png, or None where no panel is.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    ours = set().union(*table)
+    shown = [panel for panel in BARGAIN if panel[0] in ours]
+    if not shown:
+        return None
+    figure = Figure(figsize=(4.2 * len(shown) + 0.5, 4.5 + 0.1 * len(table)), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for (name, label, less_is_better), axes in zip(shown, panels):
+        for row, color in zip(table, colormaps["tab20"].colors * len(table)):
+            draw_recipe(axes, row, name, color)
+        axes.set(xlabel="clean perplexity", ylabel=label)
+        if less_is_better:
+            axes.invert_yaxis()  # up is better in every panel
+        axes.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.suptitle("up and to the left is better; a dotted line has no such number",
+                    fontsize="medium")
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small",
+                  frameon=False)
+    return as_png(figure)
+
+
+def draw_recipe(axes, row, name, color):
+    """A dot for every seed of a row that has this number, and their mean ± deviation."""
+    seeds = [one for one in row["rows"] if name in one]
+    if not seeds:
+        axes.axvline(row["ppl_clean"], color=color, ls=":", label=row["recipe"])
+        return
+    axes.plot([one["ppl_clean"] for one in seeds], [one[name] for one in seeds], ".", color=color)
+    mean = averages(seeds, ("ppl_clean", name))
+    axes.errorbar(mean["ppl_clean"], mean[name], xerr=mean["ppl_clean_sd"], yerr=mean[f"{name}_sd"],
+                  fmt="o", ms=8, color=color, label=row["recipe"])
 
 
 def save_together(contents):
@@ -241,25 +349,28 @@ def main():
     refuse_other_texts(tasks)
     found, notes = read_experiments([task.run for task in tasks])
     groups = group_seeds(tasks)
-    target = Path(tasks[0].run.path).absolute().parent / "table1"
-    for kind in (".md", ".csv", ".png"):
-        check_writable(target.with_suffix(kind))
+    folder = Path(tasks[0].run.path).absolute().parent
+    names = ("table1.md", "table1.csv", "table1.png", "bargain.png")
+    for name in names:
+        check_writable(folder / name)
 
     rows = []
     for task, numbers in zip(tasks, found):
         rows.append(evaluate_run(task, args.batch_size, device) | numbers)
     table = join_seeds(rows, groups, AVERAGED + FOUND)
+    name_recipes(table, [tasks[places[0]].run.train_config for places in groups])
     if args.json:
         print(json.dumps(table, indent=1))
     else:
         print_table(table, table1_columns())
         print(*NOTES, *notes, sep="\n")
-    save_together({
-        target.with_suffix(".md"): markdown(table, notes).encode(errors="replace"),
-        target.with_suffix(".csv"): spreadsheet(table).encode(errors="replace"),
-        target.with_suffix(".png"): draw_table1(table)})
+    contents = dict(zip(names, (
+        markdown(table, notes).encode(errors="replace"),
+        spreadsheet(table).encode(errors="replace"), draw_table1(table), draw_bargain(table))))
+    saved = {folder / name: content for name, content in contents.items() if content}
+    save_together(saved)
     if not args.json:
-        print(f"saved as {target.with_suffix('.md')}, .csv, .png")
+        print(f"saved in {folder}: {', '.join(path.name for path in saved)}")
 
 
 if __name__ == "__main__":

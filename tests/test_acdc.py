@@ -278,6 +278,86 @@ def test_a_diverged_model_is_refused():
         circuit_of(model, pairs())
 
 
+# ---- both streams
+
+
+def guesses(logits, tokens):
+    """Shares of exact and of right answers, prompt by prompt."""
+    exact = [int(row.argmax()) == answer for row, answer in zip(logits, tokens.answers.tolist())]
+    right = [(row[answer] > row[wrong]).item() for row, answer, wrong in zip(logits, tokens.answers, tokens.wrong)]
+    return sum(exact) / len(exact), sum(right) / len(right)
+
+
+@pytest.mark.parametrize("changes", [{"ablation": "local"}, {"ablation": "global", "attn_unit": "head", "k_attn": 1}])
+def test_answers_of_both_streams_are_those_of_each_prompt_alone(changes):
+    """Prompts of several lengths and out of order: padding must not reach the ablated stream."""
+    model, (clean, corrupt, lengths) = tiny(k_mlp=3, **changes), pairs([9, 7, 9, 8] * 5)
+    generator = torch.Generator().manual_seed(2)
+    answers, wrong = torch.randint(23, (2, 20), generator=generator)
+    alone = [model.ablated(row[None, -length:]) for row, length in zip(clean, lengths)]
+    ablated = torch.cat([streams.logits_ablated[:, -1] for streams in alone])
+    answers[:6], wrong[6:9] = ablated.argmax(-1)[:6], ablated.argmax(-1)[6:9]  # some are right, some wrong
+    tokens = acdc.Tokens(clean, corrupt, lengths, answers, wrong)
+    torch.testing.assert_close(acdc.ablated_logits(model, tokens), ablated, rtol=0, atol=1e-12)
+    circuit, heldout = (circuit_of(model, (clean, corrupt, lengths)) for _ in range(2))
+    facts = acdc.describe_model(model, circuit, heldout, tokens)
+    clean_logits = torch.cat([streams.logits_clean[:, -1] for streams in alone])
+    assert (facts["ioi_exact"], facts["ioi_right"]) == guesses(clean_logits, tokens)
+    assert (facts["ablated_exact"], facts["ablated_right"]) == guesses(ablated, tokens)
+    assert facts["ablated_exact"] >= 0.3 and 0 < facts["ablated_right"] < 1
+    assert facts["kl_corrupt_heldout"] == facts["kl_corrupt"] > 0  # here they are the same prompts
+
+
+# ---- the frontier
+
+
+ZIGZAG = [(0, 4.0), (40, 0.01), (10, 1.0), (20, 0.1), (15, 1.5), (20, 0.2), (30, 0.1)]  # three are beaten
+
+
+def test_a_frontier_leaves_out_what_another_circuit_beats():
+    assert acdc.frontier(ZIGZAG) == [(0, 4.0), (10, 1.0), (20, 0.1), (40, 0.01)]
+    assert acdc.frontier([(0, 0.5), (9, 0.7), (12, 0.5)]) == [(0, 0.5)]  # circuits worse than none at all
+    rng = random.Random(0)
+    points = [(rng.randrange(20), rng.random()) for _ in range(60)]
+    unbeaten = [(edges, kl) for edges, kl in points
+                if not any(e <= edges and k <= kl and (e, k) != (edges, kl) for e, k in points)]
+    assert acdc.frontier(points) == sorted(unbeaten)
+
+
+@pytest.mark.parametrize("kl, edges", [
+    (1.0, 10), (0.1, 20), (0.01, 40),  # at the circuits themselves, the last end included
+    (2.0, 5), (10**-0.5, 15), (10**-1.5, 30), (10**-1.25, 25),  # between them, by hand
+    (4.0, 0), (9.0, 0), (0.0099, None)])  # no edge is needed; more than any circuit has
+def test_edges_for_a_kl_lie_on_the_line_between_neighbours(kl, edges):
+    found = acdc.edges_for_kl(ZIGZAG, kl)
+    assert found is None if edges is None else found == pytest.approx(edges, abs=1e-12)
+
+
+def test_a_frontier_that_begins_with_some_edges_says_nothing_of_fewer():
+    assert acdc.edges_for_kl(ZIGZAG[1:], 1.2) is None and acdc.edges_for_kl(ZIGZAG[1:], 1.0) == 10
+
+
+def found_circuits(*rows, heldout=2, **facts):
+    """A result, as far as the frontier reads it: rows of (order, edges, kl, kl_heldout)."""
+    names = ("order", "edges", "kl", "kl_heldout")
+    return {"settings": {"heldout": heldout}, "kl_corrupt": 4.0, "kl_corrupt_heldout": 16.0,
+            "ioi_exact": 0.5, **facts,
+            "circuits": [dict(zip(names, row)) for row in rows]}
+
+
+def test_edges_at_equal_kl_are_of_the_fixed_order_on_the_prompts_held_out():
+    rows = [("descending", 10, 0.25, 0.5), (0, 1, 1e-5, 1e-5), ("descending", 30, 0.0, -1e-9), (1, 2, 1e-5, 1e-5)]
+    assert acdc.measured_points(found_circuits(*rows)) == [(0, 16.0), (10, 0.5), (30, 1e-6)]
+    assert acdc.measured_points(found_circuits(*rows, heldout=0)) == [(0, 4.0), (10, 0.25), (30, 1e-6)]
+    found = acdc.edges_at_equal_kl(found_circuits(*rows))
+    assert found["edges_kl_1"] == pytest.approx(8)  # 16 to 0.5 is five halvings, 16 to 1 four of them
+    assert 10 < found["edges_kl_0.3"] < found["edges_kl_0.1"] < 30
+    assert acdc.edges_at_equal_kl(found_circuits(*rows[:2])) == {}  # of one tau, whatever the other orders
+    assert acdc.edges_at_equal_kl(found_circuits(*rows, ioi_exact=0.49)) == {}  # it has no circuit for the task
+    low = [("descending", 5, 2.0, 2.0), ("descending", 9, 0.2, 0.2)]
+    assert acdc.edges_at_equal_kl(found_circuits(*low)).keys() == {"edges_kl_0.3", "edges_kl_1"}
+
+
 # ---- prompts
 
 
@@ -323,9 +403,9 @@ def test_padding_and_errors_of_prompts():
 # ---- the command line
 
 
-def save_run(folder, tokenizer=WORDS, seed=1):
+def save_run(folder, tokenizer=WORDS, seed=1, **changes):
     """A run folder as train.py leaves it, with no data at hand: circuits need none."""
-    model = tiny(vocab_size=load_tokenizer(tokenizer).n_vocab, block_size=120, n_layer=1, n_head=2, n_embd=8).float()
+    model = tiny(vocab_size=load_tokenizer(tokenizer).n_vocab, block_size=120, n_layer=1, n_head=2, n_embd=8, **changes).float()
     folder.mkdir()
     save_checkpoint(folder / "best.pt", model.config, model.state_dict(), step=7, tokenizer=tokenizer,
                     data="abc", train_config={"data": "nowhere", "seed": seed})
@@ -414,7 +494,8 @@ def test_a_result_says_what_can_be_said_of_a_circuit(call, run):
     """What RESULTS.md, interp/table1.py and a reader a year later look for."""
     assert call(run, "--count=4", "--orders=1")[0] is None
     result = result_of(run)
-    assert {"total", "ioi_exact", "ioi_right", "kl_corrupt", "prompts", "circuits", "warnings"} <= result.keys()
+    assert {"total", "ioi_exact", "ioi_right", "ablated_exact", "ablated_right", "kl_corrupt", "kl_corrupt_heldout",
+            "prompts", "circuits", "warnings"} <= result.keys()
     assert not {"edges", "connected"} & result.keys()  # facts of a circuit stand with it
     first, second = result["circuits"]
     facts = {"tau", "order", "edges", "connected", "heads", "kl", "circuit_exact", "circuit_right", "margin",
@@ -452,6 +533,60 @@ def test_force_replaces_a_damaged_file(call, run, name, content):
     message, out = call(run, "--count=4", "--force")
     assert message is None and "going on" not in out
     assert result_of(run)["settings"]["tau"] == [0.03] and not list(run.glob("*resume*"))
+
+
+def picture_words(monkeypatch):
+    """What the pictures that are drawn from now on say, a list that fills."""
+    words, save = [], acdc.save_figure
+
+    def look(path, figure):
+        for axes in figure.axes:
+            words.extend([axes.get_title(loc="left"), axes.get_xlabel(), *(line.get_label() for line in axes.lines)])
+        save(path, figure)
+    monkeypatch.setattr(acdc, "save_figure", look)
+    return words
+
+
+def test_several_taus_make_a_frontier(call, run, tmp_path, monkeypatch):
+    """Its table and its picture, also when all has been found before; no gates, no ablated stream."""
+    words = picture_words(monkeypatch)
+    monkeypatch.setattr(acdc, "KNOWS", 0)  # these models know nothing
+    command = (run, run.parent / "run2", "--count=4", "--tau=0.001,0.01,0.2", f"--plot={tmp_path / 'all.pdf'}")
+    message, out = call(*command)
+    assert message is None and "by the ablated stream" not in out and result_of(run)["ablated_exact"] is None
+    note, _, head, first, second = out[out.index("interpolated") :].splitlines()[:5]
+    assert "on held-out prompts" in note and "edges for KL <= 0.1" in head
+    expected = acdc.edges_at_equal_kl(result_of(run))
+    assert first.split()[0] == str(run) and [f"{edges:.1f}" for edges in expected.values()] == first.split()[1:]
+    assert words[0].startswith("run1\n") and words[-1] == str(run.parent / "run2") and str(run) in words
+    assert "KL(model || circuit) in nats, on held-out prompts" in words
+    assert (tmp_path / "all.pdf").read_bytes().startswith(b"%PDF")
+    (tmp_path / "all.pdf").unlink()
+    message, again = call(*command)
+    assert message is None and "already" in again and (tmp_path / "all.pdf").exists()
+    assert again[again.index("interpolated") :].splitlines()[2:5] == [head, first, second]
+    assert "interpolated" not in call(run, "--count=4", "--force")[1]
+
+
+def test_a_gated_run_answers_on_both_streams(call, tmp_path, monkeypatch):
+    words = picture_words(monkeypatch)
+    run = save_run(tmp_path / "gated", ablation="local", k_attn=1, k_mlp=1)
+    message, out = call(run, "--count=4")
+    assert message is None and "by the ablated stream" in out
+    result = result_of(run)
+    assert 0 <= result["ablated_exact"] <= result["ablated_right"] <= 1
+    (run / "best.pt").rename(run / "last.pt")
+    assert call(run / "last.pt", "--count=4")[0] is None
+    assert [title.splitlines()[0] for title in words if "edges at tau" in title] == ["gated"] * 2
+
+
+def test_a_result_from_before_the_frontier_is_refused(call, run):
+    """It lacks what the tables of today print."""
+    assert call(run, "--count=4")[0] is None
+    whole = result_of(run)
+    for name in ("ablated_exact", "kl_corrupt_heldout"):
+        (run / "acdc.json").write_text(json.dumps({key: value for key, value in whole.items() if key != name}))
+        assert "acdc.json is damaged, or of an earlier version: delete it, or add --force" in call(run, "--count=4")[0]
 
 
 def test_prompts_of_ones_own(call, run, tmp_path):

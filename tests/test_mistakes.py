@@ -289,6 +289,7 @@ TABLE1 = [
     ("table1.py out/run", "table1.md: there is a folder of that name", folder_named("out/table1.md")),
     ("table1.py out/run", "table1.csv: there is a folder of that name", folder_named("out/table1.csv")),
     ("table1.py out/run", "table1.png: there is a folder of that name", folder_named("out/table1.png")),
+    ("table1.py out/run", "bargain.png: there is a folder of that name", folder_named("out/bargain.png")),
     ("table1.py out/run", "out/run/acdc.json is damaged: delete it", text("out/run/acdc.json", '{"run": "out/run", "checkp')),
     ("table1.py out/run", "out/run/sae.json is damaged: delete it", text("out/run/sae.json", "[" * 200_000)),
     ("table1.py out/run", "out/run/best.pt is damaged", flip("out/run/best.pt")),
@@ -299,7 +300,8 @@ PAIRS = "acdc.py out/run --prompts=pairs.json"
 
 ACDC_RESULT = "out/run/acdc.json"
 WRONG_CIRCUITS = [("circuits", None), ("circuits", []), ("circuits", 5), ("circuits 0", 5), ("circuits 0 edges", "x"),
-                  ("circuits 0 kinds", None), ("warnings", None), ("warnings", 5), ("ioi_exact", "x")]
+                  ("circuits 0 kinds", None), ("warnings", None), ("warnings", 5), ("ioi_exact", "x"),
+                  ("ablated_exact", "x"), ("ablated_right", None)]
 WRONG_STATES = [("state", 5), ("state", {}), ("state circuits", 5), ("state circuits", [5]), ("state sweep", {})]
 
 ACDC = [
@@ -327,6 +329,9 @@ ACDC = [
     ("acdc.py out/run --seed=1.5", "argument --seed: invalid int value: '1.5'"),
     ("acdc.py out/run --device=cpu:9", "--device=cpu:9 cannot be used"),
     ("acdc.py out/run --dtype=float16", "argument --dtype: invalid choice: 'float16'"),
+    ("acdc.py out/run --plot=all.gif", "--plot=all.gif must end in .png, .pdf or .svg"),
+    ("acdc.py out/run --plot=nowhere/all.png", "cannot write nowhere/all.png"),
+    ("acdc.py out/run --plot=all.png", "cannot write all.png: there is a folder of that name", folder_named("all.png")),
     (PAIRS, "cannot read prompts from pairs.json: No such file"),
     (PAIRS, "cannot read prompts from pairs.json: Is a directory", folder_named("pairs.json")),
     (f"{PAIRS}{'n' * 300}", "File name too long"),

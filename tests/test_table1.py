@@ -6,6 +6,7 @@
 import csv
 import functools
 import json
+import math
 import resource
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "interp")]
 import table1
-from eval import open_run
+from eval import averages, open_run
 from interp.results import fingerprint, write_json
 from model import load_checkpoint
 from test_eval import run, seeds, tiny, typed  # noqa: F401
@@ -38,14 +39,17 @@ def no_measuring(monkeypatch):
 def found(run, experiment, settings=0, warnings=(), **facts):
     """The result of an experiment, as far as Table 1 reads it."""
     write_json(run / f"{experiment}.json", {
-        "run": str(run), "checkpoint": fingerprint(open_run(run).model), "step": 7, "settings": {"knob": settings},
+        "run": str(run), "checkpoint": fingerprint(open_run(run).model), "step": 7,
+        "settings": {"knob": settings, "heldout": 2},
         "command": f"interp/{experiment}.py somewhere", "date": "2026-01-01 00:00", "warnings": list(warnings), **facts})
 
 
-def found_circuit(run, edges, **changes):
-    circuits = [{"tau": 0.03, "order": "descending", "edges": edges, "connected": edges - 2},
-                {"tau": 0.03, "order": 0, "edges": 999, "connected": 999}]
-    found(run, "acdc", circuits=circuits, ioi_exact=0.5, **changes)
+def found_circuit(run, edges, more=(), ablated_exact=None, **changes):
+    """more: further circuits, (edges, kl_heldout)."""
+    circuits = [{"tau": 0.03, "order": "descending", "edges": edges, "connected": edges - 2, "kl_heldout": 0.5},
+                {"tau": 0.03, "order": 0, "edges": 999, "connected": 999, "kl_heldout": 0.01}]
+    circuits += [{"tau": 0.01, "order": "descending", "edges": size, "kl_heldout": kl} for size, kl in more]
+    found(run, "acdc", circuits=circuits, ioi_exact=0.5, ablated_exact=ablated_exact, kl_corrupt_heldout=4.0, **changes)
 
 
 def found_saes(run, *rows, **changes):
@@ -67,7 +71,8 @@ def test_it_joins_the_experiments_over_seeds(run, call):
     assert "50.0" in plain and "7.50" in plain and "79" in plain and "50%" in plain
     markdown = (run.parent / "table1.md").read_text(encoding="utf-8").splitlines()
     # settings and doubts go with it
-    for note in ("acdc: knob 0; of a list, the first", f"warning: {paths[2]}: do not believe it"):
+    acdc, sae = (f"{name}: knob 0, heldout 2; {reading}" for name, reading in table1.READING.items())
+    for note in (acdc, sae, f"warning: {paths[2]}: do not believe it"):
         assert note in out.splitlines() and note in markdown
     assert len(markdown) == 4 + 2 * 3
     assert [cell.strip() for cell in markdown[0].split("|")][4:6] == ["edges", "paper edges"]
@@ -93,6 +98,98 @@ def test_of_many_autoencoders_the_first_coefficient_counts_over_its_seeds(run, c
     assert json.loads(call(run, "--json")[1])[0]["l0"] == 8
 
 
+def test_of_many_places_the_first_counts(run):
+    rows = [(1, "mlp_out", 5.0, 4.0), (1, "mlp_out", 5.0, 6.0), (1, "mlp_out", 9.0, 1.0), (2, "mlp_out", 5.0, 50.0),
+            (1, "resid", 5.0, 70.0)]
+    names = ("layer", "site", "l1", "l0", "ce_score")
+    assert table1.sae_numbers({"saes": [dict(zip(names, (*row, 0.5))) for row in rows]}) == {"l0": 5.0, "ce_score": 0.5}
+
+
+def test_edges_at_equal_kl_and_both_streams_answers(run, call):
+    first, second = seeds(run, of=(1, 2))
+    found_circuit(first, 10, more=[(30, 0.125)], ablated_exact=0.25)  # KL 4, 0.5 and 0.125 with 0, 10 and 30 edges
+    found_circuit(second, 20, more=[(30, 0.0625)], ablated_exact=0.75)
+    message, out = call(first, second)
+    assert message is None
+    head, line = out.splitlines()[:2]
+    assert "edges for KL <= 0.3" in head and "by the ablated stream" in head and "50% ± 35%" in line
+    with open(run.parent / "table1.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    expected = [10 + 20 * math.log(0.5 / 0.3) / math.log(4), 20 + 10 * math.log(0.5 / 0.3) / math.log(8)]
+    assert float(row["edges_kl_0.3"]) == pytest.approx(sum(expected) / 2)
+    assert float(row["edges_kl_0.3_sd"]) == pytest.approx(abs(expected[0] - expected[1]) / 2**0.5)
+    assert float(row["edges_kl_1"]) == pytest.approx((10 + 20) / 2 * 2 / 3)  # two of the three halvings from 4 to 0.5
+    assert f"{float(row['edges_kl_0.1']):.1f} (1 of 2)" in line  # the first reaches 0.125 only
+    assert row["ablated_exact"] == "0.5" and row["ppl_ablated"]
+
+
+def test_of_a_single_tau_no_edges_are_interpolated(run, call):
+    found_circuit(run, 10)
+    assert not {name for name in json.loads(call(run, "--json")[1])[0] if "edges_kl" in name}
+
+
+# ---- the names of recipes, and the bargain
+
+
+def names_of(*rows):
+    """What rows are called: (ablation, k, gate, {other knobs}) each."""
+    table = [{"ablation": kind, "k_attn": k, "k_mlp": k, "attn_unit": "dim", "gate": gate} for kind, k, gate, _ in rows]
+    table1.name_recipes(table, [knobs for *_, knobs in rows])
+    return [row["recipe"] for row in table]
+
+
+def test_a_recipe_is_called_after_what_the_others_do_not_have():
+    ramp = {"ramp_start": 0.3, "ramp_end": 0.8, "ablated_coeff": 1.0, "n_layer": 4, "out": "a", "seed": 3}
+    plain = {"n_layer": 4, "data": "d", "out": "b", "ramp_start": 0.0}
+    assert names_of(("none", 0, "softmax", plain), ("local", 2, "softmax", plain), ("local", 2, "constant", ramp),
+                    ("local", 2, "constant", {**ramp, "ablated_coeff": 0.1, "ramp_start": 0}), ("global", 8, "softmax", plain)) == [
+        "baseline", "local k=2", "local k=2, constant, ramp_start 0.3, ramp_end 0.8",
+        "local k=2, constant, ablated_coeff 0.1, ramp_end 0.8", "global k=8"]
+    assert names_of(("local", 2, "constant", ramp), ("local", 1, "constant", ramp)) == ["local k=2, constant", "local k=1, constant"]
+
+
+def drawn(table, monkeypatch):
+    """The panels of the bargain: their figure's axes."""
+    figures = []
+    monkeypatch.setattr(table1, "as_png", lambda figure: figures.append(figure) or b"png")
+    assert table1.draw_bargain(table) == b"png"
+    return figures[0]
+
+
+def recipe_row(name, **numbers):
+    """A row of these lists, an entry a seed; clean perplexities are 5, 6, ..."""
+    rows = [{"ppl_clean": 5.0 + i, **dict(zip(numbers, values))} for i, values in enumerate(zip(*numbers.values()))]
+    rows = rows or [{"ppl_clean": 5.0}]
+    return {"recipe": name, "rows": rows, **averages(rows, ("ppl_clean", *numbers))}
+
+
+def test_the_bargain_has_a_dot_a_seed_and_up_is_better(monkeypatch):
+    table = [recipe_row("baseline"), recipe_row("ours", ppl_ablated=[8.0, 10.0], ce_score_l0_3=[0.5, 0.7]),
+             recipe_row("theirs", ppl_ablated=[12.0])]
+    figure = drawn(table, monkeypatch)
+    score, ablated = figure.axes  # nobody has edges
+    assert score.get_ylabel().startswith("CE score at L0 = 3") and not score.yaxis_inverted()
+    assert ablated.get_ylabel() == "ablated perplexity" and ablated.yaxis_inverted()
+    dots = [line.get_xydata().tolist() for line in ablated.lines if line.get_marker() == "."]
+    assert dots == [[[5.0, 8.0], [6.0, 10.0]], [[5.0, 12.0]]]
+    means = [container.lines[0].get_xydata().tolist() for container in ablated.containers]
+    assert means == [[[5.5, 9.0]], [[5.0, 12.0]]]
+    across, up = (bars.get_segments()[0] for bars in ablated.containers[0].lines[2])
+    assert across[:, 0].tolist() == pytest.approx([5.5 - 0.5**0.5, 5.5 + 0.5**0.5])
+    assert up[:, 1].tolist() == pytest.approx([9 - 2**0.5, 9 + 2**0.5])
+    assert len([line for line in score.lines if line.get_linestyle() == ":"]) == 2  # without such a number
+    (legend,) = figure.legends
+    assert sorted(text.get_text() for text in legend.get_texts()) == ["baseline", "ours", "theirs"]
+
+
+def test_without_any_number_there_is_no_bargain(run, call):
+    (plain,) = seeds(run, "plain", ablation="none", of=(1,))
+    assert table1.draw_bargain([recipe_row("baseline")]) is None
+    message, out = call(plain)
+    assert message is None and "bargain.png" not in out and not (run.parent / "bargain.png").exists()
+    assert "bargain.png" in call(plain, run)[1] and (run.parent / "bargain.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_it_has_the_papers_row_for_the_papers_models_only(run, call):
     rows = {"dim": {}, "head": {"attn_unit": "head", "k_attn": 1, "k_mlp": 1}, "sigmoid": {"gate": "sigmoid"},
             "odd": {"k_mlp": 3}}
@@ -109,7 +206,8 @@ def test_it_has_the_papers_row_for_the_papers_models_only(run, call):
     assert message is None
     dim, head, sigmoid, odd = out.splitlines()[1:5]
     assert "6.55" in dim and "local k=1, heads" in head and "local k=2, sigmoid" in sigmoid and "local k=2,3" in odd
-    assert dim.split()[-1] == "0.71" and [line.split()[-1] for line in (head, sigmoid, odd)] == ["-"] * 3
+    # before the perplexity of the ablated stream, the last column, there are L1's
+    assert dim.split()[-2] == "0.71" and [line.split()[-2] for line in (head, sigmoid, odd)] == ["-"] * 3
 
 
 def test_it_refuses_what_does_not_belong_together(run, call, tmp_path, no_measuring):
@@ -130,13 +228,17 @@ def test_it_refuses_what_does_not_belong_together(run, call, tmp_path, no_measur
 
 
 @pytest.mark.parametrize("name, facts", [
-    ("acdc", {}), ("acdc", {"circuits": []}), ("acdc", {"circuits": [{"edges": 1, "connected": 1}]}),
+    ("acdc", {}), ("acdc", {"circuits": []}), ("acdc", {"circuits": [{"edges": 1, "connected": 1}], "ioi_exact": 0.5}),
+    ("acdc", {"circuits": [{"edges": 1, "connected": 1, "order": "ascending"}], "ioi_exact": 0.5, "ablated_exact": 0.5}),
+    ("acdc", {"circuits": [{"edges": 1, "connected": 1, "order": "ascending", "kl_heldout": "0"}], "ioi_exact": 0.5,
+              "ablated_exact": None, "kl_corrupt_heldout": 1}),
+    ("acdc", {"circuits": [{"edges": 1, "connected": 1}]}),
     ("acdc", {"circuits": [{"edges": "many", "connected": 1}], "ioi_exact": 1}), ("acdc", {"circuits": 5}),
     ("sae", {}), ("sae", {"saes": []}), ("sae", {"saes": [{"l1": 5, "l0": 1}]}), ("sae", {"saes": ["l1"]}),
     ("sae", {"saes": [{"l1": 5, "l0": "1", "ce_score": 1}]}), ("sae", {"saes": [{"l0": 1, "ce_score": 1}]})])
 def test_a_half_result_is_one_line(run, call, no_measuring, name, facts):
     found(run, name, **facts)
-    assert call(run)[0] == f"error: {run / name}.json is damaged: delete it, and make it again"
+    assert call(run)[0] == f"error: {run / name}.json is damaged, or of an earlier version: delete it, and make it again"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"checkpoint": 1, "settings": {}}', '{"checkpoint"'])
@@ -146,7 +248,7 @@ def test_a_damaged_result_is_one_line(run, call, no_measuring, text):
     assert message.startswith("error: ") and "acdc.json is damaged: delete it" in message and "\n" not in message
 
 
-@pytest.mark.parametrize("name", ["table1.md", "table1.csv", "table1.png"])
+@pytest.mark.parametrize("name", ["table1.md", "table1.csv", "table1.png", "bargain.png"])
 def test_what_cannot_be_saved_is_found_out_at_once(run, call, no_measuring, name):
     (run.parent / name).mkdir()
     assert call(run)[0] == f"error: cannot write {run.parent / name}: there is a folder of that name"

@@ -291,9 +291,7 @@ def evaluate_run(task, batch_size, device):
         "run": str(run.path), "step": run.step,
         "ablation": config.ablation, "gate": config.gate, "attn_unit": config.attn_unit,
         "k_attn": config.k_attn if gated else 0, "k_mlp": config.k_mlp if gated else 0,
-        "ablated_coeff": config.ablated_coeff,
-        "ramp_start": run.train_config.get("ramp_start", 0.0),  # runs of earlier versions have none
-        "ramp_end": run.train_config.get("ramp_end", 0.0),
+        "ramp_end": run.train_config.get("ramp_end", 0.0),  # earlier runs have none
         "seed": run.train_config["seed"], "data": task.data, "checksum": meta["checksum"]}
     row |= measure_split(model, task.tokens, meta["eot"], meta["val"]["bytes"], batch_size, device)
     return row | l1_norms(model)
@@ -302,8 +300,8 @@ def evaluate_run(task, batch_size, device):
 # --------------------------------------------------------------------------------------- over seeds
 
 # what the runs of a group have in common, and what is averaged over them
-SHARED = ("ablation", "gate", "attn_unit", "k_attn", "k_mlp", "ablated_coeff", "ramp_start",
-          "ramp_end", "data", "checksum", "tokens", "stories")
+SHARED = ("recipe", "ablation", "gate", "attn_unit", "k_attn", "k_mlp", "ramp_end", "data",
+          "checksum", "tokens", "stories")
 AVERAGED = (
     "step", "loss_clean", "ppl_clean", "bits_per_byte_clean",
     "loss_ablated", "ppl_ablated", "bits_per_byte_ablated",
@@ -385,8 +383,7 @@ def number(name, form):
 
 
 def ablation(row):
-    """What tells the models of one size apart: "none", or such as "local k=1,2, heads, constant,
-    ramp 0.3 to 0.8": what differs from the paper's recipe."""
+    """What tells the models of one size apart: "none", or such as "local k=1,2, heads"."""
     if not row["k_mlp"]:
         return row["ablation"]
     text = f"{row['ablation']} k={row['k_attn']}"
@@ -396,18 +393,34 @@ def ablation(row):
         text += ", heads"
     if row["gate"] != "softmax":
         text += f", {row['gate']}"
-    if row["ramp_end"]:
-        text += f", ramp {row['ramp_start']:g} to {row['ramp_end']:g}"
-    if row["ablated_coeff"] != 1:
-        text += f", coefficient {row['ablated_coeff']:g}"
     return text
+
+
+def name_recipes(rows, configs):
+    """Call every row, row["recipe"], after its ablation and those of its other knobs in which rows
+    differ and which are not at their default.
+
+    configs: what the rows were trained with, {knob: value} each; earlier runs lack some knobs.
+    """
+    defaults = {name: field.default for name, field in knobs.FIELDS.items()}
+    configs = [defaults | config for config in configs]
+    told = ("ablation", "k_attn", "k_mlp", "attn_unit", "gate", "seed")  # or not to be told
+    differing = []
+    for name in knobs.decisive(defaults):
+        values = {config[name] for config in configs}
+        if len(values) > 1 and name not in told:
+            differing.append(name)
+    for row, config in zip(rows, configs):
+        words = [ablation(row).replace("none", "baseline")]
+        words += [f"{name} {config[name]}" for name in differing if config[name] != defaults[name]]
+        row["recipe"] = ", ".join(words)
 
 
 COLUMNS = [  # (heading, row -> text)
     ("run", column("run")),
     ("data", lambda row: Path(row["data"]).name),
     ("step", number("step", ",.0f")),
-    ("ablation", ablation),
+    ("recipe", column("recipe")),
     ("seeds", column("n")),
     ("ppl clean", number("ppl_clean", ".3f")),
     ("ppl ablated", number("ppl_ablated", ".3f")),
@@ -631,6 +644,7 @@ def main():
         curves = [validation_curves(task.run.path) for task in tasks]
 
     rows = [evaluate_run(task, args.batch_size, device) for task in tasks]
+    name_recipes(rows, [task.run.train_config for task in tasks])
     table = join_seeds(rows, groups) if args.over_seeds else rows
     if args.json:
         print(json.dumps(table, indent=1))

@@ -25,6 +25,7 @@ import csv
 import io
 import json
 import math
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,8 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import config as knobs
 from eval import (
-    AVERAGED, ablation, averages, cells, check_range, check_writable, column, evaluate_run,
-    group_seeds, join_seeds, measuring_parser, number, open_tasks, print_table)
+    AVERAGED, averages, cells, check_range, check_writable, column, evaluate_run, group_seeds,
+    join_seeds, measuring_parser, name_recipes, number, open_tasks, print_table)
 from interp.acdc import EDGES_FOR, edges_at_equal_kl
 from interp.results import fingerprint, read_result, refuse_mixed, result_path
 from model import replace_file
@@ -183,31 +184,12 @@ def refuse_other_texts(tasks):
 # ---------------------------------------------------------------------------------------- the table
 
 
-def name_recipes(table, configs):
-    """Call every row, row["recipe"], after its ablation and those of its other knobs in which rows
-    differ and which are not at their default.
-
-    configs: what the rows were trained with, {knob: value} each; earlier runs lack some knobs.
-    """
-    defaults = {name: field.default for name, field in knobs.FIELDS.items()}
-    configs = [defaults | config for config in configs]
-    told = ("ablation", "k_attn", "k_mlp", "attn_unit", "gate", "seed")  # or not to be told
-    differing = []
-    for name in knobs.decisive(defaults):
-        values = {config[name] for config in configs}
-        if len(values) > 1 and name not in told:
-            differing.append(name)
-    for row, config in zip(table, configs):
-        words = [ablation(row).replace("none", "baseline")]
-        words += [f"{name} {config[name]}" for name in differing if config[name] != defaults[name]]
-        row["recipe"] = ", ".join(words)
-
-
 def in_paper(row):
     """{heading: number} of the paper's model like this one; empty when it has none."""
     if row["k_attn"] != row["k_mlp"]:
         return {}
-    if row["ablation"] != "none" and (row["attn_unit"], row["gate"]) != ("dim", "softmax"):
+    recipe = row["attn_unit"], row["gate"], row["ramp_end"]
+    if row["ablation"] != "none" and recipe != ("dim", "softmax", 0):
         return {}
     return dict(zip(PAPER_NUMBERS, PAPER.get((row["ablation"], row["k_mlp"]), ())))
 
@@ -349,7 +331,7 @@ def main():
     refuse_other_texts(tasks)
     found, notes = read_experiments([task.run for task in tasks])
     groups = group_seeds(tasks)
-    folder = Path(tasks[0].run.path).absolute().parent
+    folder = Path(os.path.commonpath([Path(task.run.path).absolute().parent for task in tasks]))
     names = ("table1.md", "table1.csv", "table1.png", "bargain.png")
     for name in names:
         check_writable(folder / name)
@@ -357,8 +339,8 @@ def main():
     rows = []
     for task, numbers in zip(tasks, found):
         rows.append(evaluate_run(task, args.batch_size, device) | numbers)
+    name_recipes(rows, [task.run.train_config for task in tasks])
     table = join_seeds(rows, groups, AVERAGED + FOUND)
-    name_recipes(table, [tasks[places[0]].run.train_config for places in groups])
     if args.json:
         print(json.dumps(table, indent=1))
     else:

@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "interp")]
 import table1
-from eval import averages, open_run
+from eval import averages, name_recipes, open_run
 from interp.results import fingerprint, write_json
 from model import load_checkpoint
 from test_eval import run, seeds, tiny, typed  # noqa: F401
@@ -134,7 +134,7 @@ def test_of_a_single_tau_no_edges_are_interpolated(run, call):
 def names_of(*rows):
     """What rows are called: (ablation, k, gate, {other knobs}) each."""
     table = [{"ablation": kind, "k_attn": k, "k_mlp": k, "attn_unit": "dim", "gate": gate} for kind, k, gate, _ in rows]
-    table1.name_recipes(table, [knobs for *_, knobs in rows])
+    name_recipes(table, [knobs for *_, knobs in rows])
     return [row["recipe"] for row in table]
 
 

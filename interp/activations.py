@@ -61,7 +61,7 @@ class Site:
         if not 0 <= layer < model.config.n_layer:
             last = model.config.n_layer - 1
             raise UserError(f"--layer={layer}: the blocks of this model are 0 to {last}")
-        self.model, self.site = model, site
+        self.model, self.layer, self.site = model, layer, site
         self.center = center and site != "mlp_act"
         self.d = model.config.n_embd * (4 if site == "mlp_act" else 1)
         self.module = model.transformer["h"][layer].get_submodule(SITES[site])

@@ -1,13 +1,20 @@
-"""Sparse autoencoders on a place of the clean stream: L0 and CE score (Table 1), and the features.
+"""Sparse autoencoders on places of the clean stream: L0 and CE score (Table 1), and the features.
 
     python interp/sae.py out/local_k2                         the paper's recipe (Table 5): a GPU
     python interp/sae.py out/local_k2 --small                 minutes on a CPU
     python interp/sae.py out/* --small --seeds 1,2,3          a table: mean ± deviation over seeds
     python interp/sae.py out/local_k2 --small --l1 2,5,10     the frontier of L0 against CE score
     python interp/sae.py out/local_k2 --small --features 20   what features fire on, also a page
+    python interp/sae.py out/local_k2 --small --places        which places matter, nothing trained
+    python interp/sae.py out/local_k2 --small --l1 2,5,10 --layer 0,1 --site mlp_out,resid
 
 The paper trains on 409.6M activations, --small on 4.1M of 1M tokens. All l1 of a sweep train on one
-stream of activations.
+stream of activations. Places (every --layer with every --site) are trained one after the other,
+each as if it were alone: they multiply the time, but the memory is that of the largest one.
+mlp_act is four times as wide as the others: 16 times their work, four times their buffer.
+
+The CE score divides by what the model loses, in nats per token, when the place is zeroed. Where
+that is little (--places marks less than 0.05), the score says little: choose other places.
 
 Writes into the run folder sae.json (every number, its settings and its history), sae.pt (the
 autoencoders), sae.png and, with --features, sae_features.html. What is there already with the same
@@ -15,8 +22,8 @@ settings is not made again. Ctrl-C and SIGTERM save and leave; the same command 
 exactly from there.
 
 A fixed l1 does not give two models the same L0, so compare models by their frontiers (--plot draws
-them over each other), not by one point. x~ = s x is what an autoencoder is trained on, with s such
-that a mean row has norm sqrt(d):
+them over each other) or by the CE score interpolated on them at L0 = 3, which is printed, not by
+one point. x~ = s x is what an autoencoder is trained on, s such that a mean row has norm sqrt(d):
     f = ReLU(x~ W_enc + b_enc)     x^ = f W_dec + b_dec     loss = |x^ - x~|^2 + l1 sum_i f_i c_i
 with c_i = 1 and decoder rows of norm 1 (recipe saelens5, the paper's library) or c_i = |W_dec,i|
 (saelens6). topk (Gao et al. 2024) and batchtopk (Bussmann et al. 2024) keep the k largest f_i, of a
@@ -33,9 +40,13 @@ if __name__ == "__main__":
 
 import html
 import math
+import os
 import sys
 import time
-from functools import partial
+from collections import defaultdict
+from functools import cache, partial
+from itertools import cycle, product
+from operator import itemgetter
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
@@ -68,6 +79,8 @@ SIZES = {  # by default, as in Table 5; with --small; what it is
 FEATURE_WINDOWS = 1024  # held-out windows that --features looks through, at most
 DEAD_AFTER = 1000  # steps that a feature may be silent in training before it counts as dead
 SAVE_EVERY = 300  # seconds: what a crash can cost
+LITTLE = 0.05  # nats per token: a place that costs less when zeroed does not matter to the model
+AT_L0 = 3  # where the frontiers of several models are compared
 
 
 # -------------------------------------------------------------------------------- the autoencoder
@@ -146,9 +159,13 @@ class SAE(nn.Module):
 
 
 def sae_from(row, settings):
-    """The SAE that a row, with its "weights", of sae.pt describes."""
+    """The SAE that a row, with its "weights", of sae.pt describes.
+
+    It knows its place: Site(model, sae.layer, sae.site, sae.center) reads what it is to be given.
+    """
     sae = SAE(*row["weights"]["W_enc"].shape, settings["activation"], row.get("k"))
     sae.load_state_dict(row["weights"])
+    sae.layer, sae.site, sae.center = row["layer"], row["site"], settings["center"]
     return sae.eval()
 
 
@@ -160,7 +177,7 @@ def read_saes(path):
         return {"checkpoint": found["checkpoint"], "settings": found["settings"], "saes": saes}
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         # absent, damaged, of another program, or with weights that do not fit together
-        raise UserError(f"{path} does not hold autoencoders of interp/sae.py "
+        raise UserError(f"{path} does not hold autoencoders of this version of interp/sae.py "
                         f"({type(error).__name__}): delete it, and make it again") from None
 
 
@@ -319,13 +336,13 @@ class Batches:
 
 
 class Training:
-    """The SAEs of one seed, one for every l1 (or k), step by step, all on the same batches.
+    """The SAEs of one place and seed, one for every l1 (or k), all on the same batches.
 
     saved: what state() gave before an interruption, or None. Raises Stopped, nothing half done.
     """
 
     def __init__(self, site, tokens, settings, seed, saved=None, stop=None):
-        self.settings, self.seed, self.stop = settings, seed, stop
+        self.site, self.settings, self.seed, self.stop = site, settings, seed, stop
         self.swept = "l1" if settings["l1"] else "k"
         self.features = settings["expansion"] * site.d
         device = next(site.model.parameters()).device
@@ -399,6 +416,7 @@ class Training:
             dead = past["dead"][-1] / self.features if self.settings["steps"] > DEAD_AFTER else None
             weights = sae.fold(self.batches.scale).cpu().state_dict()
             rows.append({
+                "layer": self.site.layer, "site": self.site.site,
                 "seed": self.seed, "features": self.features, "scale": self.batches.scale,
                 "seconds": round(self.worked(), 1), self.swept: value, "dead": dead,
                 "history": past, "weights": weights})
@@ -471,6 +489,30 @@ class Score:
                 "never": (self.fired == 0).double().mean().item()}
 
 
+def parts_of(idx, config):
+    """Windows idx (B, T), so many at a time that a (B, T, V) takes 16 MB or is of one window."""
+    return idx.split(max(1, 2**22 // (idx.size(1) * config.vocab_size)))
+
+
+@torch.no_grad()
+def score_zeroing(sites, idx, title=None):
+    """What each of several places of a model matters to it on the windows idx (B, T): a dict each.
+
+    ce_clean, ce_zero: as in score_saes.
+    """
+    model, predicted = sites[0].model, idx.numel() - len(idx)  # tokens
+    nats_clean, nats_zero = 0.0, [0.0] * len(sites)
+    parts = parts_of(idx, model.config)
+    for part in tqdm(parts, desc=title, unit=" batches", leave=False, disable=title is None):
+        nats_clean += token_nats(model(part).log_softmax(-1), part)
+        for i, site in enumerate(sites):
+            log_q = site.run(part, torch.zeros_like).log_softmax(-1)  # (B, T, V)
+            nats_zero[i] += token_nats(log_q, part)
+    return [{"layer": site.layer, "site": site.site,
+             "ce_clean": nats_clean / predicted, "ce_zero": nats / predicted}
+            for site, nats in zip(sites, nats_zero)]
+
+
 @torch.no_grad()
 def score_saes(site, saes, idx, stop=None, title=None):
     """What each of several folded SAEs does to the model on the windows idx (B, T) -> a dict each.
@@ -486,8 +528,7 @@ def score_saes(site, saes, idx, stop=None, title=None):
     scores = [Score(sae) for sae in saes]
     nats_clean = nats_zero = kl_zero = squares = 0.0
     total = torch.zeros(site.d, dtype=torch.float64)
-    # so many windows that the largest tensors, (B, T, V), take 16 MB or a window
-    parts = idx.split(max(1, 2**22 // (idx.size(1) * site.model.config.vocab_size)))
+    parts = parts_of(idx, site.model.config)
     for part in tqdm(parts, desc=title, unit=" batches", leave=False, disable=title is None):
         check_stop(stop)
         x = site.read(part).flatten(0, 1)  # (B T, d)
@@ -516,15 +557,35 @@ def score_saes(site, saes, idx, stop=None, title=None):
     return rows
 
 
+def zeroing_costs(row):
+    """Nats per token that the model loses when the place of this row is zeroed."""
+    return row["ce_zero"] - row["ce_clean"]
+
+
 def warnings(row):
     """What a reader of this row of "saes" has to know, a sentence each."""
     if "l1" in row and row["l0"] > row["features"] / 20:
-        yield (f"L0 {row['l0']:.0f} is more than a twentieth of {row['features']} features: "
-               "not converged (take more --steps or a larger --lr) or a small --l1")
-    lost = row["ce_zero"] - row["ce_clean"]
-    if lost < 0.05:
-        yield (f"without this place the model loses only {lost:.4f} nats: "
-               "the CE score divides by that and means little")
+        yield (f"{place(row)}, {coefficient(row)}, seed {row['seed']}: L0 {row['l0']:.0f} is more "
+               f"than a twentieth of {row['features']} features: not converged (take more --steps "
+               f"or a larger --lr) or a small --l1")
+    if zeroing_costs(row) < LITTLE:
+        yield (f"{place(row)}: without this place the model loses only {zeroing_costs(row):.4f} "
+               f"nats: the CE score divides by that and means little")
+
+
+def score_at_l0(rows, l0):
+    """The CE score at this L0, interpolated between the SAEs whose L0 lie on both sides of it.
+
+    rows: of one place and one seed, dicts with l0 and ce_score. Linear in log L0. None outside the
+    range of their L0, and where one of the two has no score.
+    """
+    points = sorted((row for row in rows if row["l0"] > 0), key=itemgetter("l0"))
+    if not points:
+        return None
+    logs = [math.log(row["l0"]) for row in points]
+    scores = np.array([row["ce_score"] for row in points], dtype=float)  # None becomes nan
+    score = np.interp(math.log(l0), logs, scores, left=math.nan, right=math.nan)
+    return None if math.isnan(score) else float(score)
 
 
 # ---------------------------------------------------------------------------- features to look at
@@ -620,17 +681,32 @@ def shaded(word, value, largest):
 # ---------------------------------------------------------------------------------------- results
 
 
+def place(row):
+    return f"{row['site']} of block {row['layer']}"
+
+
 def coefficient(row):
     return f"l1 {row['l1']:g}" if "l1" in row else f"k {row['k']}"
+
+
+def grouped(rows, *keys):
+    """{(key(row), ...): the rows that have these in common}, in the order of the first ones."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[tuple(key(row) for key in keys)].append(row)
+    return groups
 
 
 MEASURED = ("l0", "ce_score", "kl_score", "explained_variance", "dead", "ce_clean", "ce_sae",
             "ce_zero")
 
 
+KEPT = ("layer", "site", "seed", "l1", "k", "weights")  # in sae.pt, of a row while it is trained
+
 NUMBER, MAYBE = (int, float), (int, float, type(None))
 HISTORY = {"step": list, "error": list, "l0": list, "dead": list}
-TRAINED = {"seed": int, "features": int, "scale": NUMBER, "dead": MAYBE, "history": HISTORY}
+TRAINED = {"layer": int, "site": str, "seed": int, "features": int, "scale": NUMBER,
+           "dead": MAYBE, "history": HISTORY}
 SCORED = {**TRAINED, **{name: MAYBE for name in MEASURED}, "l0": NUMBER,
           "density": {"features": list, "log10_edges": list}}
 TRAINING = {"step": int, "seconds": NUMBER, "history": [HISTORY], "silent": torch.Tensor,
@@ -643,7 +719,8 @@ def is_result(result):
     swept = "l1" if settings["l1"] else "k"
     if not fits(result, {"saes": [{**SCORED, swept: NUMBER}], "warnings": [str]}):
         return False
-    return len(result["saes"]) == len(settings["seeds"]) * len(settings[swept])
+    counts = [len(settings[name]) for name in ("layer", "site", "seeds", swept)]
+    return len(result["saes"]) == math.prod(counts)
 
 
 def is_state(state):
@@ -654,17 +731,40 @@ def is_state(state):
 
 
 def table_rows(result):
-    """A row for every l1 (or k) of a run: averages over the seeds."""
+    """A row for every place and l1 (or k) of a run: averages over the seeds."""
     rows = []
-    for name in dict.fromkeys(map(coefficient, result["saes"])):
-        group = [row for row in result["saes"] if coefficient(row) == name]
-        head = {"run": result["run"], "coefficient": name, "n": len(group)}
+    for group in grouped(result["saes"], place, coefficient).values():
+        first = group[0]
+        head = {"run": result["run"], "layer": first["layer"], "site": first["site"],
+                "coefficient": coefficient(first), "n": len(group)}
         rows.append(head | averages(group, MEASURED))
     return rows
 
 
+def rows_at_l0(result):
+    """A row for every place of a run: its CE score at AT_L0 over the seeds, if the sweep has it."""
+    rows = []
+    for group in grouped(result["saes"], place).values():
+        seeds = grouped(group, itemgetter("seed")).values()
+        scores = [{"score": score_at_l0(saes, AT_L0)} for saes in seeds]
+        swept = [row["l0"] for row in group]
+        head = {"run": result["run"], "layer": group[0]["layer"], "site": group[0]["site"],
+                "n": len(seeds), "lowest": min(swept), "highest": max(swept)}
+        rows.append(head | averages(scores, ["score"]))
+    return rows
+
+
+def cost_in_nats(row):
+    return f"{zeroing_costs(row):.4f}"
+
+
+def score_in_words(row):
+    return number("score", ".3f")(row) + " (interpolated)" if "score" in row else "not in the sweep"
+
+
 COLUMNS = [
     ("run", column("run")),
+    ("place", place),
     ("sparsity", column("coefficient")),
     ("seeds", column("n")),
     ("L0", number("l0", ".2f")),
@@ -675,53 +775,101 @@ COLUMNS = [
     ("CE clean", column("ce_clean", ".4f")),  # no seed changes it
     ("CE SAE", number("ce_sae", ".4f")),
     ("CE zero", column("ce_zero", ".4f")),  # no seed changes it
+    ("zeroing costs", cost_in_nats),
+]
+COLUMNS_AT_L0 = [
+    ("run", column("run")),
+    ("place", place),
+    ("seeds", column("n")),
+    ("L0 from", column("lowest", ".2f")),
+    ("to", column("highest", ".2f")),
+    (f"CE score at L0 = {AT_L0}", score_in_words),
+]
+COLUMNS_OF_PLACES = [
+    ("run", column("run")),
+    ("place", place),
+    ("CE clean", column("ce_clean", ".4f")),
+    ("CE zero", column("ce_zero", ".4f")),
+    ("zeroing costs", cost_in_nats),
+    ("", lambda row: "says little" if zeroing_costs(row) < LITTLE else "-"),
 ]
 
 
+LINES = ("-", "--", ":", "-.")  # for the blocks, in their order
+MARKERS = dict(zip(SITES, "os^D"))
+
+
+def names_of(results):
+    """What to call each run in a picture: its path, without the folder that all of them share."""
+    runs = [Path(result["run"]).absolute() for result in results]
+    shared = os.path.commonpath([run.parent for run in runs])
+    return [str(run.relative_to(shared)) for run in runs]
+
+
+def line_of(row, settings):
+    """How the place of this row is drawn: a style of line for its block, a marker for its site."""
+    block = settings["layer"].index(row["layer"])
+    return {"linestyle": LINES[block % len(LINES)], "marker": MARKERS[row["site"]]}
+
+
 def draw_saes(path, results):
-    """Training curves and firing densities of every SAE; the frontiers, a line for every run."""
+    """Training curves and firing densities of every SAE; the frontiers, a line a run and place.
+
+    A colour is a run, or, among the curves of a single run, an SAE of each place.
+    """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    figure = Figure(figsize=(15, 7.5), layout="constrained")
     (error, l0, dead), (density, score, variance) = figure.subplots(2, 3)
-    for i, result in enumerate(results):
+    settings, places = results[0]["settings"], list(grouped(results[0]["saes"], place).values())
+    several, few = len(results) > 1, len(results) * len(places) <= 6  # more words would be a blot
+    colors = cycle(colormaps["tab10" if len(results) <= 10 else "tab20"].colors)
+    legend = []  # of the whole picture: first the runs, then the places
+    for name, color, result in zip(names_of(results), colors if several else ["0.3"], results):
+        legend += score.plot([], [], color=color, label=name)
         for j, row in enumerate(result["saes"]):
-            label = f"{coefficient(row)}, seed {row['seed']}"
-            style = {"color": f"C{j}", "label": label}
-            if len(results) > 1:
-                style = {"color": f"C{i}", "label": f"{result['run']}, {label}"}
-            for axes, name in ((error, "error"), (l0, "l0"), (dead, "dead")):
-                axes.plot(row["history"]["step"], row["history"][name], linewidth=1, **style)
+            style = {"linestyle": line_of(row, settings)["linestyle"],
+                     "color": color if several else f"C{j % len(places[0])}"}
+            for axes, measured in ((error, "error"), (l0, "l0"), (dead, "dead")):
+                axes.plot(row["history"]["step"], row["history"][measured], linewidth=1, **style)
             density.stairs(row["density"]["features"], row["density"]["log10_edges"], **style)
-        for axes, name in ((score, "ce_score"), (variance, "explained_variance")):
-            draw_frontier(axes, result, name, f"C{i}")
+        for axes, measured in ((score, "ce_score"), (variance, "explained_variance")):
+            draw_frontiers(axes, result, measured, color, few)
+    for first, *_ in places:
+        legend += score.plot([], [], color="0.3", label=place(first), **line_of(first, settings))
+    figure.legend(handles=legend, loc="outside right upper", fontsize="small", handlelength=4)
+    if not several and len(places[0]) <= 6:
+        words = [f"{coefficient(row)}, seed {row['seed']}" for row in places[0]]
+        error.legend(error.lines[: len(words)], words, fontsize="small")
     error.set(title="squared error per activation, scaled", xlabel="step", yscale="log")
     l0.set(title="L0 in training", xlabel="step", yscale="log")
     dead.set(title=f"features silent for {DEAD_AFTER:,} steps", xlabel="step",
              ylim=(0, max(1, 1.05 * dead.get_ylim()[1])))
     density.set(title="features by firing density, held-out text",
                 xlabel="log10 of the share of tokens it fires in")
-    score.set(title="CE score against L0, held-out text", xlabel="L0")
-    variance.set(title="explained variance against L0, held-out text", xlabel="L0")
+    score.set(title="CE score against L0, held-out text", xlabel="L0", xscale="log")
+    variance.set(title="explained variance against L0, held-out text", xlabel="L0", xscale="log")
     for axes in figure.axes:
         axes.grid(alpha=0.3)
-    for axes in (error, score):
-        if len(axes.lines) <= 6:  # more would cover them
-            axes.legend(fontsize="small")
-    title = ("{site} of block {layer}, {activation}, recipe {recipe}, "
-             "{steps:,} steps of {batch_size:,}")
-    figure.suptitle(title.format(**results[0]["settings"]), fontsize="medium")
+    title = "{activation}, recipe {recipe}, {steps:,} steps of {batch_size:,}"
+    figure.suptitle(title.format(**settings), fontsize="medium")
     save_figure(path, figure)
 
 
-def draw_frontier(axes, result, name, color):
-    """A measured number of a run's SAEs against their L0, each with its l1 or k beside it."""
-    rows = [row for row in table_rows(result) if name in row]
-    points = sorted((row["l0"], row[name], row["coefficient"]) for row in rows)
-    xs, ys = [point[0] for point in points], [point[1] for point in points]
-    axes.plot(xs, ys, "o-", color=color, label=result["run"])
-    for x, y, text in points:
-        axes.annotate(text, (x, y), textcoords="offset points", xytext=(5, -10), fontsize="small")
+def draw_frontiers(axes, result, name, color, annotated):
+    """A measured number of a run's SAEs against their L0, a line a place.
+
+    annotated: with its l1 or k beside each point.
+    """
+    measured = [row for row in table_rows(result) if name in row]
+    for rows in grouped(measured, place).values():
+        rows.sort(key=itemgetter("l0"))
+        xs, ys = [row["l0"] for row in rows], [row[name] for row in rows]
+        axes.plot(xs, ys, color=color, **line_of(rows[0], result["settings"]))
+        for x, y, row in zip(xs, ys, rows) if annotated else ():
+            axes.annotate(row["coefficient"], (x, y), textcoords="offset points",
+                          xytext=(5, -10), fontsize="small")
     axes.margins(0.12)  # room for those words
 
 
@@ -731,19 +879,20 @@ def draw_frontier(axes, result, name, color):
 class Inputs(NamedTuple):
     """What the job of a run reads."""
 
-    site: Site  # its model is on the CPU until its turn comes
+    sites: list  # the Sites; their model is on the CPU until its turn comes
     eot: int
     train: np.ndarray  # tokens
     val: np.ndarray
 
 
-def check_memory(settings, d, plan, device):
+def check_memory(settings, sites, plan, device):
     """Raises UserError when training would take more memory than there is."""
-    F, batch = settings["expansion"] * d, settings["batch_size"]
+    d, batch = max(site.d for site in sites), settings["batch_size"]
+    F = settings["expansion"] * d
     saes = len(settings["l1"] or settings["k"])
     weights = 2 * d * F + F + d
-    # each with its gradient and Adam's two moments; of the seeds that are done the weights alone
-    numbers = saes * weights * (4 + len(settings["seeds"]) - 1)
+    # the weights of all places and seeds; of those in training the gradient, Adam's two moments
+    numbers = saes * weights * (len(sites) * len(settings["seeds"]) + 3)
     numbers += 3 * batch * F + 2 * saes * F  # features, their gradient, a product; silent, int64
     # a buffer that does not hold all has half of it read, put together and scaled beside it
     numbers += plan.size * (d + 2) * (1 if plan.cached else 2)
@@ -755,21 +904,27 @@ def check_memory(settings, d, plan, device):
             f"give a smaller --expansion, --batch_size or --buffer")
 
 
-def open_job(path, args, splits, device):
+def places_of(model, layers, args):
+    """The Sites of every one of these layers with every --site."""
+    return [Site(model, *place, not args.raw) for place in product(layers, args.site)]
+
+
+def open_job(path, args, load, device):
     """A run as a Job with its Inputs, looked over. Raises UserError or ModelError.
 
-    splits: what has been loaded so far, {(folder, split): tokens}.
+    load: load_tokens or the like.
     """
     run = open_run(path)
     folder, meta = find_data(run, args.data)
     config = run.model.config
-    layer = max(0, config.n_layer - 2) if args.layer is None else args.layer
-    site = Site(run.model, layer, args.site, not args.raw)
-    settings = {"data": meta["checksum"], "layer": layer, "site": args.site, "center": site.center,
-                "recipe": args.recipe, "activation": args.activation, "l1": args.l1, "k": args.k,
-                "seeds": args.seeds, "expansion": args.expansion}
+    layers = args.layer or [max(0, config.n_layer - 2)]
+    sites = places_of(run.model, layers, args)
+    settings = {"data": meta["checksum"], "layer": layers, "site": args.site,
+                "center": any(site.center for site in sites), "recipe": args.recipe,
+                "activation": args.activation, "l1": args.l1, "k": args.k, "seeds": args.seeds,
+                "expansion": args.expansion}
     settings |= {name: getattr(args, name) for name in SIZES}
-    F = args.expansion * site.d
+    F = args.expansion * min(site.d for site in sites)
     if args.k and not 1 <= min(args.k) <= max(args.k) <= F:
         raise UserError(f"--k: keep from 1 to all {F} features of {path}")
     job = Job(run, "sae", settings, {".pt": read_saes}, [".png"], args.force, is_result, is_state)
@@ -778,43 +933,45 @@ def open_job(path, args, splits, device):
     elif job.result:
         return job  # it reads nothing more
     plan = plan_of(settings, meta["train"]["tokens"], config.block_size)
-    check_memory(settings, site.d, plan, device)
-    for split in ("train", "val"):  # once: every byte of it is verified
-        if (folder, split) not in splits:
-            splits[folder, split] = load_tokens(folder, split)
-    val = splits[folder, "val"]
+    check_memory(settings, sites, plan, device)
+    train, val = load(folder, "train"), load(folder, "val")
     held_out_windows(val, config.block_size, 1)  # or it is too short
-    job.inputs = Inputs(site, meta["eot"], splits[folder, "train"], val)
+    job.inputs = Inputs(sites, meta["eot"], train, val)
     return job
 
 
 def train_saes(job, title, device, stop):
     """Trains and scores the SAEs of one run, or goes on with it -> its facts. Raises Stopped."""
-    settings, (site, _, train, val) = job.settings, job.inputs
-    T = site.model.to(device).config.block_size
+    settings, (sites, _, train, val) = job.settings, job.inputs
+    T = job.run.model.to(device).config.block_size
     state = job.state or {"rows": [], "current": None}
-    rows = state["rows"]  # of the seeds that are done; current: of the one that is not
+    rows = state["rows"]  # of the places and seeds that are done; current: of what is not
 
     def save(current):
         job.save({"rows": rows, "current": current})
 
     done = len(rows) // len(settings["l1"] or settings["k"])
-    for seed in settings["seeds"][done:]:
-        training = Training(site, train, settings, seed, state["current"], stop)
-        rows += train_seed(training, save, f"{title} seed {seed}")
+    for site, seed in list(product(sites, settings["seeds"]))[done:]:
+        name = f"{title}, {site.site} of block {site.layer}, seed {seed}"
+        # a Training without a name: its buffer is gone before the next one fills its own
+        rows += train_seed(
+            Training(site, train, settings, seed, state["current"], stop), save, name)
         state["current"] = None
         save(None)
 
-    saes = [sae_from(row, settings).to(device) for row in rows]
     starts = held_out_windows(val, T, settings["eval_windows"])
     idx = windows_at(val, starts, T, device)  # (B, T)
-    facts, kept = {"saes": [], "warnings": []}, []
-    for row, scores in zip(rows, score_saes(site, saes, idx, stop, "evaluation")):
-        kept.append({name: row[name] for name in ("seed", "l1", "k", "weights") if name in row})
-        row = {name: value for name, value in row.items() if name != "weights"} | scores
+    scores = []
+    for site, group in zip(sites, grouped(rows, place).values()):
+        saes = [sae_from(row, settings).to(device) for row in group]
+        scores += score_saes(site, saes, idx, stop, "evaluation")
+    facts, kept, found = {"saes": []}, [], []
+    for row, score in zip(rows, scores):
+        kept.append({name: row[name] for name in KEPT if name in row})
+        row = {name: value for name, value in row.items() if name != "weights"} | score
         facts["saes"].append(row)
-        name = f"{coefficient(row)}, seed {row['seed']}"
-        facts["warnings"] += [f"{name}: {warning}" for warning in warnings(row)]
+        found += warnings(row)
+    facts["warnings"] = list(dict.fromkeys(found))  # each once: some are of a place, not of an SAE
     content = {"settings": settings, "checkpoint": job.checkpoint, "saes": kept}
     write_torch(job.path(".pt"), content)
     draw_saes(job.path(".png"), [{"run": str(job.run.path), "settings": settings, **facts}])
@@ -823,16 +980,31 @@ def train_saes(job, title, device, stop):
 
 def print_features(job, count, device, stop):
     """The features of a run's first SAE, here and as a page."""
-    site, eot, _, val = job.inputs
+    (site, *_), eot, _, val = job.inputs
     T = site.model.to(device).config.block_size
     sae = load_saes(job.path(".pt"))[0].to(device)
     text = Text(val, eot, T, device, starts=held_out_windows(val, T, FEATURE_WINDOWS))
     features = top_snippets(site, sae, text, count, stop=stop)
-    place = f"{site.site} of block {job.settings['layer']}"
-    title = f"{job.run.path}: {place}, {coefficient(job.result['saes'][0])}"
+    first = job.result["saes"][0]
+    title = f"{job.run.path}: {place(first)}, {coefficient(first)}"
     print(f"\n--- {title}")
     tokenizer = load_tokenizer(job.run.tokenizer)
     show_features(features, tokenizer, job.path("_features.html"), title)
+
+
+def print_places(args, device):
+    """What zeroing costs, a table of every place of these runs. Nothing is trained or written."""
+    rows, load = [], cache(load_tokens)
+    for path in run_paths(args.runs):
+        run = open_run(path)
+        folder, _ = find_data(run, args.data)
+        config = run.model.to(device).config
+        sites = places_of(run.model, args.layer or range(config.n_layer), args)
+        val = load(folder, "val")
+        starts = held_out_windows(val, config.block_size, args.eval_windows)
+        idx = windows_at(val, starts, config.block_size, device)  # (B, T)
+        rows += [{"run": str(path)} | row for row in score_zeroing(sites, idx, str(path))]
+    print_table(rows, COLUMNS_OF_PLACES)
 
 
 # ------------------------------------------------------------------------------- the command line
@@ -842,10 +1014,11 @@ def make_parser():
     parser = run_parser(__doc__)
     add = parser.add_argument
     add("--data", help="prepared data to use (default: the run's own)")
-    add("--layer", type=int, help="block, from 0 (default: the last but one)")
-    add("--site", choices=list(SITES), default="mlp_out",
-        help="output of the MLP, of the attention, of the whole block, or the MLP's neurons "
-             "(default mlp_out)")
+    add("--layer", help="blocks, from 0, with commas between them (default: the last but one)")
+    add("--site", help="mlp_out, attn_out, resid, mlp_act: output of the MLP, of the attention, of "
+                       "the whole block, or the MLP's neurons, with commas (default mlp_out)")
+    add("--places", action="store_true",
+        help="train nothing: print what zeroing costs, of all places or of --layer, --site")
     add("--raw", action="store_true", help="do not centre the activations over channels")
     add("--recipe", choices=["saelens5", "saelens6"], default="saelens5",
         help="(default saelens5, the paper's)")
@@ -884,16 +1057,35 @@ def parse_arguments(argv):
     else:
         args.k = parse_list("--k", "8" if args.k is None else args.k, int)
     args.seeds = parse_list("--seeds", args.seeds, int)
+    if args.layer is not None:
+        args.layer = parse_list("--layer", args.layer, int)
+    args.site = parse_sites(args)
+    for name in ("features", "plot", "force") if args.places else ():
+        if getattr(args, name):
+            raise UserError(f"--{name} has no effect with --places: drop it")
     if args.plot is not None:
         check_picture(args.plot)
     return args
 
 
+def parse_sites(args):
+    """The names in --site; by default, with --places, all of them. Raises UserError."""
+    if args.site is None:
+        return list(SITES) if args.places else ["mlp_out"]
+    sites = args.site.split(",")
+    if len(set(sites)) < len(sites) or not set(sites) <= set(SITES):
+        raise UserError(f"--site={args.site} must be of {', '.join(SITES)}, each once, with commas "
+                        f"between them")
+    return sites
+
+
 def main():
     args = parse_arguments(sys.argv[1:])
     device = knobs.pick_device(args.device)
-    splits = {}
-    jobs = [open_job(path, args, splits, device) for path in run_paths(args.runs)]
+    if args.places:
+        return print_places(args, device)
+    load = cache(load_tokens)  # each split once: every byte of it is verified
+    jobs = [open_job(path, args, load, device) for path in run_paths(args.runs)]
     stop = knobs.StopRequest()
     try:
         results = results_of(jobs, partial(train_saes, device=device, stop=stop), device)
@@ -902,7 +1094,11 @@ def main():
     except Stopped:
         raise SystemExit("stopped: the same command again goes on from here") from None
     print_table([row for result in results for row in table_rows(result)], COLUMNS)
-    if len(results[0]["settings"]["seeds"]) > 1:  # of all of them: they have the same settings
+    settings = results[0]["settings"]  # of all of them: they have the same
+    if len(settings["l1"] or settings["k"]) > 1:
+        print()
+        print_table([row for result in results for row in rows_at_l0(result)], COLUMNS_AT_L0)
+    if len(settings["seeds"]) > 1:
         print("± is the sample standard deviation over seeds")
     for result in results:
         for warning in result["warnings"]:

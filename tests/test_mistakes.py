@@ -364,7 +364,7 @@ ACDC = [
 SAE_WORDS = "sae.py out/run --steps=4 --batch_size=64 --expansion=30 --device=cpu"
 
 SAE_RESULT, SAE_STATE = "out/run/sae.json", "out/run/sae.resume.pt"
-WRONG_SAES = [("saes", None), ("saes", []), ("saes 0 l0", "x"), ("saes 0 l1", None), ("saes 0 history", {}),
+WRONG_SAES = [("saes", None), ("saes", []), ("saes 0 layer", None), ("saes 0 site", 1), ("saes 0 l0", "x"), ("saes 0 l1", None), ("saes 0 history", {}),
               ("warnings", None)]
 WRONG_STATES_OF_SAES = [("state", 5), ("state rows", 5), ("state rows", [{}]), ("state current", {})]
 
@@ -374,6 +374,18 @@ SAE = [
     ("sae.py out/run --l1=5,5.0", "--l1=5,5.0 must be numbers from 0 on, each once"),
     ("sae.py out/run --l1=-1", "--l1=-1 must be numbers from 0 on"),
     ("sae.py out/run --l1=inf", "--l1=inf must be numbers"),
+    ("sae.py out/run --layer=", "--layer= must be whole numbers from 0 on, each once"),
+    ("sae.py out/run --layer=0,0", "--layer=0,0 must be whole numbers from 0 on, each once"),
+    ("sae.py out/run --layer=0,9", "--layer=9: the blocks of this model are 0 to"),
+    ("sae.py out/run --site=", "--site= must be of mlp_out, attn_out, resid, mlp_act, each once"),
+    ("sae.py out/run --site=resid,resid", "--site=resid,resid must be of mlp_out"),
+    ("sae.py out/run --site=resid,block_out", "--site=resid,block_out must be of mlp_out, attn_out, resid, mlp_act"),
+    ("sae.py out/run --places --layer=9", "--layer=9: the blocks of this model are 0 to"),
+    ("sae.py out/run --places --plot=all.png", "--plot has no effect with --places: drop it"),
+    ("sae.py out/run --places --features=3", "--features has no effect with --places: drop it"),
+    ("sae.py out/run --places --force", "--force has no effect with --places: drop it"),
+    ("sae.py out/run out/nowhere --places", "no checkpoint at"),
+    ("sae.py out/run --places", "data/val.bin is damaged", flip("data/val.bin")),
     ("sae.py out/run --seeds=1,1", "--seeds=1,1 must be whole numbers from 0 on, each once"),
     ("sae.py out/run --seeds=1.5", "--seeds=1.5 must be whole numbers"),
     ("sae.py out/run --seeds=-1", "--seeds=-1 must be whole numbers"),
@@ -402,6 +414,7 @@ SAE = [
        autoencoders(says(SAE_RESULT, *change))) for change in WRONG_SAES),
     *((SAE_WORDS, f"{SAE_STATE} is damaged, or of an earlier version: delete it, or add --force",
        autoencoders(unfinished, says(SAE_STATE, *change))) for change in WRONG_STATES_OF_SAES),
+    (f"{SAE_WORDS} --layer=0,1", "sae.json was made with layer=[0], not [0, 1]: --force replaces it", autoencoders()),
     (f"{SAE_WORDS} --lr=0.1", "sae.json was made with lr=1e-05, not 0.1: --force replaces it", autoencoders()),
 ]
 

@@ -13,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -141,7 +142,7 @@ def test_ten_steps_are_those_of_saelens_5(oracles):
 def test_the_schedules_and_defaults_are_table_5():
     args = sae.parse_arguments(["out/x"])
     assert (args.steps, args.batch_size, args.lr, args.l1, args.expansion, args.buffer) == (100_000, 4096, 1e-5, [5.0], 16, 262_144)
-    assert (args.recipe, args.activation, args.site, args.raw, args.tokens) == ("saelens5", "relu", "mlp_out", False, None)
+    assert (args.recipe, args.activation, args.site, args.raw, args.tokens) == ("saelens5", "relu", ["mlp_out"], False, None)
     small = sae.parse_arguments(["out/x", "--small", "--lr=1e-3"])
     assert (small.steps, small.batch_size, small.lr, small.tokens) == (4000, 1024, 1e-3, 1_000_000)
     for t in (0, 1, 2500, 5000, 79_999, 80_000, 80_001, 90_000, 99_999):
@@ -322,10 +323,61 @@ def test_nothing_lost_scores_1_and_everything_lost_0(site):
 
 
 def test_warnings():
-    row = {"l0": 60, "l1": 5.0, "features": 1000, "ce_zero": 3.04, "ce_clean": 3.0}
-    assert [w.split()[0] for w in sae.warnings(row)] == ["L0", "without"]
-    assert [w.split()[0] for w in sae.warnings({name: row[name] for name in row if name != "l1"})] == ["without"]  # topk: as asked
+    row = {"layer": 1, "site": "resid", "seed": 7, "l0": 60, "l1": 5.0, "features": 1000, "ce_zero": 3.04, "ce_clean": 3.0}
+    heads = ["resid of block 1, l1 5, seed 7: L0 60", "resid of block 1: without this place the model loses only 0.0400 nats"]
+    assert all(w.startswith(head) for w, head in zip(sae.warnings(row), heads, strict=True))
+    without = {name: row[name] for name in row if name != "l1"}  # topk: as asked
+    assert [w.split(": ")[1].split()[0] for w in sae.warnings(without)] == ["without"]
     assert not list(sae.warnings(row | {"l0": 40, "ce_zero": 3.1}))
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_zeroing_costs_what_plain_hooks_say(raw):
+    """Hooks that return zeros, on the model's own modules; and the evaluation of autoencoders says the same bits."""
+    model, idx = tiny(), torch.from_numpy(tokens(400).astype(np.int64)).view(50, T)
+    sites = [sae.Site(model, layer, site, not raw) for layer in (0, 2) for site in sae.SITES]
+
+    def nats():
+        with torch.no_grad():
+            return torch.nn.functional.cross_entropy(model(idx)[:, :-1].double().flatten(0, 1), idx[:, 1:].flatten()).item()
+
+    def zeros(module, args, out):
+        return (out[0] * 0, *out[1:]) if isinstance(out, tuple) else out * 0
+
+    def no_neurons(module, args):
+        return args[0] * 0,
+
+    expected = []
+    for layer in (0, 2):
+        block = model.transformer["h"][layer]
+        modules = {"mlp_out": block.mlp, "attn_out": block.attn.attention, "resid": block}
+        for site in sae.SITES:
+            handle = block.mlp.c_proj.register_forward_pre_hook(no_neurons) if site == "mlp_act" else modules[site].register_forward_hook(zeros)
+            expected.append((layer, site, nats()))
+            handle.remove()
+    found = sae.score_zeroing(sites, idx)
+    for row, site, (layer, name, ce_zero) in zip(found, sites, expected, strict=True):
+        assert (row["layer"], row["site"]) == (layer, name) and row["ce_zero"] == pytest.approx(ce_zero, abs=1e-6)
+        assert row["ce_clean"] == pytest.approx(nats(), abs=1e-6)
+        (scored,) = sae.score_saes(site, [sae.SAE(site.d, 5)], idx)
+        assert (scored["ce_clean"], scored["ce_zero"]) == (row["ce_clean"], row["ce_zero"])
+    assert len({row["ce_zero"] for row in found}) == len(found)  # each of them is another place
+
+
+def test_the_score_at_an_l0_is_read_off_the_line_through_its_neighbours():
+    """By hand: L0 2 is halfway from 1 to 4 in its logarithm, 8 halfway from 4 to 16."""
+    points = {16: 0.9, 1: 0.2, 4: 0.5}
+    rows = [{"l0": l0, "ce_score": score} for l0, score in points.items()]  # in any order
+    for l0, score in {**points, 2: 0.35, 8: 0.7, 2 * 2**0.5: 0.425}.items():
+        assert sae.score_at_l0(rows, l0) == pytest.approx(score)
+    assert sae.score_at_l0(rows, 0.99) is None and sae.score_at_l0(rows, 16.1) is None
+    assert sae.score_at_l0([], 3) is None and sae.score_at_l0([{"l0": 0.0, "ce_score": 0.0}], 3) is None
+    nothing = {"l0": 0.0, "ce_score": 0.0}  # has no logarithm
+    assert sae.score_at_l0([*rows, nothing], 2) == pytest.approx(0.35) and sae.score_at_l0([*rows, nothing], 0.5) is None
+    rows[0]["ce_score"] = None
+    assert sae.score_at_l0(rows, 8) is None and sae.score_at_l0(rows, 2) == pytest.approx(0.35)
+    twice = [{"l0": 4, "ce_score": 0.1}, {"l0": 4, "ce_score": 0.2}, {"l0": 9, "ce_score": 0.8}]
+    assert sae.score_at_l0(twice, 6) == pytest.approx(0.5)
 
 
 def test_snippets_show_the_tokens_that_a_feature_reads():
@@ -389,7 +441,8 @@ def test_a_run_from_end_to_end(run, call):
     first, _ = sae.table_rows(result)  # means over the seeds
     assert first["l0"] == pytest.approx((result["saes"][0]["l0"] + result["saes"][2]["l0"]) / 2)
     assert first["ce_score"] == pytest.approx((result["saes"][0]["ce_score"] + result["saes"][2]["ce_score"]) / 2)
-    assert result["settings"]["layer"] == 1 and result["settings"]["center"] is True and result["settings"]["data"] == "abc"
+    place = {name: result["settings"][name] for name in ("data", "layer", "site", "center")}
+    assert place == {"data": "abc", "layer": [1], "site": ["mlp_out"], "center": True}
     assert result["saes"][0]["l0"] > result["saes"][1]["l0"] and result["saes"][0]["tokens"] == 96
     assert content["settings"] == result["settings"] and content["checkpoint"] == result["checkpoint"]
     lengths = {len(values) for row in result["saes"] for values in row["history"].values()}
@@ -401,8 +454,9 @@ def test_a_run_from_end_to_end(run, call):
     again = sae.score_saes(sae.Site(model, 1, "mlp_out"), sae.load_saes(run / "sae.pt"), idx)
     assert all(row[name] == value for row, measured in zip(result["saes"], again) for name, value in measured.items())
     table = out[out.index("run  "):].splitlines()
-    assert table[1].split()[:4] == [str(run), "l1", "0.1", "2"] and f"{first['ce_score']:.3f} ±" in table[1]
-    assert len([line for line in table if line.startswith(str(run.parent))]) == 4
+    assert table[1].split()[:8] == [str(run), "mlp_out", "of", "block", "1", "l1", "0.1", "2"]
+    assert f"{first['ce_score']:.3f} ±" in table[1] and table[1].endswith(f"{first['ce_zero'] - first['ce_clean']:.4f}")
+    assert len([line for line in table if line.startswith(str(run.parent))]) == 4 + 2  # the second: the score at one L0
     assert (run / "sae.png").read_bytes().startswith(b"\x89PNG") and b"<svg" in (run.parent / "all.svg").read_bytes()[:500]
     page = (run / "sae_features.html").read_text()
     assert page.startswith("<!doctype html>") and "<b>" in page and "http" not in page and "feature" in out
@@ -410,6 +464,105 @@ def test_a_run_from_end_to_end(run, call):
     before = (run / "sae.json").read_bytes()
     message, repeated = call(*words[:-2])
     assert message is None and repeated.endswith(out[out.index("run  "):]) and (run / "sae.json").read_bytes() == before
+
+
+def without(rows, *names):
+    return [{name: value for name, value in row.items() if name not in names} for row in rows]
+
+
+def test_places_together_are_those_alone_to_the_bit(run, call, monkeypatch):
+    """Also of other widths; and what load_saes gives can be put back where it belongs."""
+    monkeypatch.setattr(sae, "draw_saes", lambda *_: None)
+    words = (*QUICK, "--l1=0.1,1", "--seeds=1,2")
+    message, out = call(run, *words, "--layer=2,0", "--site=mlp_act,resid")
+    assert message is None
+    (result, weights), rows, saes = numbers_of(run), [], []
+    for layer in (2, 0):
+        for site in ("mlp_act", "resid"):
+            alone = copy(run, f"{layer} {site}")
+            assert call(alone, *words, f"--layer={layer}", f"--site={site}")[0] is None
+            rows += numbers_of(alone)[0]["saes"]
+            saes += numbers_of(alone)[1]
+    assert same((result["saes"], weights), (rows, saes))
+    assert [(row["layer"], row["site"]) for row in rows[::4]] == [(2, "mlp_act"), (2, "resid"), (0, "mlp_act"), (0, "resid")]
+    table = [line.split() for line in out.splitlines() if line.startswith(str(run)) and "l1 0.1" in line]
+    assert [" ".join(words[1:5]) for words in table] == ["mlp_act of block 2", "resid of block 2", "mlp_act of block 0", "resid of block 0"]
+    model, val = GPTNeo.from_checkpoint(run), sae.load_tokens(run.parent.parent / "data", "val")
+    idx = sae.windows_at(val, sae.held_out_windows(val, T, 400), T, "cpu")
+    for row, one in zip(rows, sae.load_saes(run / "sae.pt"), strict=True):
+        (scored,) = sae.score_saes(sae.Site(model, one.layer, one.site, one.center), [one], idx)
+        assert scored["ce_sae"] == row["ce_sae"]
+
+
+def test_one_buffer_at_a_time(run, call, monkeypatch):
+    """Of several places and seeds none keeps its activations when the next one reads its own."""
+    monkeypatch.setattr(sae, "draw_saes", lambda *_: None)
+    alive, fill = weakref.WeakSet(), sae.Batches.fill
+
+    def counted(batches):
+        assert not alive
+        alive.add(batches)
+        fill(batches)
+
+    monkeypatch.setattr(sae.Batches, "fill", counted)
+    assert call(run, *QUICK, "--layer=0,1", "--seeds=1,2")[0] is None
+
+
+def test_places_prints_what_zeroing_costs_and_no_more(run, call):
+    """Beside a result made with other settings, of every place or of some, of several runs."""
+    (run / "sae.json").write_text("of something else")
+    other = copy(run, "other", factor=1.1)
+    before = sorted(run.iterdir())
+    message, out = call(run, other, "--small", "--device=cpu", "--places")
+    head, *lines = out.splitlines()
+    assert message is None and sorted(run.iterdir()) == before and len(lines) == 2 * 3 * 4
+    model, val = GPTNeo.from_checkpoint(run), sae.load_tokens(run.parent.parent / "data", "val")
+    idx = sae.windows_at(val, sae.held_out_windows(val, T, 400), T, "cpu")
+    sites = [sae.Site(model, layer, site) for layer in range(3) for site in sae.SITES]
+    rows = sae.score_zeroing(sites, idx)
+    for row, line in zip(rows, lines):
+        cost = row["ce_zero"] - row["ce_clean"]
+        assert line.startswith(f"{run}  ") and f" {row['site']} of block {row['layer']} " in line and f" {cost:.4f}" in line
+        assert line.endswith("says little") == (cost < 0.05)
+    assert 0 < sum(line.endswith("says little") for line in lines) < len(lines)
+    some = call(run, "--device=cpu", "--places", "--site=resid", "--layer=0,2")[1].splitlines()[1:]
+    assert [" ".join(line.split()[1:5]) for line in some] == ["resid of block 0", "resid of block 2"]
+
+
+def test_the_picture_has_a_line_for_every_run_and_place(monkeypatch):
+    figures, history = [], {"step": [0, 1], "error": [2.0, 1.0], "l0": [9.0, 4.0], "dead": [0, 0]}
+    monkeypatch.setattr(sae, "save_figure", lambda path, figure: figures.append(figure))
+    settings = {"layer": [0, 3], "site": ["mlp_out", "resid"], "activation": "relu", "recipe": "saelens5", "steps": 2, "batch_size": 1}
+    rows = [{"layer": layer, "site": site, "seed": seed, "l1": l1, "l0": 10 / l1, "ce_score": 1 / l1 + layer, "explained_variance": None,
+             "history": history, "density": {"features": [1], "log10_edges": [-1, 0]}}
+            for layer in (0, 3) for site in ("mlp_out", "resid") for seed in (1, 2) for l1 in (1.0, 2.0)]
+    results = [{"run": f"out/{name}", "settings": settings, "saes": rows} for name in ("plain/base", "ramp/base", "last.pt")]
+    for chosen, names in ((results, ["plain/base", "ramp/base", "last.pt"]), (results[:1], ["base"])):
+        sae.draw_saes("all.png", chosen)
+        (legend,), score = figures[-1].legends, figures[-1].axes[4]
+        assert [text.get_text() for text in legend.get_texts()] == [
+            *names, "mlp_out of block 0", "resid of block 0", "mlp_out of block 3", "resid of block 3"]
+        frontiers = [line for line in score.lines if len(line.get_xdata())]
+        looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in frontiers}
+        assert len(frontiers) == len(looks) == 4 * len(names) and len({color for color, *_ in looks}) == len(names)
+        assert all(list(line.get_xdata()) == [5, 10] for line in frontiers)
+        assert [list(line.get_ydata()) for line in frontiers[:4]] == [[0.5, 1], [0.5, 1], [3.5, 4], [3.5, 4]]
+
+
+def test_a_result_of_one_place_from_before_there_were_several(run, call, monkeypatch):
+    monkeypatch.setattr(sae, "draw_saes", lambda *_: None)
+    assert call(run, *QUICK)[0] is None
+    expected = numbers_of(run)
+    for path, read, write in ((run / "sae.json", lambda path: json.loads(path.read_text()), lambda old, path: path.write_text(json.dumps(old))),
+                              (run / "sae.pt", torch.load, torch.save)):
+        old = read(path)
+        old["settings"] |= {"layer": 1, "site": "mlp_out"}
+        old["saes"] = without(old["saes"], "layer", "site")
+        write(old, path)
+    assert call(run, *QUICK)[0] == f"error: {run / 'sae.json'} was made with layer=1, not [1]: --force replaces it"
+    with pytest.raises(ValueError, match="sae.pt does not hold autoencoders of this version .*: delete it, and make it again"):
+        sae.load_saes(run / "sae.pt")
+    assert call(run, *QUICK, "--force")[0] is None and same(numbers_of(run), expected)
 
 
 def test_tokens_are_escaped_in_the_page(tmp_path, capsys):
@@ -424,6 +577,7 @@ def test_tokens_are_escaped_in_the_page(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words", [("--l1=0.5", "--seeds=1,2"), ("--buffer=200", "--l1=0.1,1"),
+                                   ("--layer=0,1", "--site=resid", "--buffer=200", "--l1=0.5"),
                                    ("--buffer=200", "--activation=batchtopk", "--k=2,3", "--recipe=saelens6")])
 def test_resumed_is_uninterrupted(run, call, monkeypatch, words):
     """Stopped in training, twice (cached and streaming), and in the evaluation; every number and bit is the same."""
@@ -574,7 +728,7 @@ def test_results_with_other_settings_are_not_mixed_or_lost(run, call, monkeypatc
     model = tiny(n_layer=4)
     save_checkpoint(deeper / "best.pt", model.config, model.state_dict(), **kept(checkpoint))
     monkeypatch.setattr(sae, "train_saes", lambda *_, **__: pytest.fail("too late"))
-    assert "layer=1" in call(run, deeper, *QUICK, "--force")[0]
+    assert "layer=[1]" in call(run, deeper, *QUICK, "--force")[0]
     (run / "sae.json").write_text("{")
     assert "sae.json is damaged" in call(run, *QUICK)[0]
 

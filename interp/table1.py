@@ -38,6 +38,7 @@ from eval import (
     join_seeds, measuring_parser, name_recipes, number, open_tasks, print_table)
 from interp.acdc import EDGES_FOR, edges_at_equal_kl
 from interp.results import fingerprint, read_result, refuse_mixed, result_path
+from interp.sae import AT_L0, coefficient, place, score_at_l0
 from model import replace_file
 from prepare import UserError
 
@@ -65,7 +66,7 @@ PAPER = {
 FURTHER_NUMBERS = {
     "connected edges": ("connected", ".1f"),
     **{f"edges for KL <= {kl:g}": (name, ".1f") for name, kl in EDGES_FOR.items()},
-    "CE score at L0 = 3": ("ce_score_l0_3", ".2f"),
+    f"CE score at L0 = {AT_L0}": ("ce_score_at_l0", ".2f"),
     "IOI answers exact": ("ioi_exact", ".0%"),
     "by the ablated stream": ("ablated_exact", ".0%"),
     "ppl ablated": ("ppl_ablated", ".2f"),
@@ -73,7 +74,7 @@ FURTHER_NUMBERS = {
 # the panels of bargain.png: the name of a number, its axis, whether less of it is better
 BARGAIN = (
     ("edges_kl_0.3", "edges for KL <= 0.3 (interpolated)", True),
-    ("ce_score_l0_3", "CE score at L0 = 3 (interpolated)", False),
+    ("ce_score_at_l0", f"CE score at L0 = {AT_L0} (interpolated)", False),
     ("ppl_ablated", "ablated perplexity", True),
 )
 NOTES = ("± is the sample standard deviation over the seeds of a row",
@@ -94,31 +95,27 @@ def circuit_numbers(result):
     return numbers | edges_at_equal_kl(result)
 
 
-def trained_as(row):
-    """Place and coefficient of an autoencoder in sae.json."""
-    coefficient = row["l1"] if "l1" in row else row["k"]
-    return row.get("layer"), row.get("site"), coefficient  # of a single place the settings tell it
-
-
 def sae_numbers(result):
-    """Of sae.json: means over the autoencoders of the first place and coefficient, one a seed.
+    """Of sae.json: means over the autoencoders of the first place, one a seed: of the first
+    coefficient, and at one L0.
 
     A score that one of them lacks is left out.
     """
-    first = trained_as(result["saes"][0])
-    rows = [row for row in result["saes"] if trained_as(row) == first]
-    # TO MERGE: numbers["ce_score_l0_3"], by score_at_l0 of interp/sae.py, belongs here
-    numbers = {}
-    for name in ("l0", "ce_score"):
-        values = [row[name] for row in rows]
-        if None not in values:
-            numbers[name] = sum(values) / len(values)
-    return numbers
+    first = result["saes"][0]
+    here = [row for row in result["saes"] if place(row) == place(first)]
+    rows = [row for row in here if coefficient(row) == coefficient(first)]
+    numbers = {name: [row[name] for row in rows] for name in ("l0", "ce_score")}
+    numbers["ce_score_at_l0"] = []
+    for row in rows:
+        sweep = [other for other in here if other["seed"] == row["seed"]]
+        numbers["ce_score_at_l0"].append(score_at_l0(sweep, AT_L0))
+    return {name: sum(values) / len(values) for name, values in numbers.items()
+            if None not in values}
 
 
 EXPERIMENTS = {"acdc": circuit_numbers, "sae": sae_numbers}
 FOUND = ("edges", "connected", "ioi_exact", "ablated_exact", *EDGES_FOR,
-         "l0", "ce_score", "ce_score_l0_3")  # the names of all these numbers
+         "l0", "ce_score", "ce_score_at_l0")  # the names of all these numbers
 # what their settings are followed by, in the notes
 READING = {
     "acdc": "of several tau the first; edges for a KL: interpolated between all, edges against "
@@ -155,12 +152,12 @@ def read_experiments(runs):
     found, notes = [{} for _ in runs], []
     for name in EXPERIMENTS:
         settings_of, warnings = {}, []
-        for place, run in enumerate(runs):
+        for run, numbers_of_run in zip(runs, found):
             experiment = read_experiment(name, run)
             if experiment is None:
                 continue
             result, numbers = experiment
-            found[place] |= numbers
+            numbers_of_run |= numbers
             settings_of[run.path] = result["settings"]
             warnings += [f"warning: {run.path}: {warning}" for warning in result["warnings"]]
         if settings_of:

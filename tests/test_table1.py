@@ -52,10 +52,14 @@ def found_circuit(run, edges, more=(), ablated_exact=None, **changes):
     found(run, "acdc", circuits=circuits, ioi_exact=0.5, ablated_exact=ablated_exact, kl_corrupt_heldout=4.0, **changes)
 
 
+PLACE = {"layer": 1, "site": "mlp_out"}
+
+
 def found_saes(run, *rows, **changes):
     """rows: (l1, l0, ce_score)."""
     names = ("l1", "l0", "ce_score")
-    found(run, "sae", saes=[{"seed": seed, **dict(zip(names, row))} for seed, row in enumerate(rows)], **changes)
+    saes = [{**PLACE, "seed": seed, **dict(zip(names, row))} for seed, row in enumerate(rows)]
+    found(run, "sae", saes=saes, **changes)
 
 
 def test_it_joins_the_experiments_over_seeds(run, call):
@@ -94,15 +98,19 @@ def test_of_many_autoencoders_the_first_coefficient_counts_over_its_seeds(run, c
     local, baseline = json.loads(call(run, plain, "--json")[1])
     assert local["l0"] == 5.5 and local["ce_score"] == pytest.approx(0.65)
     assert baseline["l0"] == 1.5 and "ce_score" not in baseline
-    found(run, "sae", saes=[{"seed": 1, "k": k, "l0": k, "ce_score": 0.5} for k in (8, 16)])
+    found(run, "sae", saes=[{**PLACE, "seed": 1, "k": k, "l0": k, "ce_score": 0.5} for k in (8, 16)])
     assert json.loads(call(run, "--json")[1])[0]["l0"] == 8
 
 
-def test_of_many_places_the_first_counts(run):
-    rows = [(1, "mlp_out", 5.0, 4.0), (1, "mlp_out", 5.0, 6.0), (1, "mlp_out", 9.0, 1.0), (2, "mlp_out", 5.0, 50.0),
-            (1, "resid", 5.0, 70.0)]
-    names = ("layer", "site", "l1", "l0", "ce_score")
-    assert table1.sae_numbers({"saes": [dict(zip(names, (*row, 0.5))) for row in rows]}) == {"l0": 5.0, "ce_score": 0.5}
+def test_of_many_places_the_first_counts_and_at_one_l0_every_seed_is_interpolated(run):
+    rows = [(1, "mlp_out", 7, 5.0, 4.0, 0.6), (1, "mlp_out", 7, 9.0, 2.25, 0.4), (1, "mlp_out", 8, 5.0, 6.0, 0.8),
+            (1, "mlp_out", 8, 9.0, 1.5, 0.4), (2, "mlp_out", 7, 5.0, 50.0, 0.1), (1, "resid", 7, 5.0, 70.0, 0.1)]
+    names = ("layer", "site", "seed", "l1", "l0", "ce_score")
+    rows = [dict(zip(names, row)) for row in rows]
+    numbers = table1.sae_numbers({"saes": rows})  # 3 lies half-way between 2.25 and 4, and 1.5 and 6, in log
+    assert numbers == pytest.approx({"l0": 5.0, "ce_score": 0.7, "ce_score_at_l0": (0.5 + 0.6) / 2})
+    rows[3]["l0"] = 3.5  # now the sweep of one seed does not reach 3
+    assert table1.sae_numbers({"saes": rows}).keys() == {"l0", "ce_score"}
 
 
 def test_edges_at_equal_kl_and_both_streams_answers(run, call):
@@ -164,7 +172,7 @@ def recipe_row(name, **numbers):
 
 
 def test_the_bargain_has_a_dot_a_seed_and_up_is_better(monkeypatch):
-    table = [recipe_row("baseline"), recipe_row("ours", ppl_ablated=[8.0, 10.0], ce_score_l0_3=[0.5, 0.7]),
+    table = [recipe_row("baseline"), recipe_row("ours", ppl_ablated=[8.0, 10.0], ce_score_at_l0=[0.5, 0.7]),
              recipe_row("theirs", ppl_ablated=[12.0])]
     figure = drawn(table, monkeypatch)
     score, ablated = figure.axes  # nobody has edges
@@ -235,7 +243,7 @@ def test_it_refuses_what_does_not_belong_together(run, call, tmp_path, no_measur
     ("acdc", {"circuits": [{"edges": 1, "connected": 1}]}),
     ("acdc", {"circuits": [{"edges": "many", "connected": 1}], "ioi_exact": 1}), ("acdc", {"circuits": 5}),
     ("sae", {}), ("sae", {"saes": []}), ("sae", {"saes": [{"l1": 5, "l0": 1}]}), ("sae", {"saes": ["l1"]}),
-    ("sae", {"saes": [{"l1": 5, "l0": "1", "ce_score": 1}]}), ("sae", {"saes": [{"l0": 1, "ce_score": 1}]})])
+    ("sae", {"saes": [{**PLACE, "seed": 1, "l1": 5, "l0": "1", "ce_score": 1}]}), ("sae", {"saes": [{"l0": 1, "ce_score": 1}]})])
 def test_a_half_result_is_one_line(run, call, no_measuring, name, facts):
     found(run, name, **facts)
     assert call(run)[0] == f"error: {run / name}.json is damaged, or of an earlier version: delete it, and make it again"

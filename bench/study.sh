@@ -35,7 +35,7 @@ stories)
     sweep out/stories/sigmoid_ramp local_k2 $FULL --gate=sigmoid $RAMP
     ;;
 toy)
-    SIZE="--data=data/bigtoy --n_layer=2 --n_head=4 --n_embd=64 --block_size=64 --batch_size=12
+    SIZE="--data=data/toy --n_layer=2 --n_head=4 --n_embd=64 --block_size=64 --batch_size=12
         --learning_rate=5e-3 --warmup_iters=100 --beta2=0.99 --embd_std=0.4 --max_iters=4400
         --eval_interval=1100"
     OURS="$SIZE --gate=constant"

@@ -41,11 +41,11 @@ part() {  # part NAME SECONDS COMMAND...
 }
 
 eager=(--dtype=float32 --compile=False) compiled=(--dtype=bfloat16 --compile=True,reduce-overhead)
-check=() size=() few=() alternatives=(--dtype=bfloat16 --compile) updates=${UPDATES:-15000}
+check=() size=() few=() graphs=(--compile=reduce-overhead) alternatives=(--dtype=bfloat16 --compile) updates=${UPDATES:-15000}
 if [ "$device" = cpu ]; then
     size=(--n_layer=2 --n_head=2 --n_embd=16 --block_size=32 --batch_size=4)
     few=(--vocab_size=500 --rounds=2)
-    check=(--compile=False) compiled=(--dtype=bfloat16) alternatives=(--batch_size=1) updates=40
+    check=(--compile=False) graphs=() compiled=(--dtype=bfloat16) alternatives=(--batch_size=1) updates=40
 fi
 run=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=1 train.py config/local_k2.py
      --device="$device" --data="$DATA" "${size[@]}")
@@ -59,6 +59,9 @@ part speed 180 "${speed[@]}" "${compiled[@]}" "${size[@]}" "${few[@]}" \
     --variants=baseline,local,global
 part train 120 "${run[@]}" --out="$OUT/local_k2" --max_iters="$updates"
 part eval 30 "$PYTHON" eval.py "$OUT/local_k2" --device="$device"
+# the ramp under CUDA graphs: from one stream to both, and another coefficient every update
+part ramp 60 "${run[@]/k2.py/k2_ramp.py}" "${graphs[@]}" --out="$OUT/ramp" --max_iters=40 \
+    --eval_interval=20 --log_interval=5
 part fsdp 60 "${run[@]}" --out="$OUT/fsdp" --fsdp=True --max_iters=20 \
     --eval_interval=20 --log_interval=10
 part attention_1024 45 "${formulations[@]}" --what=attention --tokens=1024

@@ -207,7 +207,7 @@ def test_the_gpu_script_runs_every_part_and_goes_on_after_a_failure(tmp_path, de
     assert ended.returncode == 1 and "!!! check: exit code 3" in ended.stdout
     calls = (tmp_path / "calls").read_text().splitlines()
     assert [re.search(r"(\w+\.py)", call)[1] for call in calls] == [
-        "prepare.py", "check.py", "speed.py", "speed.py", "train.py", "eval.py", "train.py",
+        "prepare.py", "check.py", "speed.py", "speed.py", "train.py", "eval.py", "train.py", "train.py",
         "alternatives.py", "alternatives.py"]
     assert all(f"--device={device}" in call for call in calls[1:])
     (out / "local_k2").mkdir()

@@ -266,16 +266,16 @@ def main():
     config = dataclasses.replace(config, vocab_size=vocab_size)
     check_memory(config, CPU)
     tokens = [load_split(config, split, CPU.device) for split in ("train", "val")]
-    rows = [measure(form, config, *tokens, args) for form in forms]
     result = {"environment": environment(CPU.device), "updates": args.updates,
-              "precision": args.precision, "rows": rows}
+              "precision": args.precision,
+              "rows": [measure(form, config, *tokens, args) for form in forms]}
     if args.json:
         print(json.dumps(result, indent=1))
         return
     print("{device}, torch {torch}, commit {commit}".format(**result["environment"])
           + f"; {args.updates} updates of {config.max_iters:,}, {args.precision}")
-    print_table(rows, GRADIENTS)
-    print_table(rows, WINNERS)
+    print_table(result["rows"], GRADIENTS)
+    print_table(result["rows"], WINNERS)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,15 @@
 
 attention: one layer of the ablated stream: a query meets the clean keys before it and its own key.
 gate:      the masks of one layer's neurons. `written out` has a backward pass by hand. The k + 1
-           maxima of `maxima` need no sort, and torch.compile can fuse them.
+           maxima of `maxima` need no sort, and torch.compile can fuse them. `(constant)` is what
+           model.py does with gate="constant".
 loss:      cross-entropy of one stream through the head, from hidden states to gradients.
 
 The first line of each part is what model.py does. All take turns, round after round; each line
 gives the median of the rounds, the fastest and the slowest of them, the median over that of
 model.py, and as `error` the largest difference from it, of result and gradients, relative to the
-largest value. An alternative that cannot run here says why.
+largest value. What stands in parentheses is another function, whose `error` means nothing. An
+alternative that cannot run here says why.
 """
 
 import signal
@@ -155,6 +157,7 @@ GATE = {
     "written out": WrittenOut.apply,
     "maxima": partial(plain_gate, find_top=by_maxima),
     "sort": partial(plain_gate, find_top=by_sort),
+    "(constant)": partial(gate, k=WINNERS, form="constant"),
 }
 
 # ---- losses: hidden (B, T, C), weight (V, C), targets (B, T) -> scalar

@@ -25,6 +25,10 @@ import config as knobs
 import prepare
 import same
 import speed
+import temperature
+import train
+from model import gate
+from test_train import make_data
 
 TINY = ["--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16"]
 
@@ -151,7 +155,7 @@ def test_the_references_are_the_same_step(reference, variant):
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # of FlexAttention's import
 def test_alternatives_compute_the_same(bench):
     out = bench(alternatives, "--device=cpu", "--batch_size=2", "--tokens=48", "--vocab_size=300", "--rounds=1")
-    lines = [line for line in out.splitlines() if "error" in line and "(plain causal)" not in line]
+    lines = [line for line in out.splitlines() if "error" in line and not line.startswith("  (")]  # another function
     assert len(lines) >= 9
     assert all(float(re.search(r"error (\S+)", line)[1]) < 1e-4 for line in lines), out
 
@@ -189,6 +193,129 @@ def test_a_changed_step_is_told_from_rounding(change, code, tmp_path, monkeypatc
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SystemExit, match="^error: git cannot be asked for model.py at 'HEAD'[^\n]*$"):
         bench(same, "HEAD", *words)
+
+
+# ---- temperature.py
+
+
+def gradient_of(function, scores, weights, *others):
+    """Of sum(weights * function(scores)), and the function's value."""
+    scores = scores.clone().requires_grad_()
+    value = function(scores, *others)
+    return torch.autograd.grad((weights * value).sum(), scores)[0], value.detach()
+
+
+@pytest.fixture
+def scores():
+    torch.manual_seed(0)
+    return torch.randn(5, 3, 7, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("form, name", [("eq3", "softmax"), ("1", "constant")])
+def test_two_forms_of_the_gate_are_the_models(form, name, scores):
+    weights = torch.randn_like(scores)
+    wanted, mask = gradient_of(gate, scores, weights, 2, name)
+    ours, same_mask = gradient_of(temperature.make_gate(form), scores, weights, 2, "sigmoid")
+    assert torch.equal(mask, same_mask)
+    torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("form", ["gap", "mean", "0.25", "4"])
+def test_the_other_forms_divide_by_a_number(form, scores):
+    """By each row's gap, by the mean of all rows' gaps, or by the form itself."""
+    weights, k = torch.randn_like(scores), 3
+    ordered = scores.sort(-1, descending=True).values
+    gaps = ordered[..., k - 1 : k] - ordered[..., k:k + 1]
+    T = {"gap": gaps, "mean": gaps.mean()}.get(form) if form in temperature.NAMED else float(form)
+    wanted, _ = gradient_of(lambda x: (x / T).softmax(-1), scores, weights)
+    ours, mask = gradient_of(temperature.make_gate(form), scores, weights, k, "softmax")
+    torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-14)
+    assert torch.equal(mask, (scores >= ordered[..., k - 1 : k]).double())
+
+
+def test_a_running_gap_is_a_mean_of_gates_of_one_size():
+    running = temperature.RunningGap()
+    assert running(torch.tensor([[5.0, 3.0, 0.0], [1.0, 0.0, 9.0]]), 1).item() == 5.0  # gaps 2 and 8
+    assert running(torch.tensor([[1.0, 0.0]]), 1).item() == 1.0  # of another size
+    assert running(torch.tensor([[0.0, 7.0, 106.0]]), 1).item() == pytest.approx(0.99 * 5 + 0.01 * 99)
+    assert running(torch.zeros(1, 3), 2).item() == pytest.approx(0.99 * (0.99 * 5 + 0.01 * 99) + 0.01 * 1e-6)
+
+
+def test_a_run_is_that_of_train_py():
+    """Form "1" beside a model with gate="constant": losses, gradient norms and weights; also with a ramp and in parts."""
+    words = [*TINY, "--batch_size=4", "--grad_accum=2", "--max_iters=4", "--ramp_start=0.25", "--ramp_end=0.75"]
+    config = knobs.load([*words, "--gate=sigmoid"])
+    run = temperature.Run("1", config, "float64")
+    model = same.build(temperature.model_file, knobs.load([*words, "--gate=constant"]), torch.float64)
+    optimizer = train.make_optimizer(model, config, torch.device("cpu"))
+    for step in range(4):
+        torch.manual_seed(step)
+        rows, coeff = torch.randint(config.vocab_size, (4, config.block_size + 1)), config.ablated_coeff_at(step)
+        loss = model(rows[:, :-1], rows[:, 1:], coeff).loss
+        gates = [p for name, p in model.named_parameters() if "_gate." in name]
+        grads = torch.autograd.grad(loss, gates, allow_unused=True) if coeff else []
+        gate_norm = torch.cat([grad.flatten() for grad in grads]).norm().item() if coeff else 0.0
+        assert (gate_norm > 0) == (step > 1)
+        train.set_learning_rate(optimizer, step, config)
+        norm = train.update(model, optimizer, rows, config, train.Machine().autocast, coeff)[3].item()
+        ours = run.update(rows, step)
+        assert ours == pytest.approx((loss.item(), norm, gate_norm), rel=1e-12 if coeff else 1e-6)
+    for ours, theirs in zip(run.model.parameters(), model.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert torch.get_default_dtype() == torch.float32 and temperature.model_file.gate is gate
+
+
+class Scripted:
+    """In place of temperature.Run: losses as written, and winners that update 2 of 4 changes in one of two sets."""
+    losses = None
+
+    def __init__(self, *_):
+        self.losses = next(Scripted.losses)
+        self.model, self.step = None, 0
+
+    def update(self, rows, step):
+        assert step == self.step
+        self.step += 1
+        return self.losses[step], 10.0 * step, 1.0 + step
+
+    def winners(self, idx):
+        mask = torch.zeros(1, 1, 2, 4)  # two layers
+        mask[..., 0, 1 if self.step < 2 else 3] = 1
+        mask[..., 1, 2] = 1
+        return {"attn": mask, "mlp": torch.ones(1, 1, 2, 4)}
+
+
+def test_what_is_measured_of_a_run(monkeypatch, tmp_path):
+    """Scripted: the twin parts at updates 2 and 4, is not asked a fifth time, and four gradients have these norms."""
+    make_data(tmp_path / "data")
+    config = knobs.load([*TINY, f"--data={tmp_path / 'data'}", "--batch_size=2"])
+    tokens = [train.load_split(config, split, torch.device("cpu")) for split in ("train", "val")]
+    Scripted.losses = iter([[2.0] * 5, [2.0, 2 + 4e-7, 2.0, 2 - 4e-3]])
+    monkeypatch.setattr(temperature, "Run", Scripted)
+    monkeypatch.setattr(temperature, "validation_losses", lambda *_: (3.0, 4.0))
+    monkeypatch.setattr(temperature, "SHARES", {"40": 0.4, "100": 1.0})
+    args = temperature.argparse.Namespace(updates=5, precision="float32")
+    assert temperature.measure("4", config, *tokens, args) == {
+        "form": "4", "gate_norm_median": 3, "gate_norm_max": 5, "norm_median": 20, "norm_max": 40,
+        "parts_1e-9": 2, "parts_1e-6": 4, "parts_1e-3": 4, "largest_difference": pytest.approx(2e-3),
+        "attn_changed_40": 0.5, "mlp_changed_40": 0, "attn_changed_100": 0, "mlp_changed_100": 0,
+        "val_clean": 3, "val_ablated": 4}
+
+
+def test_temperatures_are_compared(bench, tmp_path):
+    make_data(tmp_path / "data")
+    words = [*TINY, f"--data={tmp_path / 'data'}", "--batch_size=4", "--updates=4", "--eval_windows=4", "--forms=eq3,mean,4",
+             "--precision=float64"]
+    out = json.loads(bench(temperature, *words, "--json"))
+    assert [row["form"] for row in out["rows"]] == ["eq3", "mean", "4"]
+    assert (out["updates"], out["precision"]) == (4, "float64") and "commit" in out["environment"]
+    for row in out["rows"]:
+        assert 0 < row["gate_norm_median"] <= row["gate_norm_max"] <= row["norm_max"]
+        assert 0 < row["largest_difference"] < 1e-6 and row["parts_1e-3"] is None
+        assert 0 <= row["mlp_changed_100"] <= 1 and 5 < row["val_clean"] < 5.71  # a little below ln 300
+    assert out["rows"][0]["gate_norm_median"] > 10 * out["rows"][2]["gate_norm_median"]
+    table = bench(temperature, *words)
+    assert len(table.splitlines()) == 9 and table.count("never") == 9 and "attn, 10 %" in table
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -446,6 +446,17 @@ BENCH = [
     ("same.py HEAD config.py --n_embd=4000000", "this run needs more than"),
     ("same.py HEAD config.py --updates=0", "--updates=0 must be at least 1"),
     ("same.py HEAD config.py --block_size=100000", "too few for block_size=100000"),
+    ("temperature.py config.py --forms=softmax", "--forms=softmax must be some of eq3, gap, mean and numbers from 1e-06"),
+    ("temperature.py config.py --forms=1,0", "--forms=0 must be some of"),
+    ("temperature.py config.py --forms=nan", "--forms=nan must be some of"),
+    ("temperature.py config.py --updates=0", "--updates=0 must be from 1 to max_iters=4"),
+    ("temperature.py config.py --updates=5", "--updates=5 must be from 1 to max_iters=4"),
+    ("temperature.py config.py --updates=2 --ablation=none", "ablation=none has no gates"),
+    ("temperature.py config.py --updates=2 --batch_size=1", "batch_size=1 must be at least 2"),
+    ("temperature.py config.py --updates=2 --grad_accum=3", "a multiple of grad_accum=3"),
+    ("temperature.py config.py --updates=2 --data=nowhere", "nowhere"),
+    ("temperature.py config.py --updates=2 --n_embd=4000000", "this run needs more than"),
+    ("temperature.py config.py --updates=2 --block_size=1000", "too few for block_size=1000"),
 ]
 
 

@@ -490,7 +490,8 @@ def typed(command):
                 signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("name", ["eval.py", "interp/acdc.py", "interp/table1.py", "bench/speed.py", "bench/same.py"])
+@pytest.mark.parametrize("name", ["eval.py", "interp/acdc.py", "interp/table1.py", "bench/speed.py", "bench/same.py",
+                                  "bench/temperature.py"])
 def test_ctrl_c_while_torch_is_imported_just_ends_the_script(name, tmp_path):
     """A stand-in for torch that is interrupted as it is imported, and would go on for a minute."""
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")

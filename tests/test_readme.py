@@ -59,7 +59,7 @@ def test_every_command_is_one_that_works(monkeypatch):
         elif program == "bash":
             assert (script, words) in [("bench/gpu.sh", []), ("bench/gpu.sh", ["--device", "cpu"])], command
         else:
-            knobs = {f"--{name}" for name in config.FIELDS} if script in ("bench/speed.py", "bench/same.py") else set()
+            knobs = {f"--{name}" for name in config.FIELDS} if script in ("bench/speed.py", "bench/same.py", "bench/temperature.py") else set()
             assert {word.split("=")[0] for word in words if word.startswith("--")} <= flags(script) | knobs, command
 
 

@@ -4,6 +4,7 @@
 #
 #     bash bench/study.sh stories      real stories (data/tinystories_words, see RESULTS.md)
 #     bash bench/study.sh toy          toy stories, on which the models learn to copy names
+#     bash bench/study.sh measure      their circuits, autoencoders and tables, when they are there
 set -eu
 export OMP_NUM_THREADS=1
 PYTHON=${PYTHON:-python}
@@ -51,8 +52,18 @@ toy)
     sweep out/toy/constant_ramp local_k8 global_k8 $OURS $RAMP
     sweep out/toy/paper local_k8 global_k8 $SIZE
     ;;
+measure)
+    $PYTHON interp/acdc.py out/toy/*/*_seed? --tau 0.03,0.01,0.1,0.2,0.4,0.8 --orders 8 \
+        --plot out/toy/frontier.png
+    SAE="--small --steps 1500 --tokens 300000 --expansion 8 --l1 5,3,7"
+    $PYTHON interp/sae.py out/toy/*/*_seed? $SAE
+    $PYTHON interp/table1.py out/toy/*/*_seed?
+    $PYTHON interp/sae.py out/stories/*/*_seed? $SAE --layer 1 --site mlp_out,resid
+    $PYTHON interp/table1.py out/stories/*/*_seed?
+    $PYTHON eval.py out/stories/*/*_seed? --over_seeds
+    ;;
 *)
-    echo "usage: bash bench/study.sh stories|toy" >&2
+    echo "usage: bash bench/study.sh stories|toy|measure" >&2
     exit 1
     ;;
 esac

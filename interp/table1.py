@@ -10,8 +10,8 @@ experiment has not looked at prints -. Of several thresholds (acdc.py --tau), co
 --l1, --k) or places the first counts; the numbers at equal quality are interpolated between all of
 them.
 
-The table is printed, and saved as table1.md, table1.csv and table1.png in the folder that holds the
-first run. Beside them bargain.png draws what interpretability costs: clean perplexity across, and
+The table is printed, and saved as table1.md, table1.csv and table1.png in the folder that holds all
+the runs. Beside them bargain.png draws what interpretability costs: clean perplexity across, and
 up, fewer edges, a better autoencoder, a better ablated stream; what no run has is left out.
 """
 

@@ -102,7 +102,7 @@ class GPTNeoConfig:
 class Losses(NamedTuple):
     loss: torch.Tensor  # what training minimises; it alone has a gradient
     loss_clean: torch.Tensor  # cross-entropy of the clean stream, nats per token
-    loss_ablated: torch.Tensor | None = None  # the same of the ablated stream, if there is one
+    loss_ablated: torch.Tensor | None = None  # of the ablated stream, if it was computed
 
 
 class Streams(NamedTuple):
@@ -348,13 +348,13 @@ class GPTNeo(nn.Module):
         if config.ablation == "global":
             self.attn_gate = GateScores(C, L * config.attn_units)
             self.mlp_gate = GateScores(C, L * 4 * C)
+        wte = self.transformer["wte"]
         for module in self.modules():  # as GPT-Neo: N(0, 0.02), biases 0; LayerNorms have 1 and 0
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                is_wte = module is self.transformer["wte"]
-                nn.init.normal_(module.weight, std=config.embd_std if is_wte else 0.02)
+                nn.init.normal_(module.weight, std=config.embd_std if module is wte else 0.02)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
-        self.lm_head.weight = self.transformer["wte"].weight  # tied
+        self.lm_head.weight = wte.weight  # tied
 
     def clean_pass(self, idx, past=None):
         """A plain GPT-Neo: idx (B, T) -> ln_f of the last block (B, T, C), and, one a layer, the
@@ -392,7 +392,8 @@ class GPTNeo(nn.Module):
         """idx (B, T) -> clean logits (B, T, V), which is inference; with targets (B, T) -> Losses.
 
         ablated_coeff: in place of the config's, a tensor (), whose value no compiled code depends
-        on; or 0, and the ablated pass is left out. Raises ModelError when T exceeds block_size or, on a CPU, a token is outside the vocabulary.
+        on; or 0, and the ablated pass is left out: its loss is None.
+        Raises ModelError when T exceeds block_size or, on a CPU, a token is outside the vocabulary.
         """
         config = self.config
         hidden, inputs, caches = self.clean_pass(idx)

@@ -695,7 +695,7 @@ def main():
         train(config)
     except (MemoryError, RuntimeError) as error:
         shortages = (MemoryError, torch.OutOfMemoryError)  # Python's and numpy's, a GPU's
-        if isinstance(error, shortages) or "can't allocate memory" in str(error):  # torch's on a CPU
+        if isinstance(error, shortages) or "can't allocate memory" in str(error):  # torch's on CPUs
             raise UserError("out of memory: raise --grad_accum, which changes no result, or lower "
                             "--batch_size, --n_embd or --n_layer") from None
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):

@@ -58,8 +58,8 @@ measure)
     SAE="--small --steps 1500 --tokens 300000 --expansion 8 --l1 5,3,7"
     $PYTHON interp/sae.py out/toy/*/*_seed? $SAE
     $PYTHON interp/table1.py out/toy/*/*_seed?
-    $PYTHON interp/sae.py out/stories/*/*_seed? $SAE --layer 1 --site mlp_out,resid
-    $PYTHON interp/table1.py out/stories/*/*_seed?
+    $PYTHON interp/sae.py out/stories/{paper,constant,constant_ramp}/*_k2_seed? \
+        out/stories/plain/*_seed? $SAE --layer 1 --site mlp_out,resid
     $PYTHON eval.py out/stories/*/*_seed? --over_seeds
     ;;
 *)

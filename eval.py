@@ -291,7 +291,7 @@ def evaluate_run(task, batch_size, device):
         "run": str(run.path), "step": run.step,
         "ablation": config.ablation, "gate": config.gate, "attn_unit": config.attn_unit,
         "k_attn": config.k_attn if gated else 0, "k_mlp": config.k_mlp if gated else 0,
-        "ramp_end": run.train_config.get("ramp_end", 0.0),  # earlier runs have none
+        "ramp_start": trained_with(run)["ramp_start"], "ramp_end": trained_with(run)["ramp_end"],
         "seed": run.train_config["seed"], "data": task.data, "checksum": meta["checksum"]}
     row |= measure_split(model, task.tokens, meta["eot"], meta["val"]["bytes"], batch_size, device)
     return row | l1_norms(model)
@@ -300,12 +300,17 @@ def evaluate_run(task, batch_size, device):
 # --------------------------------------------------------------------------------------- over seeds
 
 # what the runs of a group have in common, and what is averaged over them
-SHARED = ("recipe", "ablation", "gate", "attn_unit", "k_attn", "k_mlp", "ramp_end", "data",
-          "checksum", "tokens", "stories")
+SHARED = ("recipe", "ablation", "gate", "attn_unit", "k_attn", "k_mlp", "ramp_start", "ramp_end",
+          "data", "checksum", "tokens", "stories")
 AVERAGED = (
     "step", "loss_clean", "ppl_clean", "bits_per_byte_clean",
     "loss_ablated", "ppl_ablated", "bits_per_byte_ablated",
     "attn_ever", "attn_per_story", "mlp_ever", "mlp_per_story", "l1", "l1_all", "l1_blocks")
+
+
+def trained_with(run):
+    """{knob: value} of a run; those that it is too old to know had the effect of their default."""
+    return {name: field.default for name, field in knobs.FIELDS.items()} | run.train_config
 
 
 def group_seeds(tasks):
@@ -316,7 +321,7 @@ def group_seeds(tasks):
     groups = {}  # what the runs have in common, as text -> {seed: place}
     for place, task in enumerate(tasks):
         run = task.run
-        values = knobs.decisive(run.train_config)
+        values = knobs.decisive(trained_with(run))
         seed = values.pop("seed")
         common = [values, run.data_checksum, task.meta["checksum"]]
         group = groups.setdefault(json.dumps(common, sort_keys=True), {})
@@ -393,6 +398,8 @@ def ablation(row):
         text += ", heads"
     if row["gate"] != "softmax":
         text += f", {row['gate']}"
+    if row["ramp_end"]:
+        text += f", ramp {row['ramp_start']:g} to {row['ramp_end']:g}"
     return text
 
 
@@ -400,11 +407,11 @@ def name_recipes(rows, configs):
     """Call every row, row["recipe"], after its ablation and those of its other knobs in which rows
     differ and which are not at their default.
 
-    configs: what the rows were trained with, {knob: value} each; earlier runs lack some knobs.
+    configs: what the rows were trained with, see trained_with.
     """
     defaults = {name: field.default for name, field in knobs.FIELDS.items()}
-    configs = [defaults | config for config in configs]
-    told = ("ablation", "k_attn", "k_mlp", "attn_unit", "gate", "seed")  # or not to be told
+    told = ("ablation", "k_attn", "k_mlp", "attn_unit", "gate", "ramp_start", "ramp_end",
+            "seed")  # or not to be told
     differing = []
     for name in knobs.decisive(defaults):
         values = {config[name] for config in configs}
@@ -644,7 +651,7 @@ def main():
         curves = [validation_curves(task.run.path) for task in tasks]
 
     rows = [evaluate_run(task, args.batch_size, device) for task in tasks]
-    name_recipes(rows, [task.run.train_config for task in tasks])
+    name_recipes(rows, [trained_with(task.run) for task in tasks])
     table = join_seeds(rows, groups) if args.over_seeds else rows
     if args.json:
         print(json.dumps(table, indent=1))

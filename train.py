@@ -6,10 +6,11 @@
     torchrun --nproc_per_node=8 train.py config/gptneo_1p3b.py    the same, sharded: --fsdp=True
     python train.py config/local_k2.py --resume=True      go on exactly where the run stopped
 
-Writes into the run folder out/<config>/: last.pt, best.pt (lowest validation loss, of what is
-trained: the weighted sum of both streams), metrics.jsonl (a JSON object per evaluation) and
-loss.png. Ctrl-C and SIGTERM save last.pt and leave. A run may go on with another number of
-processes, sharded or not: a checkpoint always holds whole weights and the whole optimizer.
+Writes into the run folder out/<config>/: last.pt, best.pt (lowest validation loss, of the weighted
+sum of both streams that is trained, after the ramp if there is one), metrics.jsonl (a JSON object
+per evaluation) and loss.png. Ctrl-C and SIGTERM save last.pt and leave. A run may go on with
+another number of processes, sharded or not: a checkpoint always holds whole weights and the whole
+optimizer.
 """
 
 import os
@@ -576,6 +577,17 @@ def shard(model, device):
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
+def replicate(model, config, world, coeff):
+    """The model with its gradients averaged over processes; itself where it is alone or sharded.
+
+    While the ablated loss has the coefficient 0 the gates get none, and are not to be waited for.
+    """
+    if world == 1 or config.fsdp:
+        return model
+    idle_gates = config.ablation != "none" and coeff == 0
+    return DistributedDataParallel(model, find_unused_parameters=idle_gates)
+
+
 def train(config):
     """The run that a config.Config describes. Raises UserError on what the user can mend."""
     # ---- machine
@@ -619,11 +631,8 @@ def train(config):
             del checkpoint  # three times the weights
         if machine.compile_mode:
             model.compile(mode=machine.compile_mode)  # in place: names in checkpoints stay plain
-        replica = model
-        if world > 1 and not config.fsdp:
-            # gates that have no gradient yet are not to be waited for
-            has_idle_gates = config.ablation != "none" and config.ablated_coeff_at(0) == 0
-            replica = DistributedDataParallel(model, find_unused_parameters=has_idle_gates)
+        coeff = config.ablated_coeff_at(progress.step)
+        replica = replicate(model, config, world, coeff)
 
         # ---- the first lines
         folder.write_metrics(progress)  # a killed run may have written one line more
@@ -664,7 +673,9 @@ def train(config):
 
             set_learning_rate(optimizer, progress.step, config)
             rows = batch_at(train_tokens, progress.step, config, rank, world, device)
-            coeff = config.ablated_coeff_at(progress.step)
+            before, coeff = coeff, config.ablated_coeff_at(progress.step)
+            if coeff and not before:  # the ramp begins: from here on every gate has a gradient
+                replica = replicate(model, config, world, coeff)
             meter.add(update(replica, optimizer, rows, config, machine.autocast, coeff))
             progress.step += 1
 

@@ -72,7 +72,14 @@ def build(module, config, dtype):
     """The model that this version of model.py makes from config and its seed. Raises UserError."""
     torch.manual_seed(config.seed)
     try:
-        geometry = module.GPTNeoConfig(**dataclasses.asdict(config.model))
+        values = dataclasses.asdict(config.model)
+        theirs = [field.name for field in dataclasses.fields(module.GPTNeoConfig)]
+        for name in values.keys() - theirs:
+            # it came later: at its default it changes nothing, and this one only the first weights,
+            # which every step loads anew
+            if name == "embd_std" or values[name] == knobs.FIELDS[name].default:
+                del values[name]
+        geometry = module.GPTNeoConfig(**values)
     except (TypeError, ValueError) as error:  # a field or a value that came later
         raise UserError(f"the other model.py cannot build this model: {error}") from None
     return module.GPTNeo(geometry).to(dtype)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind "What interpretability costs" in RESULTS.md: every recipe with three seeds, one
-# thread a run. Each line goes on where it stopped, so that several shells can share the work:
+# thread a run. A word goes on where it was stopped; the first two may run at the same time:
 #
 #     bash bench/study.sh stories      real stories (data/tinystories_words, see RESULTS.md)
 #     bash bench/study.sh toy          toy stories, on which the models learn to copy names
@@ -61,6 +61,7 @@ measure)
     $PYTHON interp/sae.py out/stories/{paper,constant,constant_ramp}/*_k2_seed? \
         out/stories/plain/*_seed? $SAE --layer 1 --site mlp_out,resid
     $PYTHON eval.py out/stories/*/*_seed? --over_seeds
+    $PYTHON eval.py out/stories/half/*/*_seed? --over_seeds
     ;;
 *)
     echo "usage: bash bench/study.sh stories|toy|measure" >&2

@@ -134,7 +134,7 @@ class Sweep:
                 process = subprocess.Popen(
                     [sys.executable, script, *words, resume], env=environment,
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-            log = open(log.name)
+            log = open(log.name, errors="replace")
             log.seek(0, os.SEEK_END)  # what stands there is of an earlier start
             self.working[process] = config, gpu, log
 

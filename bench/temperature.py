@@ -14,7 +14,8 @@ mean       a running mean of the gaps, one for attention units and one for neuro
 a number   the same T for ever; 1 is gate="constant"
 
 Each is trained on the CPU from the same weights and on the same batches, those of train.py with
-these knobs, whose schedule is kept: --updates only stops the run early. --gate has no say. Printed:
+these knobs, whose schedule is kept: --updates only stops the run early. --gate and the ramp have no
+say: the ablated loss is whole from the first update on. Printed:
 
 gates      norm of the gradient of all gates, before clipping: the median and the largest
 all        the same of all parameters
@@ -253,6 +254,7 @@ def main():
     add("--json", action="store_true", help="print JSON and nothing else")
     args, words = parser.parse_known_args()
     config, forms = knobs.load(words), args.forms.split(",")
+    config = dataclasses.replace(config, ramp_start=0.0, ramp_end=0.0)
     for form in forms:
         check_form(form)
     if not 1 <= args.updates <= config.max_iters:

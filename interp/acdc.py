@@ -708,7 +708,9 @@ def ablated_logits(model, tokens):
     for length in tokens.lengths.unique().tolist():
         rows = tokens.lengths == length  # (B)
         idx = tokens.clean[rows, -length:].to(logits.device)  # without padding
-        logits[rows.to(logits.device)] = model.ablated(idx).logits_ablated[:, -1]
+        hidden, inputs, caches = model.clean_pass(idx)
+        hidden, _ = model.ablated_pass(hidden, inputs, caches)  # (B, T, C)
+        logits[rows.to(logits.device)] = model.lm_head(hidden[:, -1])
     return logits
 
 

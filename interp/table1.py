@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 import config as knobs
 from eval import (
     AVERAGED, averages, cells, check_range, check_writable, column, evaluate_run, group_seeds,
-    join_seeds, measuring_parser, name_recipes, number, open_tasks, print_table)
+    join_seeds, measuring_parser, name_recipes, number, open_tasks, print_table, trained_with)
 from interp.acdc import EDGES_FOR, edges_at_equal_kl
 from interp.results import fingerprint, read_result, refuse_mixed, result_path
 from interp.sae import AT_L0, coefficient, place, score_at_l0
@@ -119,8 +119,10 @@ FOUND = ("edges", "connected", "ioi_exact", "ablated_exact", *EDGES_FOR,
 # what their settings are followed by, in the notes
 READING = {
     "acdc": "of several tau the first; edges for a KL: interpolated between all, edges against "
-            "log KL, on held-out prompts if any, of models that know the answers",
-    "sae": "of a list, the first; the CE score at an L0: interpolated between all"}
+            "log KL, on held-out prompts if any, of models that know the answers; a seed whose "
+            "circuits are all worse than that KL is left out, so (1 of 3) flatters a row",
+    "sae": "of a list, the first; the CE score at an L0: interpolated between all, and left out "
+           "where the sweep does not reach it"}
 
 
 def read_experiment(name, run):
@@ -292,8 +294,8 @@ def draw_bargain(table):
             axes.invert_yaxis()  # up is better in every panel
         axes.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.suptitle("up and to the left is better; a dotted line has no such number",
-                    fontsize="medium")
+    figure.suptitle("up and to the left is better; a hollow mark lacks this number of some seeds, "
+                    "a dotted line of all", fontsize="medium")
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small",
                   frameon=False)
     return as_png(figure)
@@ -307,8 +309,11 @@ def draw_recipe(axes, row, name, color):
         return
     axes.plot([one["ppl_clean"] for one in seeds], [one[name] for one in seeds], ".", color=color)
     mean = averages(seeds, ("ppl_clean", name))
+    filled = color
+    if len(seeds) < len(row["rows"]):  # the others may be worse than all that was measured
+        filled = "none"
     axes.errorbar(mean["ppl_clean"], mean[name], xerr=mean["ppl_clean_sd"], yerr=mean[f"{name}_sd"],
-                  fmt="o", ms=8, color=color, label=row["recipe"])
+                  fmt="o", ms=8, color=color, mfc=filled, label=row["recipe"])
 
 
 def save_together(contents):
@@ -336,7 +341,7 @@ def main():
     rows = []
     for task, numbers in zip(tasks, found):
         rows.append(evaluate_run(task, args.batch_size, device) | numbers)
-    name_recipes(rows, [task.run.train_config for task in tasks])
+    name_recipes(rows, [trained_with(task.run) for task in tasks])
     table = join_seeds(rows, groups, AVERAGED + FOUND)
     if args.json:
         print(json.dumps(table, indent=1))

@@ -18,6 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "interp")]
+import config
 import table1
 from eval import averages, name_recipes, open_run
 from interp.results import fingerprint, write_json
@@ -140,20 +141,23 @@ def test_of_a_single_tau_no_edges_are_interpolated(run, call):
 
 
 def names_of(*rows):
-    """What rows are called: (ablation, k, gate, {other knobs}) each."""
-    table = [{"ablation": kind, "k_attn": k, "k_mlp": k, "attn_unit": "dim", "gate": gate} for kind, k, gate, _ in rows]
-    name_recipes(table, [knobs for *_, knobs in rows])
+    configs = [{"n_layer": 8, "ablated_coeff": 1.0, "ramp_start": 0.0, "ramp_end": 0.0, **knobs} for *_, knobs in rows]
+    defaults = {name: field.default for name, field in config.FIELDS.items()}
+    table = [{"ablation": ablation, "k_attn": k, "k_mlp": k, "gate": gate, "attn_unit": "dim", **trained}
+             for (ablation, k, gate, _), trained in zip(rows, configs)]
+    name_recipes(table, [defaults | trained for trained in configs])
     return [row["recipe"] for row in table]
 
 
-def test_a_recipe_is_called_after_what_the_others_do_not_have():
-    ramp = {"ramp_start": 0.3, "ramp_end": 0.8, "ablated_coeff": 1.0, "n_layer": 4, "out": "a", "seed": 3}
-    plain = {"n_layer": 4, "data": "d", "out": "b", "ramp_start": 0.0}
+def test_a_recipe_is_called_after_its_gate_its_ramp_and_what_the_others_do_not_have():
+    ramp, plain = {"ramp_start": 0.3, "ramp_end": 0.8, "out": "a", "seed": 3}, {"out": "b"}
     assert names_of(("none", 0, "softmax", plain), ("local", 2, "softmax", plain), ("local", 2, "constant", ramp),
-                    ("local", 2, "constant", {**ramp, "ablated_coeff": 0.1, "ramp_start": 0}), ("global", 8, "softmax", plain)) == [
-        "baseline", "local k=2", "local k=2, constant, ramp_start 0.3, ramp_end 0.8",
-        "local k=2, constant, ablated_coeff 0.1, ramp_end 0.8", "global k=8"]
-    assert names_of(("local", 2, "constant", ramp), ("local", 1, "constant", ramp)) == ["local k=2, constant", "local k=1, constant"]
+                    ("local", 2, "constant", {**ramp, "ablated_coeff": 0.1, "ramp_start": 0})) == [
+        "baseline", "local k=2", "local k=2, constant, ramp 0.3 to 0.8",
+        "local k=2, constant, ramp 0 to 0.8, ablated_coeff 0.1"]
+    # what all have in common is not told, but for the gate and the ramp
+    assert names_of(("local", 2, "constant", {**ramp, "n_layer": 4}), ("global", 1, "constant", {**ramp, "n_layer": 4})) == [
+        "local k=2, constant, ramp 0.3 to 0.8", "global k=1, constant, ramp 0.3 to 0.8"]
 
 
 def drawn(table, monkeypatch):

@@ -1,15 +1,15 @@
 # Each of these works alone on a fresh clone: it makes .venv and installs what is pinned.
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO := out/demo/demo_baseline_seed1337 out/demo/demo_seed1337
+DEMO := out/demo/demo_baseline_seed2 out/demo/demo_seed2
 
 .PHONY: demo test clean
 
 demo: .venv/core.stamp  # two small models side by side, what they write, their circuits: under 6 minutes on 2 CPU cores
 	$(if $(wildcard data/toy/meta.json),,$(BIN)/python prepare.py toy)
-	$(BIN)/python bench/sweep.py config/demo_baseline.py config/demo.py --per_gpu=2 --out=out/demo
+	$(BIN)/python bench/sweep.py config/demo_baseline.py config/demo.py --seeds=2 --per_gpu=2 --out=out/demo
 	$(BIN)/python interp/acdc.py $(DEMO) > out/demo/circuits.txt
-	$(BIN)/python eval.py out/demo/demo_seed1337 --sample "Once upon a time" --plot out/demo/units.png
+	$(BIN)/python eval.py out/demo/demo_seed2 --sample "Once upon a time" --plot out/demo/units.png
 	$(BIN)/python interp/table1.py $(DEMO)
 	@echo "pictures: $(DEMO:=/acdc.png) out/demo/units.png; more on the circuits: out/demo/circuits.txt"
 

@@ -124,7 +124,7 @@ def gate(scores, k, form="softmax"):
     the k largest scores (of tied ones, those that topk lists first). Its gradient is that of soft
     weights. "softmax" (paper, Eq. 1-3) and "sigmoid" (the published code): through gamma and T too;
     in rows held at the floor under T, none flows through T. "constant" has neither: T = 1, since
-    a gradient through Eq. 2 grows as 1 / T and drowns the others (RESULTS.md).
+    with a T of each token's own gradients grow as 1 / T, and models learn less (RESULTS.md).
     """
     if form == "constant":
         scores = at_least_fp32(scores)

@@ -2,7 +2,7 @@
 
     python bench/same.py HEAD                     the last commit's against the one you are changing
     python bench/same.py c0679ce config/local_k2.py --data=data/mine --batch_size=4 --updates=60
-    python bench/same.py c0679ce config/demo.py --precision=float64           any knob of train.py
+    python bench/same.py HEAD config/demo.py --precision=float64              any knob of train.py
 
 Both versions take every step of a run at the same weights and on the same tokens, on the CPU.
 The new one is trained; the old one gets its weights before every step, because two runs left to
@@ -94,14 +94,14 @@ def loss_and_gradient(model, weights, rows):
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()]).double()
 
 
-def train_beside(commit, config, tokens, precision):
-    """Train a model by config.max_iters updates beside the commit's, print how they differ
+def train_beside(commit, config, updates, tokens, precision):
+    """Train a model by the first so many updates of a run beside the commit's, print how they differ
     -> the largest relative difference of gradients."""
     dtype = getattr(torch, precision)
     before = build(model_at(commit), config, dtype)
     trained, exact = build(new, config, dtype), build(new, config, torch.float64)
     optimizer, worst = make_optimizer(trained, config, torch.device("cpu")), 0.0
-    for step in range(config.max_iters):
+    for step in range(updates):
         rows, weights = batch_at(tokens, step, config), trained.state_dict()
         loss_before, grad_before = loss_and_gradient(before, weights, rows)
         loss, grad = loss_and_gradient(trained, weights, rows)
@@ -132,14 +132,14 @@ def main():
     args, words = parser.parse_known_args()
     if args.updates < 1:
         raise UserError(f"--updates={args.updates} must be at least 1")
-    config = knobs.load([*words, f"--max_iters={args.updates}"])
+    config = knobs.load(words)
     vocab_size, tokens = load_meta(config.data)["vocab_size"], load_tokens(config.data, "train")
     if len(tokens) <= config.block_size:
         raise UserError(f"{config.data} has {len(tokens)} tokens to train on, too few for "
                         f"block_size={config.block_size}")
     config = dataclasses.replace(config, vocab_size=vocab_size)
     check_memory(config, Machine())
-    worst = train_beside(args.commit, config, tokens, args.precision)
+    worst = train_beside(args.commit, config, args.updates, tokens, args.precision)
     if args.precision == "float64" and not worst < BOUND:
         raise SystemExit(f"the gradients differ by up to {worst:.1e}: more than rounding")
 

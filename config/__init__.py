@@ -88,7 +88,8 @@ class Config(GPTNeoConfig):
                             f"max_iters - 1 = {self.max_iters - 1}")
         if not 0 <= self.ramp_start <= self.ramp_end <= 1:
             raise UserError(f"ramp_start={self.ramp_start} and ramp_end={self.ramp_end} must be "
-                            f"shares of the run: 0 <= ramp_start <= ramp_end <= 1")
+                            f"shares of the run, and the end not before the start: "
+                            f"0 <= ramp_start <= ramp_end <= 1")
         if self.clean_coeff == 0 and self.ablated_coeff_at(0) == 0:
             raise UserError("clean_coeff=0 and no ablated stream with a coefficient above 0: "
                             "such a run would train nothing, or nothing at first")

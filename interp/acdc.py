@@ -1085,7 +1085,10 @@ def print_results(results):
               f"{measured_on(settings)}\n"
               f"- is out of their range, or of a model that does not know the answers")
         rows = [{"run": result["run"]} | edges_at_equal_kl(result) for result in results]
-        print_table(rows, EQUAL_KL_COLUMNS)
+        if any(len(row) > 1 for row in rows):
+            print_table(rows, EQUAL_KL_COLUMNS)
+        else:
+            print("no model here has such a number")
     for result in results:
         first = result["circuits"][0]
         kinds = [f"{count} {kind}" for kind, count in Counter(first["kinds"]).most_common()]

@@ -177,7 +177,7 @@ TRAIN = [
     ("train.py config.py --seed=18446744073709551616", "seed=18446744073709551616 must be a whole number from 0 to"),
     ("train.py config.py --clean_coeff=0 --ablated_coeff=0", "would train nothing"),
     ("train.py config.py --clean_coeff=0 --ramp_start=0.3 --ramp_end=0.8", "would train nothing, or nothing at first"),
-    ("train.py config.py --ramp_start=0.3", "ramp_start=0.3 and ramp_end=0.0 must be shares of the run: 0 <= ramp_start <= ramp_end <= 1"),
+    ("train.py config.py --ramp_start=0.3", "ramp_start=0.3 and ramp_end=0.0 must be shares of the run, and the end not before the start"),
     ("train.py config.py --ramp_start=30 --ramp_end=80", "must be shares of the run"),
     ("train.py config.py --ramp_end=nan", "must be shares of the run"),
     ("train.py config.py --gate=constnat", "gate=constnat is not one of softmax, sigmoid, constant"),

@@ -284,15 +284,15 @@ def open_tasks(paths, data=None):
 
 def evaluate_run(task, batch_size, device):
     """Everything that is measured of a run: its row, a dict."""
-    run, config = task.run, task.run.model.config
+    run, config, trained = task.run, task.run.model.config, trained_with(task.run)
     gated = config.ablation != "none"
     model, meta = run.model.to(device), task.meta
     row = {
         "run": str(run.path), "step": run.step,
         "ablation": config.ablation, "gate": config.gate, "attn_unit": config.attn_unit,
         "k_attn": config.k_attn if gated else 0, "k_mlp": config.k_mlp if gated else 0,
-        "ramp_start": trained_with(run)["ramp_start"], "ramp_end": trained_with(run)["ramp_end"],
-        "seed": run.train_config["seed"], "data": task.data, "checksum": meta["checksum"]}
+        "ramp_start": trained["ramp_start"], "ramp_end": trained["ramp_end"],
+        "seed": trained["seed"], "data": task.data, "checksum": meta["checksum"]}
     row |= measure_split(model, task.tokens, meta["eot"], meta["val"]["bytes"], batch_size, device)
     return row | l1_norms(model)
 

@@ -103,12 +103,13 @@ def sae_numbers(result):
     """
     first = result["saes"][0]
     here = [row for row in result["saes"] if place(row) == place(first)]
-    rows = [row for row in here if coefficient(row) == coefficient(first)]
-    numbers = {name: [row[name] for row in rows] for name in ("l0", "ce_score")}
-    numbers["ce_score_at_l0"] = []
-    for row in rows:
-        sweep = [other for other in here if other["seed"] == row["seed"]]
-        numbers["ce_score_at_l0"].append(score_at_l0(sweep, AT_L0))
+    numbers = {"l0": [], "ce_score": [], "ce_score_at_l0": []}
+    for row in here:
+        if coefficient(row) == coefficient(first):  # one a seed
+            sweep = [other for other in here if other["seed"] == row["seed"]]
+            numbers["l0"].append(row["l0"])
+            numbers["ce_score"].append(row["ce_score"])
+            numbers["ce_score_at_l0"].append(score_at_l0(sweep, AT_L0))
     return {name: sum(values) / len(values) for name, values in numbers.items()
             if None not in values}
 

@@ -85,6 +85,11 @@ def test_python_examples_run(tmp_path, monkeypatch):
         torch.testing.assert_close(hf(idx).logits, model(idx), rtol=1e-4, atol=1e-5)
 
 
+def test_nothing_is_left_to_be_filled_in():
+    for text in (README, (ROOT / "RESULTS.md").read_text()):
+        assert not re.findall(r"@[A-Z_]+@|TODO", text)
+
+
 def test_links_and_line_counts_are_of_this_tree():
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", prose):

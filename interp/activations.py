@@ -26,8 +26,10 @@ from tqdm import tqdm
 
 from prepare import UserError
 
-# what a site is the output of, inside its block; of mlp_act, the neurons, it is the input
-SITES = {"mlp_out": "mlp", "attn_out": "attn.attention", "resid": "", "mlp_act": "mlp.c_proj"}
+# the module of a block that a site is the output of
+SITES = {"mlp_out": "mlp", "attn_out": "attn.attention", "resid": "", "mlp_act": "mlp.c_proj",
+         "attn_act": "attn.attention.out_proj"}
+UNITS = ("mlp_act", "attn_act")  # or the input of: neurons, and the channels of all heads' outputs
 TOKENS = 8192  # in a forward pass that reads; a constant, so that a resumed run rounds alike
 SCAN = 2**24  # tokens looked through for end-of-text at a time
 
@@ -53,8 +55,8 @@ class Site:
     """A place in the clean stream of a model: block `layer`, and one of SITES.
 
     center: see x minus its mean over channels. LayerNorm hides that shift from the model; the
-    paper's library, which centres the weights that write to the residual stream, had it so. mlp_act
-    is not in the stream and never centred. Raises UserError when there is no such block.
+    paper's library, which centres the weights that write to the residual stream, had it so. UNITS
+    are not in that stream and never centred. Raises UserError when there is no such block.
     """
 
     def __init__(self, model, layer, site, center=True):
@@ -62,7 +64,7 @@ class Site:
             last = model.config.n_layer - 1
             raise UserError(f"--layer={layer}: the blocks of this model are 0 to {last}")
         self.model, self.layer, self.site = model, layer, site
-        self.center = center and site != "mlp_act"
+        self.center = center and site not in UNITS
         self.d = model.config.n_embd * (4 if site == "mlp_act" else 1)
         self.module = model.transformer["h"][layer].get_submodule(SITES[site])
 
@@ -83,7 +85,7 @@ class Site:
             x = look(out[0])  # blocks and attention return (x, keys and values)
             return None if x is None else (x, *out[1:])
 
-        if self.site == "mlp_act":
+        if self.site in UNITS:
             return self.module.register_forward_pre_hook(on_input)
         return self.module.register_forward_hook(on_output)
 

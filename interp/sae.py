@@ -796,7 +796,7 @@ COLUMNS_OF_PLACES = [
 
 
 LINES = ("-", "--", ":", "-.")  # for the blocks, in their order
-MARKERS = dict(zip(SITES, "os^D"))
+MARKERS = dict(zip(SITES, "os^Dv"))
 
 
 def names_of(results):
@@ -1015,8 +1015,9 @@ def make_parser():
     add = parser.add_argument
     add("--data", help="prepared data to use (default: the run's own)")
     add("--layer", help="blocks, from 0, with commas between them (default: the last but one)")
-    add("--site", help="mlp_out, attn_out, resid, mlp_act: output of the MLP, of the attention, of "
-                       "the whole block, or the MLP's neurons, with commas (default mlp_out)")
+    add("--site", help="mlp_out, attn_out, resid, mlp_act, attn_act: output of the MLP, of the "
+                       "attention, of the whole block; neurons, channels of the heads; with "
+                       "commas (default mlp_out)")
     add("--places", action="store_true",
         help="train nothing: print what zeroing costs, of all places or of --layer, --site")
     add("--raw", action="store_true", help="do not centre the activations over channels")

@@ -57,11 +57,13 @@ def test_a_site_is_that_tensor_of_the_clean_stream(site):
         h = block.ln_2(inputs[1] + attended)
         kept = {"mlp_out": block.mlp(h), "attn_out": attended, "resid": inputs[2],
                 "mlp_act": torch.nn.functional.gelu(block.mlp.c_fc(h), approximate="tanh")}
+        out_proj = block.attn["attention"].out_proj
+        kept["attn_act"] = (attended - out_proj.bias) @ torch.linalg.inv(out_proj.weight).T
         whole = model(idx)
     x = kept[site]
     raw, centered = Site(model, 1, site, center=False), Site(model, 1, site)
     assert torch.allclose(raw.read(idx), x) and raw.d == x.size(-1)
-    if site != "mlp_act":
+    if site not in activations.UNITS:
         assert torch.allclose(centered.read(idx), x - x.mean(-1, keepdim=True))
         assert torch.allclose(centered.run(idx, lambda x: x), whole)  # LayerNorm hides the shift
     assert torch.allclose(raw.run(idx, lambda x: x), whole)

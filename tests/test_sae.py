@@ -344,15 +344,16 @@ def test_zeroing_costs_what_plain_hooks_say(raw):
     def zeros(module, args, out):
         return (out[0] * 0, *out[1:]) if isinstance(out, tuple) else out * 0
 
-    def no_neurons(module, args):
+    def no_units(module, args):
         return args[0] * 0,
 
     expected = []
     for layer in (0, 2):
         block = model.transformer["h"][layer]
         modules = {"mlp_out": block.mlp, "attn_out": block.attn.attention, "resid": block}
+        written = {"mlp_act": block.mlp.c_proj, "attn_act": block.attn.attention.out_proj}
         for site in sae.SITES:
-            handle = block.mlp.c_proj.register_forward_pre_hook(no_neurons) if site == "mlp_act" else modules[site].register_forward_hook(zeros)
+            handle = written[site].register_forward_pre_hook(no_units) if site in written else modules[site].register_forward_hook(zeros)
             expected.append((layer, site, nats()))
             handle.remove()
     found = sae.score_zeroing(sites, idx)
@@ -515,7 +516,7 @@ def test_places_prints_what_zeroing_costs_and_no_more(run, call):
     before = sorted(run.iterdir())
     message, out = call(run, other, "--small", "--device=cpu", "--places")
     head, *lines = out.splitlines()
-    assert message is None and sorted(run.iterdir()) == before and len(lines) == 2 * 3 * 4
+    assert message is None and sorted(run.iterdir()) == before and len(lines) == 2 * 3 * len(sae.SITES)
     model, val = GPTNeo.from_checkpoint(run), sae.load_tokens(run.parent.parent / "data", "val")
     idx = sae.windows_at(val, sae.held_out_windows(val, T, 400), T, "cpu")
     sites = [sae.Site(model, layer, site) for layer in range(3) for site in sae.SITES]

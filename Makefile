@@ -13,8 +13,8 @@ demo: .venv/core.stamp  # two small models side by side, what they write, their 
 	$(BIN)/python interp/table1.py $(DEMO)
 	@echo "pictures: $(DEMO:=/acdc.png) out/demo/units.png; more on the circuits: out/demo/circuits.txt"
 
-test: .venv/dev.stamp  # one thread: in tensors this small a second one only waits
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q test_gate.py tests
+test: .venv/dev.stamp  # two workers of one thread: in tensors this small a second thread only waits
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal test_gate.py tests
 
 .venv/core.stamp: requirements.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -22,7 +22,7 @@ test: .venv/dev.stamp  # one thread: in tensors this small a second one only wai
 	$(BIN)/python -m pip install -q -r requirements.txt
 	touch $@
 
-.venv/dev.stamp: requirements.txt requirements-dev.txt .venv/core.stamp
+.venv/dev.stamp: requirements.txt requirements-interp.txt requirements-dev.txt .venv/core.stamp
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
 	touch $@
 

@@ -4,16 +4,18 @@
 #
 #     bash bench/study.sh stories      real stories (data/tinystories_words, see RESULTS.md)
 #     bash bench/study.sh toy          toy stories, on which the models learn to copy names
+#     bash bench/study.sh geometry     real stories, the paper's geometry, one seed
 #     bash bench/study.sh measure      their circuits, autoencoders and tables, when they are there
 set -eu
 export OMP_NUM_THREADS=1
 PYTHON=${PYTHON:-python}
 
-sweep() {  # FOLDER CONFIG... --knob=value...: config/CONFIG.py with seeds 1, 2 and 3 into FOLDER
+SEEDS=1,2,3
+sweep() {  # FOLDER CONFIG... --knob=value...: config/CONFIG.py with each of the seeds into FOLDER
     local folder=$1; shift
     local words=()
     for word in "$@"; do [[ $word == --* ]] && words+=("$word") || words+=("config/$word.py"); done
-    $PYTHON bench/sweep.py "${words[@]}" --seeds=1,2,3 --device=cpu --out="$folder"
+    $PYTHON bench/sweep.py "${words[@]}" --seeds=$SEEDS --device=cpu --out="$folder"
 }
 
 RAMP="--ramp_start=0.3 --ramp_end=0.8"
@@ -51,6 +53,15 @@ toy)
     sweep out/toy/ramp_to_0.1 local_k2 $OURS $RAMP --ablated_coeff=0.1
     sweep out/toy/constant_ramp local_k8 global_k8 $OURS $RAMP
     sweep out/toy/paper local_k8 global_k8 $SIZE
+    SEEDS=4,5,6,7,8,9  # how many edges: what three seeds left open
+    sweep out/toy/plain baseline $SIZE
+    sweep out/toy/constant_ramp local_k2 $OURS $RAMP
+    ;;
+geometry)
+    SEEDS=1
+    sweep out/geometry baseline local_k2_ramp --data=data/tinystories_words --batch_size=8 \
+        --learning_rate=2e-3 --warmup_iters=100 --max_iters=4000 --eval_interval=250 \
+        --eval_windows=120
     ;;
 measure)
     $PYTHON interp/acdc.py out/toy/*/*_seed? --tau 0.03,0.01,0.1,0.2,0.4,0.8 --orders 8 \
@@ -64,7 +75,7 @@ measure)
     $PYTHON eval.py out/stories/half/*/*_seed? --over_seeds
     ;;
 *)
-    echo "usage: bash bench/study.sh stories|toy|measure" >&2
+    echo "usage: bash bench/study.sh stories|toy|geometry|measure" >&2
     exit 1
     ;;
 esac

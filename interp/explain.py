@@ -614,7 +614,7 @@ class Preview:
 
     def __init__(self):
         self.lock, self.closed = threading.Lock(), False
-        self.planned = Counter()
+        self.planned = Counter(calls=0, prompt_tokens=0, answer_tokens=0)
 
     def check_open(self):
         pass
@@ -711,6 +711,8 @@ def reader_of(model, units):
     sites = [Site(model, layer, "mlp_act") for layer in layers]
     places = [layers.index(layer) * sites[0].d + neuron for layer, neuron in units]
     columns = torch.tensor(places, device=model.lm_head.weight.device)
+    if places == list(range(places[0], places[0] + len(places))):
+        columns = slice(places[0], places[0] + len(places))  # a view: no 100 MB are copied
 
     def activate(idx):
         return read_sites(sites, idx)[..., columns]
@@ -798,29 +800,20 @@ def summary(scores):
     return row
 
 
-def summaries(entries, scores_of):
-    """{"layers": a summary of every layer, "all": of all} of scores_of(entry)."""
+def summaries(scores):
+    """{"layers": a summary of every layer, "all": of all}; scores as above, with "layer"."""
     layers = []
-    for layer in sorted({entry["layer"] for entry in entries}):
-        scores = [scores_of(entry) for entry in entries if entry["layer"] == layer]
-        layers.append({"layer": layer} | summary(scores))
-    return {"layers": layers, "all": summary([scores_of(entry) for entry in entries])}
-
-
-def itself(entry):
-    return entry
-
-
-def by_table(entry):
-    """What the table scores where a language model's scores stand in the entry."""
-    return entry["lookup"]
+    for layer in sorted({one["layer"] for one in scores}):
+        layers.append({"layer": layer} | summary([one for one in scores if one["layer"] == layer]))
+    return {"layers": layers, "all": summary(scores)}
 
 
 def facts_of(entries, with_answers):
     """What explain.json says of a model's neurons."""
-    facts = summaries(entries, itself)
+    facts = summaries(entries)
     if with_answers:
-        facts["lookup"] = summaries(entries, by_table)
+        facts["lookup"] = summaries(
+            [{"layer": entry["layer"], **entry["lookup"]} for entry in entries])
         used = Counter()
         for entry in entries:
             used.update(entry["answers"])
@@ -890,27 +883,31 @@ def prepare_work(job, endpoint, args, device, stop):
     return Work(job.settings, texts, word, answers, args.concurrency, stop)
 
 
-def preview(jobs, args, device, stop):
+def preview(jobs, controls, args, device, stop):
     """Print what the language model would be asked, and what it would cost; nothing is written."""
-    rows, seen = [], set()
-    for number_of, job in enumerate(jobs, 1):
-        title = f"[{number_of}/{len(jobs)}] {job.run.path}"
-        models = {str(job.run.path): job.run.model}
+    rows, total = [], Counter(calls=0, prompt_tokens=0, answer_tokens=0)
+    for job in jobs:
+        if job.result:
+            continue
+        counted, endpoint = job.state or {"model": [], "control": []}, Preview()
+        work = prepare_work(job, endpoint, args, device, stop)
+        explain_model(job.run.model, work, str(job.run.path), counted["model"], nothing)
         geometry = geometry_of(job)
-        if job.settings["control"] and str(geometry) not in seen:
-            models["random weights"] = random_model(geometry, job.settings["seed"])
-            seen.add(str(geometry))
-        for name, model in models.items() if not job.result else ():
-            endpoint = Preview()
-            explain_model(model, prepare_work(job, endpoint, args, device, stop), title, [], itself)
-            rows.append({"run": name, "calls": 0, "prompt_tokens": 0, "answer_tokens": 0}
-                        | endpoint.planned)
-    rows.append({"run": "all"} | {name: sum(row[name] for row in rows)
-                                  for name in ("calls", "prompt_tokens", "answer_tokens")})
+        if job.settings["control"] and str(geometry) not in controls:
+            model = random_model(geometry, job.settings["seed"])
+            explain_model(model, work, "random weights", counted["control"], nothing)
+            controls[str(geometry)] = None  # it is counted
+        rows.append({"run": str(job.run.path), **endpoint.planned})
+        total.update(endpoint.planned)
+    rows.append({"run": "all", **total})
     for row in rows if args.price_in is not None else ():
         row["cost"] = cost_of(row, args)
     print_table(rows, PREVIEW_COLUMNS)
     print("calls whose answers are not kept yet; tokens are estimates, those of answers rough ones")
+
+
+def nothing():
+    """What a preview saves."""
 
 
 def cost_of(tokens, args):
@@ -927,10 +924,12 @@ def draw_histogram(axes, facts, label, color, style="-"):
     row = facts["all"]
     if row["mean"] is None:
         return
-    shares = np.array(row["histogram"]) / row["scored"]
-    axes.stairs(shares, np.linspace(-1, 1, BINS + 1), color=color, ls=style, label=label,
-                fill=style == "-", alpha=0.35)
-    axes.stairs(shares, np.linspace(-1, 1, BINS + 1), color=color, ls=style)
+    shares, edges = np.array(row["histogram"]) / row["scored"], np.linspace(-1, 1, BINS + 1)
+    first = min(np.flatnonzero(shares)[0], BINS // 2)  # below 0 only as far as there are scores
+    shares, edges = shares[first:], edges[first:]
+    if style == "-":
+        axes.stairs(shares, edges, color=color, fill=True, alpha=0.25)
+    axes.stairs(shares, edges, color=color, ls=style, label=label)
     axes.axvline(row["mean"], color=color, ls=style, lw=1.5)
 
 
@@ -954,24 +953,20 @@ def draw_scores(path, results):
         color = colors[place % len(colors)]
         draw_histogram(scores, result, result["run"], color)
         draw_layers(layers, result, color)
-    for label, facts, color, style in further_facts(results):
-        draw_histogram(scores, facts, label, color, style)
-        draw_layers(layers, facts, color, style)
-    scores.set(xlabel="explanation score", ylabel="share of neurons", xlim=(-1, 1))
+    for place, (name, control) in enumerate(controls_of(results)):
+        color = str(0.4 + 0.15 * (place % 4))  # a grey
+        draw_histogram(scores, control, name, color, "--")
+        draw_layers(layers, control, color, "--")
+    scores.set(xlabel="explanation score", ylabel="share of neurons")
     scores.set_title("a line is a mean", fontsize="medium")
     layers.set(xlabel="layer", ylabel="mean explanation score")
+    layers.xaxis.get_major_locator().set_params(integer=True)
     layers.set_title("± standard error over neurons", fontsize="medium")
     for axes in (scores, layers):
         axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", fontsize="small", frameon=False, ncols=2)
     figure.suptitle(explained_by(results[0]["settings"]), fontsize="medium")
     save_figure(path, figure)
-
-
-def further_facts(results):
-    """What is drawn beside the models: (label, facts, colour, style of line)."""
-    for place, (name, control) in enumerate(controls_of(results)):
-        yield name, control, str(0.5 + 0.1 * (place % 4)), "--"
 
 
 def controls_of(results):
@@ -1113,8 +1108,8 @@ def make_parser():
     add("--lookup", choices=["corpus", "records"], default="corpus",
         help="the table's means: over training text, or over the windows that a language model "
              "explains from (default corpus)")
-    add("--tokens", type=int, default=1_000_000,
-        help="of each split that are read at most, spread over it (default 1000000)")
+    add("--tokens", type=int, default=500_000,
+        help="of each split that are read at most, spread over it (default 500000)")
     add("--window", type=int, default=64, help="tokens of a record (default 64)")
     add("--neurons", type=int, metavar="N", help="a sample of N of every layer (default all)")
     add("--seed", type=int, default=0,
@@ -1224,7 +1219,7 @@ def main():
                 for job in jobs if job.result and job.result["control"]}
     try:
         if args.dry_run:
-            return preview(jobs, args, device, stop)
+            return preview(jobs, controls, args, device, stop)
         measure = partial(explain_run, controls=controls, endpoint=endpoint, args=args,
                           device=device, stop=stop)
         results = results_of(jobs, measure, device)

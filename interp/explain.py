@@ -1156,6 +1156,8 @@ def check_model_knobs(args):
                         f"http://localhost:8000/v1, without a name or key in it")
     if args.simulation not in ("sparse", "full"):
         raise UserError(f"--simulation={args.simulation} must be sparse or full")
+    if args.cache == "":
+        raise UserError("--cache= must name a folder")
     check_range(args, "temperature", 0, 2)
     check_range(args, "answer_tokens", 1, 10**6)
     check_range(args, "concurrency", 1, 1000)

@@ -647,6 +647,7 @@ def test_the_control_is_asked_about_once_for_runs_of_a_geometry(run, call, serve
 
 def test_full_simulation_takes_expected_levels(run, call, server):
     """The server is sure of each level by 0.9 and says 5 by 0.1: the order stays, and so does a score of 1."""
+    (other,) = copies(run, "other")
     assert call(run, *asking(server, "--no_control", "--simulation=full"))[0] is None
     result, neurons = facts(run)
     assert neurons["neurons"][0]["score"] == pytest.approx(1, abs=1e-6) and result["answers"]["without_logprobs"] == 0
@@ -655,8 +656,8 @@ def test_full_simulation_takes_expected_levels(run, call, server):
     levels = explain.read_simulation(full["answer"], T, "full")
     assert {round(level, 12) for level in levels} <= {0.5, 9.5} and full["request"]["top_logprobs"] == 15
     server.logprobs = False
-    message, out = call(run, *asking(server, "--no_control", "--simulation=full", "--force", "--cache", run / "other"))
-    assert message is None and facts(run)[0]["answers"]["without_logprobs"] == 30
+    message, out = call(other, *asking(server, "--no_control", "--simulation=full"))
+    assert message is None and facts(other)[0]["answers"]["without_logprobs"] == 30
     assert "30 answers had no logprobs" in out
 
 
@@ -890,6 +891,37 @@ def test_a_budget_is_kept(run, call, server):
     while said and tries < 20:
         said, tries = call(*command)[0], tries + 1
     assert said is None and tries > 1 and len(server.paid) == len(set(server.paid))
+
+
+def test_who_has_no_key_or_no_package_is_told(run, call, server, monkeypatch):
+    """Another server than OpenAI's needs no key. A dry run needs neither."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    words_ = (run, "--explainer=openai", "--model=tiny", "--no_control", "--neurons=1")
+    said = call(*words_)[0]
+    assert said.startswith("error: https://api.openai.com/v1 needs a key: put it into the environment as OPENAI_API_KEY")
+    assert call(*words_, f"--base_url={server.url}")[0] is None and server.keys <= {"Bearer none"}
+    monkeypatch.setitem(sys.modules, "openai", None)
+    said = call(*words_, "--seed=1")[0]
+    assert said == "error: --explainer=openai needs the package openai: pip install -r requirements-interp.txt"
+    assert call(*words_, "--dry_run", "--force", "--seed=1")[0] is None
+    assert call(run, "--no_control")[0] is None  # and the table never
+
+
+def test_the_picture(run, call, tmp_path, monkeypatch):
+    """Every mean of the result is in it: models and their control, also one without any score."""
+    assert call(run)[0] is None
+    result = json.loads((run / "explain.json").read_text())
+    nothing = {**result, "run": "nothing", "control": None, "all": explain.summary([]), "layers": []}
+    figures = []
+    monkeypatch.undo()
+    monkeypatch.setattr(explain, "save_figure", lambda path, figure: figures.append(figure))
+    explain.draw_scores(tmp_path / "a.png", [result, nothing])
+    (scores, layers), (legend,) = figures[0].axes, figures[0].legends
+    means = [line.get_xdata()[0] for line in scores.lines]
+    assert means == [result["all"]["mean"], result["control"]["all"]["mean"]]
+    drawn = [list(line.get_ydata()) for line in layers.lines if line.get_linestyle() in ("-", "--")]
+    assert [row["mean"] for row in result["layers"]] in drawn and [row["mean"] for row in result["control"]["layers"]] in drawn
+    assert [text.get_text() for text in legend.texts] == [result["run"], "random weights"]
 
 
 def test_a_server_without_usage_is_estimated(run, call, server):

@@ -11,21 +11,23 @@ within one story and read alone: a neuron's 20 strongest, of different stories, 
 which all neurons share and whose stories hold none of the 20. An explanation is made of 5 strong
 ones. With it, the activations in 5 other strong and 5 random ones are simulated. The score is the
 Pearson correlation of true and simulated activations, all 640 tokens together; what is undefined is
-null with its reason, never 0.
+null with its reason, never 0. Standard errors are over neurons: that these share the random windows
+is not in them.
 
 Explainers: lookup, a table of the mean activation at each kind of token (--lookup corpus: over
 training text; records: over the 5 windows), which knows nothing of context, and openai, a language
 model behind any API like OpenAI's (pip install -r requirements-interp.txt; the key is taken from
 OPENAI_API_KEY). Its scores stand beside the table's on the same neurons and text, and all of them
-beside those of a model of the same geometry with random weights: most of a score needs no learning.
+beside those of a model of the same geometry with random weights: much of a table's score needs no
+learning.
 
 Records come from the validation split and the table from the training split, so that nothing is
 scored on text that its explanation was made of.
 
 Writes explain.json, explain_neurons.json and explain.png beside the checkpoint, explain_openai...
 for a language model, whose answers are kept in a folder, a file each, as they arrive: none is paid
-twice. After Ctrl-C the same command goes on. Memory: 8 bytes for each of up to 2,048 neurons and
-each kind of token in the text, 0.2 GB for TinyStories, and twice that for a batch of activations.
+twice. After Ctrl-C the same command goes on. Memory does not grow with the text: 1 GB for the
+paper's model and 5,000 kinds of token, 16 KB for each kind more (GPT-2's 50,257: 0.7 GB).
 
 Shape letters: B windows of T tokens, U neurons at a time, V vocabulary, n tokens of a batch.
 """
@@ -234,7 +236,7 @@ def score_simulation(neuron, simulated):
     return found
 
 
-# ---------------------------------------------------------------------------- the table's explanations
+# -------------------------------------------------------------------------- the table's explanation
 
 
 class Table(NamedTuple):
@@ -266,13 +268,13 @@ class CorpusMeans:
         for x, positions, _ in corpus.read(activate, stop, f"{title}: means by token"):
             rows = torch.from_numpy(row_of[corpus.tokens[positions]])  # (n)
             sums.index_add_(0, rows.to(sums.device), x.to(dtype))
-        sums = sums.cpu().numpy()
-        self.mean = sums.sum(0) / self.counts.sum()  # (U)
-        self.by_kind = sums.T / self.counts[self.kinds]  # (U, kinds)
+        self.by_kind = sums.cpu().numpy()  # (kinds, U)
+        self.mean = self.by_kind.sum(0) / self.counts.sum()  # (U)
+        self.by_kind /= self.counts[self.kinds, None]  # in place: it is the largest thing here
 
     def table(self, unit):
         values = np.full(len(self.counts), self.mean[unit])
-        values[self.kinds] = self.by_kind[unit]
+        values[self.kinds] = self.by_kind[:, unit]
         return Table(values, self.counts)
 
 
@@ -328,7 +330,7 @@ prediction. Nothing else."""
 PROMPTS = hashlib.sha256("\0".join((EXPLAIN, SIMULATE, SPARSE, FULL)).encode()).hexdigest()[:8]
 LONGEST = 500  # characters of an explanation: what is longer is no phrase
 LINE = re.compile(r"\s*(\d{1,6})[\s:,|]+(\d{1,6})\s*")  # number of a token, prediction
-BEGUN = re.compile(r"\s*(\d{1,6})[\s:,|]+\d")  # such a line, up to the first digit of the prediction
+BEGUN = re.compile(r"\s*(\d{1,6})[\s:,|]+\d")  # such a line, up to the prediction's first digit
 TYPICAL = {"explain": 30, "sparse": 60}  # tokens of an answer, for --dry_run
 
 
@@ -361,6 +363,7 @@ def simulate_messages(explanation, tokens, word, form):
 def read_explanation(answer):
     """The phrase in an answer. Raises Unreadable."""
     phrase = " ".join(answer["text"].split())
+    phrase = phrase.encode(errors="replace").decode()  # half a surrogate pair cannot be sent on
     if answer["cut"] or not phrase or len(phrase) > LONGEST:
         raise Unreadable
     return phrase
@@ -493,6 +496,12 @@ def pause_of(error, attempt):
         return min(60, 2**attempt) * random.uniform(0.5, 1)
 
 
+def alternatives_of(logprob):
+    """{token: log probability} of what could stand at one place of an answer, itself included."""
+    tops = [logprob, *logprob["top_logprobs"]]
+    return {top["token"]: float(top["logprob"]) for top in tops}
+
+
 def read_completion(body, question):
     """A server's answer, as text -> ANSWER. Raises ValueError when it is none."""
     found = json.loads(body)
@@ -504,12 +513,15 @@ def read_completion(body, question):
         raise ValueError("its content is no text")
     logprobs = (choice.get("logprobs") or {}).get("content")
     if logprobs:
-        logprobs = [[one["token"], {top["token"]: float(top["logprob"])
-                                    for top in one["top_logprobs"]}] for one in logprobs]
+        logprobs = [[one["token"], alternatives_of(one)] for one in logprobs]
     return {"text": text, "cut": choice.get("finish_reason") == "length",
             "logprobs": logprobs or None,
             "prompt_tokens": int(usage.get("prompt_tokens") or estimate_tokens(question)),
             "answer_tokens": int(usage.get("completion_tokens") or len(text) // 3)}
+
+
+class OutOfTokens(Stopped):
+    """The next request might cost more than --max_tokens_total."""
 
 
 class Endpoint:
@@ -600,10 +612,6 @@ class Endpoint:
             self.check_open()
 
 
-class OutOfTokens(Stopped):
-    """The next request might cost more than --max_tokens_total."""
-
-
 def short(text):
     """A server's words on one line."""
     return " ".join(str(text).split())[:200]
@@ -688,7 +696,7 @@ def ask_about_all(neurons, answers, word, settings, concurrency, title):
     return [task.result() for task in tasks]
 
 
-# --------------------------------------------------------------------------------- one run, its model
+# --------------------------------------------------------------------------------- one run's models
 
 
 def sample_units(config, settings):
@@ -776,7 +784,7 @@ def explain_model(model, work, title, done, save):
         save()
 
 
-# ------------------------------------------------------------------------------------- what is found
+# ------------------------------------------------------------------------------------ what is found
 
 
 def mean_of(values):

@@ -395,6 +395,7 @@ def test_without_a_level_among_the_likely_what_is_written_counts():
 
 def test_an_explanation_is_one_phrase():
     assert explain.read_explanation(answer("fires on\n  b ")) == "fires on b"
+    assert explain.read_explanation(answer("fires on \ud800")) == "fires on ?"  # which no request could hold
     for bad in (answer(""), answer("fires", cut=True), answer("word " * 200)):
         with pytest.raises(Unreadable):
             explain.read_explanation(bad)
@@ -901,7 +902,7 @@ def test_who_has_no_key_or_no_package_is_told(run, call, server, monkeypatch):
     assert said.startswith("error: https://api.openai.com/v1 needs a key: put it into the environment as OPENAI_API_KEY")
     assert call(*words_, f"--base_url={server.url}")[0] is None and server.keys <= {"Bearer none"}
     monkeypatch.setitem(sys.modules, "openai", None)
-    said = call(*words_, "--seed=1")[0]
+    said = call(*words_, "--seed=1", "--force")[0]
     assert said == "error: --explainer=openai needs the package openai: pip install -r requirements-interp.txt"
     assert call(*words_, "--dry_run", "--force", "--seed=1")[0] is None
     assert call(run, "--no_control")[0] is None  # and the table never

@@ -126,6 +126,26 @@ def unfinished_circuits(folder):
     done.unlink()
 
 
+def explained(*damage):
+    """Explained neurons in out/run, and then this damage."""
+    def spoil(folder):
+        with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(importlib.import_module("explain"), "draw_scores", lambda *_: None)
+            assert typed(EXPLAIN_WORDS) is None
+        for change in damage:
+            change(folder)
+    return spoil
+
+
+def unfinished_explanations(folder):
+    """The neurons of out/run as a stop would leave them."""
+    done = folder / "out" / "run" / "explain.json"
+    found = json.loads(done.read_text())
+    state = {"model": [], "control": [], "seconds": {"model": 0.0, "control": 0.0}}
+    torch.save({**{name: found[name] for name in ("checkpoint", "settings")}, "state": state}, done.with_name("explain.resume.pt"))
+    done.unlink()
+
+
 def folder_named(name):
     return lambda folder: (folder / name).mkdir(parents=True)
 
@@ -418,6 +438,61 @@ SAE = [
     (f"{SAE_WORDS} --lr=0.1", "sae.json was made with lr=1e-05, not 0.1: --force replaces it", autoencoders()),
 ]
 
+EXPLAIN_WORDS = "explain.py out/run --window=1 --neurons=2 --no_control"
+ASK = "explain.py out/run --window=1 --neurons=2 --no_control --explainer=openai --model=m --base_url=http://127.0.0.1:9/v1"
+EXPLAIN_RESULT, EXPLAIN_NEURONS, EXPLAIN_STATE = (f"out/run/explain{end}" for end in (".json", "_neurons.json", ".resume.pt"))
+WRONG_RESULTS_OF_EXPLAIN = [("layers", None), ("layers 0", 5), ("layers 0 mean", "x"), ("all", None), ("all histogram", 5),
+                            ("seconds", None), ("control", None)]
+WRONG_STATES_OF_EXPLAIN = [("state", 5), ("state", {}), ("state model", 5), ("state model", [5]), ("state seconds", {})]
+
+EXPLAIN = [
+    ("explain.py", "the following arguments are required: runs"),
+    ("explain.py nowhere", "no checkpoint at nowhere"),
+    ("explain.py out/run", "--window=64: out/run reads at most 16 tokens, lower it"),
+    ("explain.py out/run --window=0", "--window=0 must be from 1 to"),
+    ("explain.py out/run --tokens=0", "--tokens=0 must be from 1 to"),
+    ("explain.py out/run --neurons=0", "--neurons=0 must be from 1 to"),
+    ("explain.py out/run --seed=-1", "--seed=-1 must be from 0 to"),
+    ("explain.py out/run --explainer=gpt", "invalid choice: 'gpt'"),
+    ("explain.py out/run --lookup=none", "invalid choice: 'none'"),
+    ("explain.py out/run --window=16", "stories of the validation text have 16 tokens, and 35 are needed: choose other --data"),
+    (EXPLAIN_WORDS, "out/run/best.pt is damaged", flip("out/run/best.pt")),
+    (EXPLAIN_WORDS, "data/val.bin is damaged", flip("data/val.bin")),
+    (EXPLAIN_WORDS, "data/train.bin is damaged", flip("data/train.bin")),
+    (EXPLAIN_WORDS, "out/run has weights that are not finite: its training has diverged", diverged),
+    (f"{EXPLAIN_WORDS} --data=nowhere", NO_DATA),
+    ("explain.py out/run out/run/../run --window=1", "out/run/../run is given twice: give it once"),
+    (f"{EXPLAIN_WORDS} --plot=all.txt", "--plot=all.txt must end in .png, .pdf or .svg"),
+    (f"{EXPLAIN_WORDS} --plot=nowhere/all.png", "cannot write nowhere/all.png"),
+    (EXPLAIN_WORDS, "out/run/explain.png", folder_named("out/run/explain.png")),
+    (f"{EXPLAIN_WORDS} --dry_run", "--dry_run has no effect without --explainer=openai: add that or drop it"),
+    (f"{EXPLAIN_WORDS} --model=m", "--model has no effect without --explainer=openai"),
+    (f"{EXPLAIN_WORDS} --concurrency=4", "--concurrency has no effect without --explainer=openai"),
+    (f"{EXPLAIN_WORDS} --seed=1", "explain.json was made with seed=0, not 1: --force replaces it", explained()),
+    (EXPLAIN_WORDS, f"{EXPLAIN_NEURONS} is damaged, or of an earlier version: delete it", explained(text(EXPLAIN_NEURONS, "{"))),
+    (EXPLAIN_WORDS, f"{EXPLAIN_NEURONS} is damaged, or of an earlier version: delete it",
+     explained(says(EXPLAIN_NEURONS, "neurons 0 layer", "x"))),
+    *((EXPLAIN_WORDS, f"{EXPLAIN_RESULT} is damaged, or of an earlier version: delete it, or add --force",
+       explained(says(EXPLAIN_RESULT, *change))) for change in WRONG_RESULTS_OF_EXPLAIN),
+    *((EXPLAIN_WORDS, f"{EXPLAIN_STATE} is damaged, or of an earlier version: delete it, or add --force",
+       explained(unfinished_explanations, says(EXPLAIN_STATE, *change))) for change in WRONG_STATES_OF_EXPLAIN),
+    ("explain.py out/run --window=1 --explainer=openai", "--explainer=openai needs --model: the name of a model"),
+    (f"{ASK} --base_url=localhost:8000", "--base_url=localhost:8000 must be an address such as http://localhost:8000/v1"),
+    (f"{ASK} --base_url=http://me:key@host/v1", "without a name or key in it"),
+    (f"{ASK} --simulation=all", "--simulation=all must be sparse or full"),
+    (f"{ASK} --temperature=3", "--temperature=3.0 must be from 0 to 2"),
+    (f"{ASK} --concurrency=0", "--concurrency=0 must be from 1 to"),
+    (f"{ASK} --retries=-1", "--retries=-1 must be from 0 to"),
+    (f"{ASK} --timeout=0", "--timeout=0.0 must be from 0.1 to"),
+    (f"{ASK} --answer_tokens=0", "--answer_tokens=0 must be from 1 to"),
+    (f"{ASK} --max_tokens_total=0", "--max_tokens_total=0 must be at least 1"),
+    (f"{ASK} --dry_run --price_in=1", "--price_in and --price_out go together: give both"),
+    (f"{ASK} --price_in=-1 --price_out=1", "--price_in=-1.0 must be from 0 to"),
+    (f"{ASK} --cache=config.py", "cannot write config.py: File exists"),
+    (f"{ASK} --cache=/proc/answers", "cannot write /proc/answers"),
+    (f"{ASK} --cache=''", "--cache= must name a folder"),
+]
+
 BENCH = [
     ("speed.py --device=cpu --variants=locale", "--variants=locale must be"),
     ("speed.py --device=cpu --vocab_size=70000", "--vocab_size=70000"),
@@ -490,7 +565,7 @@ def typed(command):
                 signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("name", ["eval.py", "interp/acdc.py", "interp/table1.py", "bench/speed.py", "bench/same.py",
+@pytest.mark.parametrize("name", ["eval.py", "interp/acdc.py", "interp/explain.py", "interp/table1.py", "bench/speed.py", "bench/same.py",
                                   "bench/temperature.py"])
 def test_ctrl_c_while_torch_is_imported_just_ends_the_script(name, tmp_path):
     """A stand-in for torch that is interrupted as it is imported, and would go on for a minute."""
@@ -514,7 +589,7 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("row", [*TRAIN, *PREPARE, *EVAL, *TABLE1, *ACDC, *SAE, *BENCH], ids=lambda row: row[0][:80])
+@pytest.mark.parametrize("row", [*TRAIN, *PREPARE, *EVAL, *TABLE1, *ACDC, *SAE, *EXPLAIN, *BENCH], ids=lambda row: row[0][:80])
 def test_a_mistake_is_one_line_and_changes_nothing(row, template, tmp_path, monkeypatch):
     command, expected, *damage = row
     folder = shutil.copytree(template, tmp_path / "work")

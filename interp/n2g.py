@@ -255,7 +255,7 @@ class Example:
 
     unit: int
     value: float  # the activation in the text
-    text: tuple  # up to REACH + 1 tokens of the story, the last one is the pivot
+    text: tuple  # up to REACH tokens of the story, the last one is the pivot
     prompt: tuple = ()  # the end of it that prune keeps; () where none keeps enough
     base: float = 0.0  # the activation of that alone
     importance: list = field(default_factory=list)  # of each token of the prompt
@@ -490,7 +490,7 @@ def subsampled(counts, size):
 
 def mean(values):
     """None where there are none."""
-    return sum(values) / len(values) if values else None
+    return float(np.mean(values)) if values else None
 
 
 def pool_facts(pool):
@@ -540,7 +540,9 @@ def token_name(tokenizer, token):
 def text_of(job, device):
     """The training text for all neurons to look for their snippets."""
     tokens, T = job.inputs.tokens, job.run.model.config.block_size
-    # so that a pivot has as much before it in the window that it is found in as prune can keep
+    if T < 2:
+        raise UserError(f"{job.run.path} sees one token: no context can make its neurons fire")
+    # every token that counts has so many before it in its window: what prune can keep, at most
     return Text(tokens, job.inputs.tokenizer.eot_token, T, device, context=min(REACH, T // 2))
 
 
@@ -566,22 +568,28 @@ def examples_of(text, unit, values, positions):
     examples = []
     for value, position in zip(values.tolist(), positions.tolist()):
         if value > 0:
-            low, high = text.piece(position, max(0, position - REACH), REACH, 0)
-            examples.append(Example(unit, value, tuple(text.tokens[low:high].tolist())))
+            tokens = tokens_before(text, position + 1)
+            examples.append(Example(unit, value, tuple(tokens)))
     return examples
+
+
+def tokens_before(text, position):
+    """Up to text.context tokens before this position, of the story that the last one is of."""
+    last = position - 1
+    low, high = text.piece(last, max(0, position - text.context), text.context, 0)
+    return text.tokens[low:high].tolist()
 
 
 def held_out_pieces(text, activate, positions, stop):
     """For each neuron (tokens, values) around its positions (U, K), as judge takes them: the values
-    of up to REACH tokens before and as many from it on, and behind as much context."""
+    of up to REACH tokens before and as many from it on, after as much context."""
     pieces = []
-    found = text.snippets(activate, positions, REACH, REACH - 1, stop)
+    found = text.snippets(activate, positions, text.context, text.context - 1, stop)
     for snippets, places in zip(found, positions.tolist()):
         of_unit = []
         for snippet, position in zip(snippets, places):
-            start = position - snippet.peak
-            low, _ = text.piece(start, max(0, start - REACH), REACH, 0)
-            context = text.tokens[low:start].tolist()
+            first = position - snippet.peak  # where the snippet begins
+            context = tokens_before(text, first + 1)[:-1]
             of_unit.append((context + snippet.tokens, snippet.values))
         pieces.append(of_unit)
     return pieces

@@ -443,6 +443,7 @@ def call(monkeypatch, capsys):
         return message, capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr(knobs, "StopRequest", lambda: call.stop)  # pytest keeps its own Ctrl-C
+        patch.setattr(n2g, "save_figure", lambda path, figure: Path(path).write_text("a picture"))  # which takes seconds
         yield call
 
 
@@ -462,10 +463,9 @@ def pivots_of(neuron):
 
 
 def test_neurons_of_known_meaning_get_the_right_graphs(tmp_path, call):
-    """On one token, on a bigram, on a token three back, on nothing, on two tokens."""
-    tokens = stories()
-    out = write_run(tmp_path, set_by_hand(), tokens)
-    message, printed = call(out, "--device=cpu", "--substitutes=ngram", "--draw=0.2,0.3")
+    """On one token, on a bigram, on a token three back, on nothing, on two tokens, on either of two bigrams."""
+    out = write_run(tmp_path, set_by_hand(), stories())
+    message, printed = call(out, "--device=cpu", "--draw=0.2,0.3")
     assert message is None and "by_hand" in printed and "graphs:" in printed
     result, neurons = found_in(out)
     unigram, bigram, back, nothing, two, either = neurons[:6]
@@ -486,12 +486,12 @@ def test_neurons_of_known_meaning_get_the_right_graphs(tmp_path, call):
     assert (either["edges_to_activating"], either["edges_per_activating_node"], either["density"]) == (2, 2, 1 / 3)
     (row,) = result["layers"]
     assert (row["neurons"], row["non_empty"], row["pruned"]) == (256, 5, 1.0)
-    assert row["pool"] == {"b": 20, "a": 20, "c": 20, "e": 10, "d": 10, "f": 10}  # a and c: each for the other, too
-    assert row["entropy"] == pytest.approx(3 / 9 * math.log2(9) + 6 / 9 * math.log2(9 / 2)) and row["diversity"] == 6
+    assert set(row["pool"]) == set("abcdef") and [row["pool"][letter] for letter in "bedf"] == [20, 10, 10, 10]
+    shares = np.array(list(row["pool"].values())) / row["pool_size"]
+    assert row["entropy"] == pytest.approx(-shares @ np.log2(shares)) and row["diversity"] == 6
     assert row["types"][n2g.FRAGMENT] == 1 and row["out_degree_pooled"] == 4 / 9
     assert result["all"] == {name: row[name] for name in result["all"]}
-    for name in ("n2g.png", "n2g_graphs.png"):
-        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert (out / "n2g.png").exists() and (out / "n2g_graphs.png").exists()
 
 
 def job_of(model, tokens, **changes):
@@ -517,8 +517,9 @@ def test_what_a_pivot_needs_is_pruned_to_the_length_that_reaches_it(monkeypatch)
     for one in seen[2]:
         assert len(one.prompt) == 4 and (one.prompt[0], one.prompt[3]) == (C, D) and one.important == [0]
         assert one.fillers == [] and one.text[-4:] == one.prompt
-    for one in seen[5]:  # whichever of the two was there, the other one does as well
-        assert one.prompt[1] == B and {one.prompt[0], one.fillers[0][1]} == {A, C} and len(one.fillers) == 1
+    for one in seen[5]:  # whichever of the two was there, the other one does as well, if it is among the five tried
+        assert one.prompt[1] == B and {one.prompt[0], *(token for _, token in one.fillers)} <= {A, C}
+    assert {one.fillers[0] for one in seen[5] if one.fillers} == {(0, A), (0, C)}
     assert seen[3] == [] and len(seen[0]) == len(seen[2]) == 10
     # the text of the moment: in its story, and no more than the window's half
     assert all(len(one.text) <= T // 2 and EOT not in one.text[:-1] for examples in seen for one in examples)
@@ -649,6 +650,39 @@ def test_graphs_are_drawn_from_a_finished_result(run, call, monkeypatch):
     assert call(run, "--device=cpu", "--draw=1.3,0.31")[0] is None
     ((name, *neurons),) = drawn
     assert name == "n2g_graphs.png" and [(one["layer"], one["neuron"]) for one in neurons] == [(1, 3), (0, 31)]
+
+
+def lines_of(figure):
+    return [{line.get_linestyle(): line.get_ydata().tolist() for line in axes.lines} for axes in figure.axes]
+
+
+def test_the_picture_has_every_metric_by_block(run, call, monkeypatch):
+    assert call(run, "--device=cpu")[0] is None
+    result, figures = json.loads((run / "n2g.json").read_text()), []
+    with monkeypatch.context() as patch:  # undone before what call has put there
+        patch.setattr(n2g, "save_figure", lambda path, figure: figures.append(figure))
+        n2g.draw_layers("a.png", [result, result])
+    panels = lines_of(figures[0])
+    for lines, name in zip(panels, n2g.PICTURED):
+        assert lines["-"] == [row[f"{name}_mean_non_empty"] for row in result["layers"]]
+        assert lines["--"] == [row[f"{name}_mean_all"] for row in result["layers"]]
+    for lines, name in zip(panels[4:], n2g.ALONE):
+        assert lines["-"] == [row[name] for row in result["layers"]]
+    assert panels[7]["-"] == [row["non_empty"] / row["neurons"] for row in result["layers"]] and len(panels) == 8
+
+
+def test_a_drawn_graph_has_its_tokens_and_edges(monkeypatch, tmp_path):
+    graph = n2g.graph_of([example(["$a", "\n", " c"], [0, 1]), example(["b"], [])], str)
+    one = {"layer": 1, "neuron": 2, "peak": 3.0, "f1": None, "graph": nx.node_link_data(graph, edges="edges")}
+    assert n2g.columns_of(one) == {0: [" c", "b"], 1: ["\n"], 2: ["$a"]}
+    assert n2g.columns_of(one | {"graph": None}) == {}
+    n2g.draw_graphs(tmp_path / "a.png", [one, one | {"graph": None}], "a title")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    figures = []
+    monkeypatch.setattr(n2g, "save_figure", lambda path, figure: figures.append(figure))
+    n2g.draw_graphs("a.png", [one, one | {"graph": None}], "a title")
+    words = [text.get_text() for text in figures[0].axes[0].texts]
+    assert sorted(words) == sorted(["", "", r"\$a", "↵", "·c", "b"])  # two arrows, four nodes
 
 
 def test_many_neurons_look_for_their_snippets_a_few_blocks_at_a_time(monkeypatch):

@@ -101,6 +101,27 @@ def circuits(*damage):
     return spoil
 
 
+def graphs(*damage):
+    """Graphs of neurons in out/run, and then this damage."""
+    def spoil(folder):
+        with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(importlib.import_module("n2g"), "draw_layers", lambda *_: None)
+            assert typed("n2g.py out/run --device=cpu") is None
+        for change in damage:
+            change(folder)
+    return spoil
+
+
+def unfinished_graphs(folder):
+    """The graphs of out/run as a stop would leave them."""
+    done = folder / "out" / "run" / "n2g.json"
+    found = json.loads(done.read_text())
+    head = {name: found[name] for name in ("checkpoint", "settings")}
+    state = {"values": torch.zeros(2, 2), "positions": torch.zeros(2, 2), "layers": [], "seconds": 0.0}
+    torch.save({**head, "state": state}, done.with_name("n2g.resume.pt"))
+    done.unlink()
+
+
 def says(name, path, value):
     """An entry of a JSON file, or of a file of torch, such as "circuits 0 edges"; None takes it out."""
     def damage(folder):
@@ -316,6 +337,10 @@ TABLE1 = [
     ("table1.py out/run", OTHER_TOKENS, flip("data/val.bin")),
 ]
 
+WRONG_GRAPHS = [("layers", None), ("layers", []), ("layers 0 pool", 5), ("layers 0 density_mean_all", "x"), ("all", None), ("all f1", "x"),
+                ("seconds", None)]
+WRONG_STATES_OF_GRAPHS = [("state", 5), ("state layers", 5), ("state layers", [5]), ("state values", None), ("state seconds", "x")]
+
 PAIRS = "acdc.py out/run --prompts=pairs.json"
 
 ACDC_RESULT = "out/run/acdc.json"
@@ -493,6 +518,48 @@ EXPLAIN = [
     (f"{ASK} --cache=''", "--cache= must name a folder"),
 ]
 
+N2G = [
+    ("n2g.py", "the following arguments are required: runs"),
+    ("n2g.py out/nowhere", "no checkpoint at out/nowhere"),
+    ("n2g.py out/run --data=nowhere", NO_DATA),
+    ("n2g.py out/run --device=cpu:9", "--device=cpu:9 cannot be used"),
+    ("n2g.py out/run --tokens=0", "--tokens=0 must be at least 1"),
+    ("n2g.py out/run --tokens=5", "5 tokens are fewer than a window of 16"),
+    ("n2g.py out/run --snippets=1", "--snippets=1 must be from 2 to 1,000"),
+    ("n2g.py out/run --threshold=0", "--threshold=0.0 must be from 0.001 to 1"),
+    ("n2g.py out/run --threshold=nan", "--threshold=nan must be from 0.001 to 1"),
+    ("n2g.py out/run --importance=2", "--importance=2.0 must be from 0.001 to 1"),
+    ("n2g.py out/run --layer=", "--layer= must be whole numbers from 0 on, each once"),
+    ("n2g.py out/run --layer=0,0", "--layer=0,0 must be whole numbers from 0 on, each once"),
+    ("n2g.py out/run --layer=0,9", "--layer=9: the blocks of this model are 0 to"),
+    ("n2g.py out/run --mask_token=ab", "--mask_token='ab' is 2 tokens of this tokenizer: give one that is a single token"),
+    ("n2g.py out/run --mask_token=", "--mask_token='' is 0 tokens of this tokenizer"),
+    ("n2g.py out/run --substitutes=bert", "argument --substitutes: invalid choice: 'bert'"),
+    ("n2g.py out/run --fill_mask=a", "--fill_mask has no effect without --substitutes=distilbert: drop it"),
+    ("n2g.py out/run --draw=", "--draw= must name neurons as block.neuron, with commas between them, such as 3.17,5.2"),
+    ("n2g.py out/run --draw=1,2", "--draw=1,2 must name neurons"),
+    ("n2g.py out/run --draw=0.1,0.-1", "--draw=0.1,0.-1 must name neurons"),
+    ("n2g.py out/run --draw=9.0", "--draw=9.0: out/run has blocks 0"),
+    ("n2g.py out/run --draw=0.9999", "--draw=0.9999: out/run has blocks 0"),
+    ("n2g.py out/run --layer=0 --draw=1.0", "--draw=1.0: out/run has blocks 0 here"),
+    ("n2g.py out/run --draw=0.0", "out/run/n2g_graphs.png: there is a folder of that name", folder_named("out/run/n2g_graphs.png")),
+    ("n2g.py out/run --plot=all.gif", "--plot=all.gif must end in .png, .pdf or .svg"),
+    ("n2g.py out/run --plot=nowhere/all.png", "cannot write nowhere/all.png"),
+    ("n2g.py out/run", "cannot write out/run/n2g.png: there is a folder of that name", folder_named("out/run/n2g.png")),
+    ("n2g.py out/run", "cannot write out/run/n2g_neurons.json: there is a folder of that name", folder_named("out/run/n2g_neurons.json")),
+    ("n2g.py out/run", "best.pt is damaged", flip("out/run/best.pt")),
+    ("n2g.py out/run", "data/train.bin is damaged", flip("data/train.bin")),
+    ("n2g.py out/run", "out/run has weights that are not finite: its training has diverged", diverged),
+    ("n2g.py out/run", "n2g.json is damaged, or of an earlier version: delete it, or add --force", text("out/run/n2g.json", "{")),
+    ("n2g.py out/run", "n2g.resume.pt is damaged, or of an earlier version: delete it", text("out/run/n2g.resume.pt", "PK")),
+    ("n2g.py out/run", "n2g_neurons.json is damaged, or of an earlier version: delete it", graphs(text("out/run/n2g_neurons.json", "{}"))),
+    ("n2g.py out/run --importance=0.4", "n2g.json was made with importance=0.5, not 0.4: --force replaces it", graphs()),
+    *(("n2g.py out/run", "out/run/n2g.json is damaged, or of an earlier version: delete it, or add --force",
+       graphs(says("out/run/n2g.json", *change))) for change in WRONG_GRAPHS),
+    *(("n2g.py out/run", "out/run/n2g.resume.pt is damaged, or of an earlier version: delete it, or add --force",
+       graphs(unfinished_graphs, says("out/run/n2g.resume.pt", *change))) for change in WRONG_STATES_OF_GRAPHS),
+]
+
 BENCH = [
     ("speed.py --device=cpu --variants=locale", "--variants=locale must be"),
     ("speed.py --device=cpu --vocab_size=70000", "--vocab_size=70000"),
@@ -565,7 +632,7 @@ def typed(command):
                 signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("name", ["eval.py", "interp/acdc.py", "interp/explain.py", "interp/table1.py", "bench/speed.py", "bench/same.py",
+@pytest.mark.parametrize("name", ["eval.py", "interp/acdc.py", "interp/explain.py", "interp/table1.py", "bench/speed.py", "bench/same.py", "interp/n2g.py",
                                   "bench/temperature.py"])
 def test_ctrl_c_while_torch_is_imported_just_ends_the_script(name, tmp_path):
     """A stand-in for torch that is interrupted as it is imported, and would go on for a minute."""
@@ -589,7 +656,7 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("row", [*TRAIN, *PREPARE, *EVAL, *TABLE1, *ACDC, *SAE, *EXPLAIN, *BENCH], ids=lambda row: row[0][:80])
+@pytest.mark.parametrize("row", [*TRAIN, *PREPARE, *EVAL, *TABLE1, *ACDC, *SAE, *EXPLAIN, *N2G, *BENCH], ids=lambda row: row[0][:80])
 def test_a_mistake_is_one_line_and_changes_nothing(row, template, tmp_path, monkeypatch):
     command, expected, *damage = row
     folder = shutil.copytree(template, tmp_path / "work")

@@ -297,9 +297,9 @@ def describe_run(task):
 def evaluate_run(task, batch_size, device):
     """Everything that is measured of a run: its row, a dict."""
     model, meta = task.run.model.to(device), task.meta
-    row = describe_run(task) | l1_norms(model)
-    text_bytes = meta["val"]["bytes"]
-    return row | measure_split(model, task.tokens, meta["eot"], text_bytes, batch_size, device)
+    row = describe_run(task)
+    row |= measure_split(model, task.tokens, meta["eot"], meta["val"]["bytes"], batch_size, device)
+    return row | l1_norms(model)
 
 
 # --------------------------------------------------------------------------------------- over seeds

@@ -370,6 +370,7 @@ def draw_units(path, results):
         for axes, title in zip(others, panels.values()):
             axes.set(title=title, xlabel="layer")
             axes.set_ylim(min(0, axes.get_ylim()[0]))
+            axes.xaxis.get_major_locator().set_params(integer=True)
         for axes in (rates, *others):
             axes.grid(alpha=0.3)
     for place, result in enumerate(results):

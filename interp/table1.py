@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import config as knobs
-from eval import averages, check_range, column, evaluate_run, measuring_parser, number
+from eval import averages, check_range, evaluate_run, measuring_parser, number
 from interp.acdc import EDGES_FOR, edges_at_equal_kl
 from interp.sae import AT_L0, coefficient, place, score_at_l0
 from interp.tables import (
@@ -138,7 +138,7 @@ def paper_number(heading, name):
 
 def table1_columns():
     """(heading, row -> text), each number of ours followed by the paper's."""
-    columns = [("run", column("run")), ("recipe", column("recipe")), ("seeds", column("n"))]
+    columns = []
     for heading, (name, form) in PAPER_NUMBERS.items():
         columns.append((heading, number(name, form)))
         columns.append((f"paper {heading}", paper_number(heading, name)))
@@ -236,10 +236,10 @@ def draw_recipe(axes, row, name, color):
 # ------------------------------------------------------------------------------- the command line
 
 
+EXPERIMENTS = {"acdc": Experiment(circuit_numbers, READING["acdc"]),
+               "sae": Experiment(sae_numbers, READING["sae"])}
 TABLE1 = Table(
-    "table1", {"acdc": Experiment(circuit_numbers, READING["acdc"]),
-               "sae": Experiment(sae_numbers, READING["sae"])},
-    table1_columns(), table1_spreadsheet(),
+    "table1", [table1_columns()], table1_spreadsheet(),
     {"table1.png": draw_table1, "bargain.png": draw_bargain}, NOTES)
 
 
@@ -248,7 +248,7 @@ def main():
     check_range(args, "batch_size", 1)
     device = knobs.pick_device(args.device)
     runs = open_runs(TABLE1, args.runs, args.data)
-    found, notes = read_experiments(TABLE1.experiments, runs)
+    found, notes = read_experiments(EXPERIMENTS, runs)
     rows = [evaluate_run(task, args.batch_size, device) for task in runs.tasks]
     publish(TABLE1, over_seeds(runs, rows, found), notes, runs.folder, args.json)
 

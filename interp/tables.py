@@ -1,7 +1,7 @@
 """What table1.py and table2.py share: results of experiments, joined over seeds, as one table.
 
     runs = open_runs(TABLE, paths, data)                         every mistake shows here
-    found, notes = read_experiments(TABLE.experiments, runs)     or here
+    found, notes = read_experiments(EXPERIMENTS, runs)           or here
     rows = [describe_run(task) for task in runs.tasks]           or evaluate_run, which takes longer
     publish(TABLE, over_seeds(runs, rows, found), notes, runs.folder)
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from eval import (
-    AVERAGED, cells, check_writable, group_seeds, join_seeds, name_recipes, open_tasks,
+    AVERAGED, cells, check_writable, column, group_seeds, join_seeds, name_recipes, open_tasks,
     print_table, trained_with)
 from interp.results import fingerprint, read_result, refuse_mixed, result_path
 from model import replace_file
@@ -30,16 +30,15 @@ from prepare import UserError
 class Experiment(NamedTuple):
     """What a table takes from the NAME.json of an experiment."""
 
-    numbers: Callable  # result -> {name: number}, without those that the result has not
+    numbers: Callable  # result -> {name: number}, without what the result lacks
     reading: str  # how they were read, for the notes
 
 
 class Table(NamedTuple):
-    """A table: where its numbers come from, how they are printed, and as what they are saved."""
+    """How a table is printed, and as what it is saved."""
 
     name: str  # of its files
-    experiments: dict  # {the name of a result: Experiment}
-    columns: list  # (heading, row -> text), of what is printed and of NAME.md
+    parts: list  # of what is printed and of NAME.md: lists of columns (heading, row -> text)
     spreadsheet: list  # (heading, row -> a number or a text or None), of NAME.csv, with every digit
     pictures: dict  # {file name: rows -> its bytes, or None where there is nothing to draw}
     notes: tuple  # printed below it
@@ -62,8 +61,8 @@ def read_experiment(name, numbers_of, run):
                         f"with --force; it came from python {result['command']}")
     try:
         numbers = numbers_of(result)
-        result["warnings"] = [str(warning) for warning in result["warnings"]]
-    except (KeyError, IndexError, TypeError, ValueError):
+        result["warnings"] = [str(warning) for warning in result.get("warnings", [])]
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         raise UserError(f"{path} is damaged, or of an earlier version: delete it, "
                         f"and make it again") from None
     return result, numbers
@@ -142,11 +141,20 @@ def over_seeds(runs, rows, found):
 # -------------------------------------------------------------------------------- print, draw, save
 
 
-def markdown(rows, columns, notes):
-    """The table as text, the notes below it."""
-    heading, *lines = cells(rows, columns)
+HEAD = [("run", column("run")), ("recipe", column("recipe")), ("layer", column("layer")),
+        ("seeds", column("n"))]
+
+
+def shown_parts(table, rows):
+    """Those parts of a Table in which a row has something, each with the columns it begins with."""
+    return [HEAD + columns for columns in table.parts if cells(rows, columns)]
+
+
+def markdown(part, rows):
+    """One part of a table as text."""
+    heading, *lines = cells(rows, part)
     texts = [f"| {' | '.join(line)} |\n" for line in (heading, ["---"] * len(heading), *lines)]
-    return "".join(texts + [f"\n{note}\n" for note in notes])
+    return "".join(texts)
 
 
 def entry(name):
@@ -202,13 +210,18 @@ def save_together(contents):
 
 def publish(table, rows, notes, folder, as_json=False):
     """Print the rows of a Table, as JSON or else with all notes, and save it. Raises ModelError."""
+    parts = shown_parts(table, rows)
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
-        print_table(rows, table.columns)
+        for place, part in enumerate(parts):
+            if place:
+                print()
+            print_table(rows, part)
         print(*table.notes, *notes, sep="\n")
+    texts = [markdown(part, rows) for part in parts] + [f"{note}\n" for note in notes]
     contents = {
-        f"{table.name}.md": markdown(rows, table.columns, notes).encode(errors="replace"),
+        f"{table.name}.md": "\n".join(texts).encode(errors="replace"),
         f"{table.name}.csv": as_csv(rows, table.spreadsheet).encode(errors="replace")}
     for name, draw in table.pictures.items():
         contents[name] = draw(rows)

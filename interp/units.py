@@ -1,6 +1,6 @@
 """How the gate of a self-ablating model uses its units, on held-out text: specialisation, directly.
 
-    python interp/units.py out/local_k2                             a row for attention units, neurons
+    python interp/units.py out/local_k2                             attention units and neurons
     python interp/units.py out/local_k2 out/global_k2 --layers      several runs, a row for each layer
     python interp/units.py out/*_k2 --plot units.png                one picture of all these runs
     python interp/units.py out/local_k2 --against out/local_k2/last.pt
@@ -253,10 +253,10 @@ OF_KIND = {  # of a result, what is printed, drawn and read by others of each ki
     "units": int, "kept": int, "rate": [[NUMBER]], "dead": [int], "entropy": [NUMBER],
     "effective": [NUMBER], "mutual_information": [MAYBE], "token_share": [MAYBE],
     "stability": [MAYBE], "dependence": [[MAYBE]]}
-USE = {kind: OF_KIND for kind in KINDS}
+USE = dict.fromkeys(KINDS, OF_KIND)
 RESULT = {"kinds": USE, "untrained": USE, "warnings": [str]}
-OVERLAP = {"against": str, "kinds": {kind: {"overlap": [NUMBER], "chance": [NUMBER]}
-                                     for kind in KINDS}}
+PAIR = {"overlap": [NUMBER], "chance": [NUMBER]}
+OVERLAP = {"against": str, "kinds": dict.fromkeys(KINDS, PAIR)}
 AVERAGED = ("dead", "entropy", "effective", "mutual_information", "token_share", "stability",
             "next_layer")
 SPARSE = 0.5  # where chance alone gives so much of the information there can be, it is uncertain
@@ -294,10 +294,8 @@ def table_rows(results, by_layer=False):
                 head = {"run": name, "kind": KINDS[kind]}
                 head["keeps"] = f"{use['kept']} of {use['units']}"
                 rows = layer_rows(use)
-                if by_layer:
-                    yield from (head | row for row in rows)
-                else:
-                    yield head | averages(rows, AVERAGED)
+                for row in rows if by_layer else [averages(rows, AVERAGED)]:
+                    yield head | row
 
 
 COLUMNS = [  # heading, how to print it; a column that no row has is left out

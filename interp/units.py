@@ -1,10 +1,10 @@
 """How the gate of a self-ablating model uses its units, on held-out text: specialisation, directly.
 
-    python interp/units.py out/local_k2                             attention units and neurons
-    python interp/units.py out/local_k2 out/global_k2 --layers      several runs, a row for each layer
-    python interp/units.py out/*_k2 --plot units.png                one picture of all these runs
+    python interp/units.py out/local_k2                         attention units and neurons
+    python interp/units.py out/local_k2 out/global_k2 --layers  several runs, a row for each layer
+    python interp/units.py out/*_k2 --plot units.png            one picture of all these runs
     python interp/units.py out/local_k2 --against out/local_k2/last.pt
-                                                                    do two checkpoints keep the same?
+                                                                do two checkpoints keep the same?
 
 At every token and in every layer the gate keeps k of N units, in the ablated stream. Below, U is
 one of these k, drawn at random, and all logarithms are to base 2. Of every layer and kind of units:
@@ -35,8 +35,8 @@ Beside each model stands the same model before training (row "untrained"), since
 choose by what they read. Overlaps of two checkpoints stand beside what two gates that keep units as
 often, but independently, have in common: sum over units of both rates, / k.
 
-Writes units.json and units.png beside the checkpoint, and units_overlap.json with --against. What is
-there already with the same settings is not made again.
+Writes units.json and units.png beside the checkpoint, and units_overlap.json with --against. What
+is there already with the same settings is not made again.
 
 Shape letters: n tokens of the text, V vocabulary, L layers, N units of a layer, k kept of them.
 """
@@ -203,7 +203,7 @@ def dependence(kept, shuffled, units):
     """
     L = len(kept)
     own = [information(count_pairs(layer, layer, units)) for layer in kept]
-    found = [[1.0 if a == b else None for b in range(L)] for a in range(L)]
+    found = np.eye(L).tolist()
     for a, b in combinations(range(L), 2):
         told = information(count_pairs(kept[a], kept[b], units))
         chance = information(count_pairs(shuffled[a], shuffled[b], units))
@@ -286,7 +286,7 @@ def layer_rows(use):
 
 
 def table_rows(results, by_layer=False):
-    """A row for every result, trained or not, and kind: means over layers; or one for each layer."""
+    """A row for every model, trained or not, and kind: means over layers. Or one for each layer."""
     for result in results:
         names = {"kinds": result["run"], "untrained": f"{result['run']}, untrained"}
         for part, name in names.items():
@@ -358,9 +358,8 @@ def draw_units(path, results):
                 use, color = result[part][kind], f"C{place}"
                 rows = layer_rows(use)
                 for axes, measured in zip(others, panels):
-                    points = [(row["layer"], row[measured]) for row in rows if measured in row]
-                    axes.plot([x for x, _ in points], [y for _, y in points], style, marker=".",
-                              color=color)
+                    values = [row.get(measured, math.nan) for row in rows]
+                    axes.plot(values, style, marker=".", color=color)
             for layer in np.sort(use["rate"])[:, ::-1]:  # of the trained model, the busiest first
                 rates.plot(np.arange(1, 1 + len(layer)), layer, color=color, alpha=0.5)
         rates.set(title=f"{name}: share of tokens", xlabel="units of a layer, the busiest first",

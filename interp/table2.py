@@ -43,8 +43,8 @@ GRAPHS = {"with a graph": ("with_graph", ".1%")}
 for metric, form in {"density": ".3f", "transitivity": ".3f", "edges to activating": ".2f",
                      "edges per activating node": ".2f", "out-degree": ".3f"}.items():
     name = metric.replace(" ", "_").replace("-", "_")
-    GRAPHS[f"{metric}, of graphs"] = f"{name}_mean_non_empty", form
-    GRAPHS[f"{metric}, of neurons"] = f"{name}_mean_all", form
+    GRAPHS[metric] = f"{name}_mean_non_empty", form
+    GRAPHS[f"{metric}, all"] = f"{name}_mean_all", form
 GRAPHS |= {
     "out-degree, pooled": ("out_degree_pooled", ".3f"),
     "entropy": ("entropy", ".2f"),
@@ -70,8 +70,8 @@ for kind, words in {"attn": "attention", "mlp": "neurons"}.items():
 PARTS = [GRAPHS, SCORES, USE]
 NAMES = [name for name, _ in chain(*map(dict.values, PARTS))]
 NOTES = ("± is the sample standard deviation over the seeds of a row",
-         "of graphs: the mean over neurons that have one; of neurons: over all, 0 for the others; "
-         "pooled: all edges / all nodes",
+         "metrics of graphs: means over the neurons that have one; all: over all neurons, 0 for "
+         "those without; pooled: all edges / all nodes",
          "of a gate: means over layers; random weights: the same geometry before training")
 ABREAST = 6  # panels in a row of the picture
 
@@ -182,15 +182,16 @@ def draw_table2(table):
     size = width * ABREAST, 2.2 * lines + 0.07 * max(map(len, labels))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(lines, ABREAST, squeeze=False).flatten()
-    for place, ((heading, name), axes) in enumerate(zip(shown, panels)):
+    for (heading, name), axes in zip(shown, panels):
         draw_seeds(axes, table, name)
         axes.set_title(heading, fontsize="medium")
+    for axes in panels:
         axes.set_xlim(-0.6, len(table) - 0.4)
         axes.set_xticks(range(len(table)), [])
-        if place + ABREAST >= len(shown):  # nothing stands below
-            axes.set_xticks(range(len(table)), labels, rotation=90, fontsize="small")
-    for axes in panels[len(shown) :]:
-        axes.remove()
+    for axes in panels[-ABREAST:]:
+        axes.set_xticks(range(len(table)), labels, rotation=90, fontsize="small")
+    for axes in panels[len(shown) :]:  # empty, but for the names below it
+        axes.set(frame_on=False, yticks=[])
     return as_png(figure)
 
 

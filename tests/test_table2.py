@@ -75,7 +75,7 @@ def test_it_joins_the_experiments_over_seeds(run, call):
     assert message is None
     graphs_part, scores_part, use_part, *_ = out.split("\n\n")
     head, local, baseline = graphs_part.splitlines()
-    assert "density, of graphs" in head and "out-degree, pooled" in head and "75.0%" in local
+    assert "density, all" in head and "out-degree, pooled" in head and "75.0%" in local
     assert "1.750 ± 0.707" in local and "1.500 ± 0.707" in local and "3.250" in baseline
     # what an experiment has not looked at, or could not say
     head, local, baseline = scores_part.splitlines()

@@ -282,17 +282,22 @@ def open_tasks(paths, data=None):
     return tasks
 
 
-def evaluate_run(task, batch_size, device):
-    """Everything that is measured of a run: its row, a dict."""
+def describe_run(task):
+    """What there is to say of a run before it is measured: the head of its row, a dict."""
     run, config, trained = task.run, task.run.model.config, trained_with(task.run)
     gated = config.ablation != "none"
-    model, meta = run.model.to(device), task.meta
-    row = {
+    return {
         "run": str(run.path), "step": run.step,
         "ablation": config.ablation, "gate": config.gate, "attn_unit": config.attn_unit,
         "k_attn": config.k_attn if gated else 0, "k_mlp": config.k_mlp if gated else 0,
         "ramp_start": trained["ramp_start"], "ramp_end": trained["ramp_end"],
-        "seed": trained["seed"], "data": task.data, "checksum": meta["checksum"]}
+        "seed": trained["seed"], "data": task.data, "checksum": task.meta["checksum"]}
+
+
+def evaluate_run(task, batch_size, device):
+    """Everything that is measured of a run: its row, a dict."""
+    model, meta = task.run.model.to(device), task.meta
+    row = describe_run(task)
     row |= measure_split(model, task.tokens, meta["eot"], meta["val"]["bytes"], batch_size, device)
     return row | l1_norms(model)
 
@@ -359,7 +364,7 @@ def join_seeds(rows, groups, averaged=AVERAGED):
         paths = [row["run"] for row in group]
         joined = {"run": os.path.commonprefix(paths) + "*" if len(group) > 1 else paths[0]}
         joined |= {"n": len(group), "seeds": [row["seed"] for row in group]}
-        joined |= {name: group[0][name] for name in SHARED}
+        joined |= {name: group[0][name] for name in SHARED if name in group[0]}
         table.append(joined | averages(group, averaged) | {"rows": group})
     return table
 

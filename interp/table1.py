@@ -21,26 +21,19 @@ if __name__ == "__main__":
     # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import csv
-import io
-import json
 import math
-import os
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import config as knobs
-from eval import (
-    AVERAGED, averages, cells, check_range, check_writable, column, evaluate_run, group_seeds,
-    join_seeds, measuring_parser, name_recipes, number, open_tasks, print_table, trained_with)
+from eval import averages, check_range, evaluate_run, measuring_parser, number
 from interp.acdc import EDGES_FOR, edges_at_equal_kl
-from interp.results import fingerprint, read_result, refuse_mixed, result_path
 from interp.sae import AT_L0, coefficient, place, score_at_l0
-from model import replace_file
-from prepare import UserError
+from interp.tables import (
+    Experiment, Table, as_png, draw_seeds, open_runs, over_seeds, publish, read_experiments,
+    seeds_entries)
 
 # the heading of a number in the paper's table -> its name in a row of ours, and how it is printed
 PAPER_NUMBERS = {
@@ -114,71 +107,13 @@ def sae_numbers(result):
             if None not in values}
 
 
-EXPERIMENTS = {"acdc": circuit_numbers, "sae": sae_numbers}
-FOUND = ("edges", "connected", "ioi_exact", "ablated_exact", *EDGES_FOR,
-         "l0", "ce_score", "ce_score_at_l0")  # the names of all these numbers
-# what their settings are followed by, in the notes
+# how these numbers were read, for the notes
 READING = {
     "acdc": "of several tau the first; edges for a KL: interpolated between all, edges against "
             "log KL, on held-out prompts if any, of models that know the answers; a seed whose "
             "circuits are all worse than that KL is left out, so (1 of 3) flatters a row",
     "sae": "of a list, the first; the CE score at an L0: interpolated between all, and left out "
            "where the sweep does not reach it"}
-
-
-def read_experiment(name, run):
-    """(result, numbers): what NAME.json beside the run's checkpoint says; None where there is none.
-
-    Raises UserError when it is damaged or of other weights.
-    """
-    path = result_path(run.path, f"{name}.json")
-    if not path.exists():
-        return None
-    result = read_result(path)
-    if result["checkpoint"] != fingerprint(run.model):
-        raise UserError(f"{path} is not of the checkpoint that {run.path} has now: make it again "
-                        f"with --force; it came from python {result['command']}")
-    try:
-        numbers = EXPERIMENTS[name](result)
-        result["warnings"] = [str(warning) for warning in result["warnings"]]
-    except (KeyError, IndexError, TypeError, ValueError):
-        raise UserError(f"{path} is damaged, or of an earlier version: delete it, "
-                        f"and make it again") from None
-    return result, numbers
-
-
-def read_experiments(runs):
-    """A dict of numbers for every run, and notes: how they were found, and what is wrong with them.
-
-    Raises UserError on results that do not belong in one table.
-    """
-    found, notes = [{} for _ in runs], []
-    for name in EXPERIMENTS:
-        settings_of, warnings = {}, []
-        for run, numbers_of_run in zip(runs, found):
-            experiment = read_experiment(name, run)
-            if experiment is None:
-                continue
-            result, numbers = experiment
-            numbers_of_run |= numbers
-            settings_of[run.path] = result["settings"]
-            warnings += [f"warning: {run.path}: {warning}" for warning in result["warnings"]]
-        if settings_of:
-            refuse_mixed(settings_of)
-            settings = next(iter(settings_of.values())).items()
-            words = [f"{knob} {value}" for knob, value in settings if value is not None]
-            notes.append(f"{name}: {', '.join(words)}; {READING[name]}")
-        notes += warnings
-    return found, notes
-
-
-def refuse_other_texts(tasks):
-    """Raises UserError when two runs would be measured on different data."""
-    first = tasks[0]
-    for task in tasks[1:]:
-        if task.meta["checksum"] != first.meta["checksum"]:
-            raise UserError(f"{first.run.path} is measured on {first.data}, {task.run.path} on "
-                            f"{task.data}, which are other texts: tabulate them apart")
 
 
 # ---------------------------------------------------------------------------------------- the table
@@ -203,7 +138,7 @@ def paper_number(heading, name):
 
 def table1_columns():
     """(heading, row -> text), each number of ours followed by the paper's."""
-    columns = [("run", column("run")), ("recipe", column("recipe")), ("seeds", column("n"))]
+    columns = []
     for heading, (name, form) in PAPER_NUMBERS.items():
         columns.append((heading, number(name, form)))
         columns.append((f"paper {heading}", paper_number(heading, name)))
@@ -212,37 +147,21 @@ def table1_columns():
     return columns
 
 
-def markdown(table, notes):
-    """The table as text for table1.md, the notes below it."""
-    heading, *rows = cells(table, table1_columns())
-    lines = [f"| {' | '.join(row)} |\n" for row in (heading, ["---"] * len(heading), *rows)]
-    return "".join(lines + [f"\n{note}\n" for note in notes])
+def papers_entry(heading):
+    """Of the spreadsheet: the paper's number, also where we have none."""
+    def value(row):
+        return in_paper(row).get(heading)
+    return value
 
 
-def spreadsheet(table):
-    """The table as text for table1.csv, with every digit."""
-    names = ["run", "recipe", "ablation", "k_attn", "k_mlp", "n"]
-    for name, _ in (*PAPER_NUMBERS.values(), *FURTHER_NUMBERS.values()):
-        names += [name, f"{name}_sd"]
-    headings = ["seeds" if name == "n" else name for name in names]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(headings + [f"paper {heading}" for heading in PAPER_NUMBERS])
-    for row in table:
-        papers = in_paper(row)
-        writer.writerow([row.get(name) for name in names]
-                        + [papers.get(heading) for heading in PAPER_NUMBERS])
-    return text.getvalue()
+def table1_spreadsheet():
+    """(heading, row -> value)."""
+    names = [name for name, _ in (*PAPER_NUMBERS.values(), *FURTHER_NUMBERS.values())]
+    papers = [(f"paper {heading}", papers_entry(heading)) for heading in PAPER_NUMBERS]
+    return seeds_entries(names) + papers
 
 
 # ------------------------------------------------------------------------------------- the pictures
-
-
-def as_png(figure):
-    """The bytes of a .png of a matplotlib figure."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    return picture.getvalue()
 
 
 def draw_table1(table):
@@ -260,11 +179,8 @@ def draw_table1(table):
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(2, len(shown), sharex=True, squeeze=False)
     for (heading, name), (above, below) in zip(shown, grid.T):
+        draw_seeds(above, table, name)
         for x, row in enumerate(table):
-            values = [one[name] for one in row["rows"] if name in one]
-            above.plot([x] * len(values), values, "o", color="tab:blue", alpha=0.5)
-            if name in row:
-                above.plot([x - 0.3, x + 0.3], [row[name]] * 2, color="tab:blue")
             below.plot(x, in_paper(row).get(heading, math.nan), "s", color="0.4")
         above.set_title(heading, fontsize="medium")
         below.set_xticks(range(len(table)), labels, rotation=90, fontsize="small")
@@ -317,45 +233,24 @@ def draw_recipe(axes, row, name, color):
                   fmt="o", ms=8, color=color, mfc=filled, label=row["recipe"])
 
 
-def save_together(contents):
-    """{path: bytes}. Where one of them finds no room, none takes its place: they are one result."""
-    with ExitStack() as stack:
-        for path, content in contents.items():
-            file = stack.enter_context(replace_file(path))
-            file.write(content)
-            file.flush()  # a full disk shows here, when nothing has been replaced yet
+# ------------------------------------------------------------------------------- the command line
+
+
+EXPERIMENTS = {"acdc": Experiment(circuit_numbers, READING["acdc"]),
+               "sae": Experiment(sae_numbers, READING["sae"])}
+TABLE1 = Table(
+    "table1", [table1_columns()], table1_spreadsheet(),
+    {"table1.png": draw_table1, "bargain.png": draw_bargain}, NOTES)
 
 
 def main():
     args = measuring_parser(__doc__).parse_args()
     check_range(args, "batch_size", 1)
     device = knobs.pick_device(args.device)
-    tasks = open_tasks(args.runs, args.data)
-    refuse_other_texts(tasks)
-    found, notes = read_experiments([task.run for task in tasks])
-    groups = group_seeds(tasks)
-    folder = Path(os.path.commonpath([Path(task.run.path).absolute().parent for task in tasks]))
-    names = ("table1.md", "table1.csv", "table1.png", "bargain.png")
-    for name in names:
-        check_writable(folder / name)
-
-    rows = []
-    for task, numbers in zip(tasks, found):
-        rows.append(evaluate_run(task, args.batch_size, device) | numbers)
-    name_recipes(rows, [trained_with(task.run) for task in tasks])
-    table = join_seeds(rows, groups, AVERAGED + FOUND)
-    if args.json:
-        print(json.dumps(table, indent=1))
-    else:
-        print_table(table, table1_columns())
-        print(*NOTES, *notes, sep="\n")
-    contents = dict(zip(names, (
-        markdown(table, notes).encode(errors="replace"),
-        spreadsheet(table).encode(errors="replace"), draw_table1(table), draw_bargain(table))))
-    saved = {folder / name: content for name, content in contents.items() if content}
-    save_together(saved)
-    if not args.json:
-        print(f"saved in {folder}: {', '.join(path.name for path in saved)}")
+    runs = open_runs(TABLE1, args.runs, args.data)
+    found, notes = read_experiments(EXPERIMENTS, runs)
+    rows = [evaluate_run(task, args.batch_size, device) for task in runs.tasks]
+    publish(TABLE1, over_seeds(runs, rows, found), notes, runs.folder, args.json)
 
 
 if __name__ == "__main__":

@@ -560,6 +560,75 @@ N2G = [
        graphs(unfinished_graphs, says("out/run/n2g.resume.pt", *change))) for change in WRONG_STATES_OF_GRAPHS),
 ]
 
+def use_of_units(*damage):
+    """The use of units in out/run, and then this damage."""
+    def spoil(folder):
+        with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(importlib.import_module("units"), "draw_units", lambda *_: None)
+            assert typed("units.py out/run --against=out/run/last.pt") is None
+        for change in damage:
+            change(folder)
+    return spoil
+
+
+def without_gate(folder):
+    """out/run as a plain GPT-Neo."""
+    path = folder / "out" / "run" / "best.pt"
+    fields = torch.load(path, weights_only=True)
+    for knob_set in (fields["config"], fields["train_config"]):
+        knob_set["ablation"] = "none"
+    fields["model"] = {name: weight for name, weight in fields["model"].items() if "_gate." not in name}
+    torch.save(fields, path)
+
+
+UNITS_RESULT, OVERLAP_RESULT = "out/run/units.json", "out/run/units_overlap.json"
+WRONG_USES = [("kinds", None), ("kinds mlp", {}), ("kinds attn rate", [0.5]), ("kinds attn dead", "x"),
+              ("untrained", None), ("warnings", None), ("kinds mlp stability", ["x"])]
+
+UNITS = [
+    ("units.py", "the following arguments are required: runs"),
+    ("units.py nowhere", "no checkpoint at nowhere"),
+    ("units.py out/run --windows=0", "--windows=0 must be from 1 to"),
+    ("units.py out/run --windows=a", "argument --windows: invalid int value: 'a'"),
+    ("units.py out/run --seed=-1", "--seed=-1 must be from 0 to"),
+    ("units.py out/run --data=nowhere", NO_DATA),
+    ("units.py out/run --device=cpu:9", "--device=cpu:9 cannot be used"),
+    ("units.py out/run --plot=a", "--plot=a must end in .png, .pdf or .svg"),
+    ("units.py out/run --plot=nowhere/a.png", "cannot write nowhere/a.png"),
+    ("units.py out/run --against=nowhere", "no checkpoint at nowhere"),
+    ("units.py out/run --against=", "the name of a run is empty"),
+    ("units.py out/run", "out/run has ablation=none, so there is no gate: give runs with", without_gate),
+    ("units.py out/run/last.pt --against=out/run", "--against=out/run has ablation=none, out/run/last.pt ablation=local", without_gate),
+    ("units.py out/run out/run/../run", "is given twice: give it once"),
+    ("units.py out/run", OTHER_TOKENS, flip("data/val.bin")),
+    ("units.py out/run", "best.pt is damaged", flip("out/run/best.pt")),
+    ("units.py out/run", "cannot write out/run/units.png: there is a folder of that name", folder_named("out/run/units.png")),
+    ("units.py out/run --against=out/run/last.pt", "cannot write out/run/units_overlap.json: Is a directory",
+     folder_named("out/run/units_overlap.json.tmp")),
+    ("units.py out/run", f"{UNITS_RESULT} is damaged, or of an earlier version: delete it, or add --force", text(UNITS_RESULT, "{")),
+    ("units.py out/run --windows=3", f"{UNITS_RESULT} was made with windows=1024, not 3: --force replaces it", use_of_units()),
+    *(("units.py out/run", f"{UNITS_RESULT} is damaged, or of an earlier version: delete it, or add --force",
+       use_of_units(says(UNITS_RESULT, *change))) for change in WRONG_USES),
+    ("units.py out/run --against=out/run/last.pt", f"{OVERLAP_RESULT} is damaged, or of an earlier version",
+     use_of_units(says(OVERLAP_RESULT, "kinds mlp chance", None))),
+]
+
+TABLE2 = [
+    ("table2.py out/nowhere", "no checkpoint at out/nowhere"),
+    ("table2.py out/run", "no experiment has looked at any of these runs: first do so with interp/n2g.py"),
+    ("table2.py out/run --data=nowhere", NO_DATA),
+    ("table2.py out/run --nonsense", "unrecognized arguments: --nonsense"),
+    ("table2.py out/run out/run/last.pt", "out/run and out/run/last.pt are the same run with the same seed"),
+    ("table2.py out/run", "table2.md: there is a folder of that name", folder_named("out/table2.md")),
+    ("table2.py out/run --layers", "table2_layers.png: there is a folder of that name", folder_named("out/table2_layers.png")),
+    ("table2.py out/run", "out/run/n2g.json is damaged: delete it", text("out/run/n2g.json", "[" * 200_000)),
+    ("table2.py out/run", "out/run/explain.json is damaged: delete it", text("out/run/explain.json", '{"run": "out/run", "checkp')),
+    ("table2.py out/run", "units.json is damaged, or of an earlier version: delete it, and make it again",
+     use_of_units(says(UNITS_RESULT, "kinds mlp stability", 5))),
+    ("table2.py out/run", "out/run/best.pt is damaged", flip("out/run/best.pt")),
+    ("table2.py out/run", OTHER_TOKENS, flip("data/val.bin")),
+]
+
 BENCH = [
     ("speed.py --device=cpu --variants=locale", "--variants=locale must be"),
     ("speed.py --device=cpu --vocab_size=70000", "--vocab_size=70000"),
@@ -632,7 +701,7 @@ def typed(command):
                 signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("name", ["eval.py", "interp/acdc.py", "interp/explain.py", "interp/table1.py", "bench/speed.py", "bench/same.py", "interp/n2g.py",
+@pytest.mark.parametrize("name", ["eval.py", "interp/acdc.py", "interp/explain.py", "interp/table1.py", "bench/speed.py", "bench/same.py", "interp/n2g.py", "interp/table2.py", "interp/units.py",
                                   "bench/temperature.py"])
 def test_ctrl_c_while_torch_is_imported_just_ends_the_script(name, tmp_path):
     """A stand-in for torch that is interrupted as it is imported, and would go on for a minute."""
@@ -656,7 +725,7 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("row", [*TRAIN, *PREPARE, *EVAL, *TABLE1, *ACDC, *SAE, *EXPLAIN, *N2G, *BENCH], ids=lambda row: row[0][:80])
+@pytest.mark.parametrize("row", [*TRAIN, *PREPARE, *EVAL, *TABLE1, *ACDC, *SAE, *EXPLAIN, *N2G, *UNITS, *TABLE2, *BENCH], ids=lambda row: row[0][:80])
 def test_a_mistake_is_one_line_and_changes_nothing(row, template, tmp_path, monkeypatch):
     command, expected, *damage = row
     folder = shutil.copytree(template, tmp_path / "work")

@@ -50,7 +50,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # python puts interp/ there
 import config as knobs
 from eval import ablation, centred, check_range, check_writable, open_tasks, run_parser, trained_with
-from interp.activations import UNITS, Site, Strongest, Text, read_sites, read_windows, windows_at
+from interp.activations import (
+    TOKENS, UNITS, Site, Strongest, Text, read_sites, read_windows, windows_at)
 from interp.results import fingerprint, fits, result_path, write_text
 from prepare import UserError, load_tokenizer
 
@@ -60,6 +61,7 @@ LEFT, RIGHT = 15, 8  # tokens of a snippet on both sides of the strongest one
 WIDTH = LEFT + 1 + RIGHT  # at most 32: a bit for each of them in a uint32
 LISTED = 8  # tokens that a unit promotes, and that it suppresses
 NEAR = 6  # neighbours of a unit
+AT_ONCE = 2**26  # activations in memory at a time: 256 MB
 STRONGEST = 2  # neurons, and attention units, that a story shows of a layer without gates
 GRAPH = 24  # nodes of a graph that are shown, at most
 # other experiments' files: their script, what is read, and what that must look like
@@ -88,9 +90,9 @@ def strength(activations, M):
 
 
 def fires(strengths, M):
-    """Where units of these strengths (n, U) fire: bool (n, U). See the head of this file."""
-    neurons, attention = strengths[:, :M], strengths[:, M:]
-    bar = attention.square().mean(-1, keepdim=True).sqrt()  # (n, 1)
+    """Where units of these strengths (..., U) fire: bool (..., U). See the head of this file."""
+    neurons, attention = strengths[..., :M], strengths[..., M:]
+    bar = attention.square().mean(-1, keepdim=True).sqrt()  # (..., 1)
     return torch.cat((neurons > 0, attention > bar), -1)
 
 
@@ -115,9 +117,10 @@ def read_kept(model, text, title):
 
 
 def rates(kept, U):
-    """How often units are kept: kept (n, L, k) -> shares of the n tokens (L, U)."""
-    counts = [np.bincount(kept[:, layer].flatten(), minlength=U) for layer in range(kept.shape[1])]
-    return np.stack(counts) / len(kept)
+    """How often units are kept: kept (W, T, L, k) -> shares of the W T tokens, (N)."""
+    W, T, L, _ = kept.shape
+    counts = [np.bincount(kept[:, :, layer].flatten(), minlength=U) for layer in range(L)]
+    return np.concatenate(counts) / (W * T)
 
 
 class HeadOutputs:
@@ -156,43 +159,55 @@ def directions(model, layer, heads):
 
 
 @torch.no_grad()
-def measure_layer(model, layer, text, count, kept, title):
-    """All that a Text says about the units of a layer, arrays whose first dimension is U.
+def measure_layers(model, layers, text, count, title):
+    """What a Text says about the units of these layers, N of them: arrays of the first dimension N.
 
-    count: K. kept: this layer's part of read_kept, (W, T, k), or None.
+    count: K
     """
     config, M = model.config, 4 * model.config.n_embd
-    sites = [Site(model, layer, site) for site in UNITS]
-    fired, tokens, best, heads = 0, 0, Strongest(count), HeadOutputs()
+    sites = [Site(model, layer, site) for layer in layers for site in UNITS]
+    fired, tokens, best = 0, 0, Strongest(count)
+    heads = [HeadOutputs() for _ in layers]
     for x, positions, stories in text.read(partial(read_sites, sites), title=title):
-        strengths = strength(unit_activations(x, config), M)  # (n, U)
+        x = x.unflatten(-1, (len(layers), -1))  # (n, L, M + C)
+        strengths = strength(unit_activations(x, config), M)  # (n, L, U)
         fired += fires(strengths, M).sum(0)
         tokens += len(x)
-        best.add(strengths, positions, stories)
-        if config.attn_unit == "head":
-            heads.add(x[:, M:].unflatten(-1, (config.n_head, -1)))
+        best.add(strengths.flatten(1), positions, stories)
+        for layer, outputs in enumerate(heads if config.attn_unit == "head" else []):
+            outputs.add(x[:, layer, M:].unflatten(-1, (config.n_head, -1)))
 
     def activate(idx):
-        return unit_activations(read_sites(sites, idx), config)
+        x = read_sites(sites, idx).unflatten(-1, (len(layers), -1))  # (B, T, L, M + C)
+        return unit_activations(x, config).flatten(2)  # (B, T, N)
 
-    peaks, positions = best.found()  # (U, K) each
+    peaks, positions = best.found()  # (N, K) each
     snippets = text.snippets(activate, positions, LEFT, RIGHT)
-    found = {"fires": (fired.cpu().numpy() / tokens).astype(np.float32),
-             "largest": peaks[:, 0].numpy().astype(np.float32),
-             "directions": directions(model, layer, heads).cpu()}
-    found |= snippet_arrays(snippets, positions.numpy(), peaks.numpy(), text)
-    if kept is not None:
-        found["marks"] = kept_marks(found["begin"], found["length"], kept.reshape(-1, kept.shape[-1]))
-    return found
+    writes = [directions(model, layer, outputs) for layer, outputs in zip(layers, heads)]
+    return {"fires": (fired.flatten().cpu().numpy() / tokens).astype(np.float32),
+            "largest": peaks[:, 0].numpy().astype(np.float32),
+            "directions": torch.cat(writes).cpu().numpy(),
+            **snippet_arrays(snippets, positions.numpy(), peaks.numpy(), text)}
+
+
+def measure_units(model, text, count, title):
+    """The same for all layers of a model, as many of them in a pass as fit into AT_ONCE."""
+    config = model.config
+    step = max(1, AT_ONCE // (TOKENS * (4 * config.n_embd + config.attn_units)))
+    found = []
+    for first in range(0, config.n_layer, step):
+        layers = range(first, min(first + step, config.n_layer))
+        found.append(measure_layers(model, layers, text, count, f"{title}: units from layer {first}"))
+    return {name: np.concatenate([arrays[name] for arrays in found]) for name in found[0]}
 
 
 def snippet_arrays(snippets, positions, peaks, text):
-    """K snippets of each of U units as arrays (U, K); length 0 where a unit does not fire.
+    """K snippets of each of N units as arrays (N, K); length 0 where a unit does not fire.
 
     begin: the place of the first token in the windows one after the other. peak: which token is
-    the strongest. values (U, K, WIDTH): activations in 127ths of the unit's largest one.
+    the strongest. values (N, K, WIDTH): activations in 127ths of the unit's largest one.
     """
-    windows = np.searchsorted(text.starts + text.context, positions, side="right") - 1  # (U, K)
+    windows = np.searchsorted(text.starts + text.context, positions, side="right") - 1  # (N, K)
     begin = np.zeros(positions.shape, np.uint32)
     length, peak = np.zeros((2, *positions.shape), np.uint8)
     values = np.zeros((*positions.shape, WIDTH), np.float32)
@@ -207,16 +222,20 @@ def snippet_arrays(snippets, positions, peaks, text):
     return {"begin": begin, "length": length, "peak": peak, "values": values}
 
 
-def kept_marks(begin, length, kept):
-    """At which tokens of snippets, begin and length (U, K), the gate keeps their units.
+def marks(begin, length, kept):
+    """At which tokens of their snippets, begin and length (N, K), the gate keeps the units.
 
-    kept (W T, k) -> uint32 (U, K): bit i stands for token i.
+    kept (W, T, L, k) -> uint32 (N, K): bit i stands for token i.
     """
-    i = np.arange(WIDTH)
-    places = np.minimum(begin[..., None] + i, len(kept) - 1)  # (U, K, WIDTH)
-    units = np.arange(len(begin))[:, None, None, None]
-    marks = (kept[places] == units).any(-1) & (i < length[..., None])  # (U, K, WIDTH)
-    return (marks.astype(np.uint32) << i.astype(np.uint32)).sum(-1, dtype=np.uint32)
+    W, T, L, _ = kept.shape
+    i, found = np.arange(WIDTH), []
+    for layer, (first, size) in enumerate(zip(np.split(begin, L), np.split(length, L))):  # (U, K)
+        won = kept[:, :, layer].reshape(W * T, -1)  # (W T, k)
+        places = np.minimum(first[..., None] + i, W * T - 1)  # (U, K, WIDTH)
+        units = np.arange(len(first))[:, None, None, None]
+        marked = (won[places] == units).any(-1) & (i < size[..., None])  # (U, K, WIDTH)
+        found.append((marked.astype(np.uint32) << i.astype(np.uint32)).sum(-1, dtype=np.uint32))
+    return np.concatenate(found)
 
 
 # ---------------------------------------------------------------------------------- what they write
@@ -392,17 +411,12 @@ def measure_run(task, windows, lengths, args, device, title):
     model, gated = run.model.to(device), config.ablation != "none"
     text = choose_windows(task, args.windows, device)
     M, U = 4 * config.n_embd, 4 * config.n_embd + config.attn_units
-    kept = [None] * config.n_layer
-    arrays = {}
+    arrays = measure_units(model, text, args.snippets, title)
+    writes = torch.from_numpy(arrays.pop("directions")).unflatten(0, (config.n_layer, -1))  # (L, U, C)
     if gated:
-        won = read_kept(model, text, f"{title}: gates")  # (W, T, L, k)
-        arrays["kept"] = rates(won[:, text.context :].reshape(-1, *won.shape[2:]), U).astype(np.float32)
-        kept = won.transpose(2, 0, 1, 3)
-    layers = [measure_layer(model, layer, text, args.snippets, kept[layer], f"{title}: layer {layer}")
-              for layer in range(config.n_layer)]
-    writes = torch.stack([found.pop("directions") for found in layers])  # (L, U, C)
-    for name in layers[0]:
-        arrays[name] = np.stack([found[name] for found in layers])
+        kept = read_kept(model, text, f"{title}: gates")  # (W, T, L, k)
+        arrays["kept"] = rates(kept[:, text.context :], U).astype(np.float32)
+        arrays["marks"] = marks(arrays["begin"], arrays["length"], kept)
     arrays["text_tokens"] = windows_at(text.tokens, text.starts, text.T, "cpu").numpy()
     arrays["lens_tokens"], values = lens(model, writes.flatten(0, 1))
     arrays["lens_values"] = values.astype(np.float32)
@@ -477,11 +491,11 @@ def check_page(path):
 def write_page(path, tasks, args, device):
     """Measures these runs, in this order, and writes their page."""
     first = tasks[0]
+    tokenizer = load_tokenizer(first.run.tokenizer)
     T = min(task.run.model.config.block_size for task in tasks)
     windows, lengths = pick_stories(first.tokens, first.meta["eot"], T, args.stories)
     runs = [measure_run(task, windows, lengths, args, device, str(task.run.path)) for task in tasks]
-    data = page_data(runs, windows, lengths, load_tokenizer(first.run.tokenizer))
-    write_text(path, render(data))
+    write_text(path, render(page_data(runs, windows, lengths, tokenizer)))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -49,7 +49,8 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # python puts interp/ there
 import config as knobs
-from eval import ablation, centred, check_range, check_writable, open_tasks, run_parser, trained_with
+from eval import (
+    ablation, centred, check_range, check_writable, open_tasks, run_parser, trained_with)
 from interp.activations import (
     TOKENS, UNITS, Site, Strongest, Text, read_sites, read_windows, windows_at)
 from interp.results import fingerprint, fits, result_path, write_text
@@ -68,7 +69,7 @@ GRAPH = 24  # nodes of a graph that are shown, at most
 FINDINGS = {
     "n2g": ("n2g_neurons.json", {"neurons": [{"layer": int, "neuron": int}]}),
     "explain": ("explain_neurons.json", {"neurons": [{"layer": int, "neuron": int}]}),
-    "units": ("units.json", {"kinds": dict})}
+    "units": ("units.json", {"kinds": {"attn": dict, "mlp": dict}})}
 NUMBER = (int, float, type(None))
 
 
@@ -111,15 +112,21 @@ def kept_units(model, idx):
 
 def read_kept(model, text, title):
     """The units that the gates keep at every token of all windows: (W, T, L, k) uint16."""
-    batches = read_windows(partial(kept_units, model), text.tokens, text.starts, text.T,
-                           text.device, title=title)
-    return np.concatenate([kept.cpu().numpy().astype(np.uint16) for _, kept in batches])
+    activate = partial(kept_units, model)
+    found = []
+    for _, kept in read_windows(
+            activate, text.tokens, text.starts, text.T, text.device, title=title):
+        found.append(kept.cpu().numpy().astype(np.uint16))
+    return np.concatenate(found)
 
 
 def rates(kept, U):
     """How often units are kept: kept (W, T, L, k) -> shares of the W T tokens, (N)."""
     W, T, L, _ = kept.shape
-    counts = [np.bincount(kept[:, :, layer].flatten(), minlength=U) for layer in range(L)]
+    counts = []
+    for layer in range(L):
+        units = kept[:, :, layer].flatten()  # (W T k)
+        counts.append(np.bincount(units, minlength=U))
     return np.concatenate(counts) / (W * T)
 
 
@@ -164,41 +171,48 @@ def measure_layers(model, layers, text, count, title):
 
     count: K
     """
-    config, M = model.config, 4 * model.config.n_embd
+    config, M, L = model.config, 4 * model.config.n_embd, len(layers)
     sites = [Site(model, layer, site) for layer in layers for site in UNITS]
     fired, tokens, best = 0, 0, Strongest(count)
     heads = [HeadOutputs() for _ in layers]
     for x, positions, stories in text.read(partial(read_sites, sites), title=title):
-        x = x.unflatten(-1, (len(layers), -1))  # (n, L, M + C)
+        x = x.unflatten(-1, (L, -1))  # (n, L, M + C)
         strengths = strength(unit_activations(x, config), M)  # (n, L, U)
         fired += fires(strengths, M).sum(0)
         tokens += len(x)
         best.add(strengths.flatten(1), positions, stories)
-        for layer, outputs in enumerate(heads if config.attn_unit == "head" else []):
-            outputs.add(x[:, layer, M:].unflatten(-1, (config.n_head, -1)))
+        if config.attn_unit == "head":
+            z = x[..., M:].unflatten(-1, (config.n_head, -1))  # (n, L, H, D)
+            for layer, outputs in enumerate(heads):
+                outputs.add(z[:, layer])
 
     def activate(idx):
-        x = read_sites(sites, idx).unflatten(-1, (len(layers), -1))  # (B, T, L, M + C)
+        x = read_sites(sites, idx).unflatten(-1, (L, -1))  # (B, T, L, M + C)
         return unit_activations(x, config).flatten(2)  # (B, T, N)
 
     peaks, positions = best.found()  # (N, K) each
     snippets = text.snippets(activate, positions, LEFT, RIGHT)
+    found = snippet_arrays(snippets, positions.numpy(), peaks.numpy(), text)
+    found["fires"] = fired.flatten().cpu().numpy() / tokens
+    found["largest"] = peaks[:, 0].numpy()
     writes = [directions(model, layer, outputs) for layer, outputs in zip(layers, heads)]
-    return {"fires": (fired.flatten().cpu().numpy() / tokens).astype(np.float32),
-            "largest": peaks[:, 0].numpy().astype(np.float32),
-            "directions": torch.cat(writes).cpu().numpy(),
-            **snippet_arrays(snippets, positions.numpy(), peaks.numpy(), text)}
+    found["directions"] = torch.cat(writes).cpu().numpy()  # (N, C)
+    return found
 
 
 def measure_units(model, text, count, title):
     """The same for all layers of a model, as many of them in a pass as fit into AT_ONCE."""
-    config = model.config
-    step = max(1, AT_ONCE // (TOKENS * (4 * config.n_embd + config.attn_units)))
-    found = []
+    config, found = model.config, []
+    units = 4 * config.n_embd + config.attn_units
+    step = max(1, AT_ONCE // (TOKENS * units))
     for first in range(0, config.n_layer, step):
-        layers = range(first, min(first + step, config.n_layer))
-        found.append(measure_layers(model, layers, text, count, f"{title}: units from layer {first}"))
-    return {name: np.concatenate([arrays[name] for arrays in found]) for name in found[0]}
+        layers = range(config.n_layer)[first : first + step]
+        name = f"{title}: units from layer {first}"
+        found.append(measure_layers(model, layers, text, count, name))
+    joined = {}
+    for name in found[0]:
+        joined[name] = np.concatenate([arrays[name] for arrays in found])
+    return joined
 
 
 def snippet_arrays(snippets, positions, peaks, text):
@@ -208,18 +222,21 @@ def snippet_arrays(snippets, positions, peaks, text):
     the strongest. values (N, K, WIDTH): activations in 127ths of the unit's largest one.
     """
     windows = np.searchsorted(text.starts + text.context, positions, side="right") - 1  # (N, K)
+    offsets = positions - text.starts[windows]  # (N, K): the strongest token in its window
     begin = np.zeros(positions.shape, np.uint32)
-    length, peak = np.zeros((2, *positions.shape), np.uint8)
+    length = np.zeros(positions.shape, np.uint8)
+    peak = np.zeros(positions.shape, np.uint8)
     values = np.zeros((*positions.shape, WIDTH), np.float32)
-    for place in zip(*np.nonzero(peaks > 0)):
-        snippet = snippets[place[0]][place[1]]
-        first = positions[place] - snippet.peak - text.starts[windows[place]]  # in its window
-        begin[place] = windows[place] * text.T + first
-        length[place], peak[place] = len(snippet.tokens), snippet.peak
-        values[place][: len(snippet.values)] = snippet.values
-    scale = np.maximum(peaks[:, :1, None], 1e-30)
-    values = np.rint(127 * values / scale).clip(-127, 127).astype(np.int8)
-    return {"begin": begin, "length": length, "peak": peak, "values": values}
+    for unit, place in np.argwhere(peaks > 0):
+        snippet = snippets[unit][place]
+        first = offsets[unit, place] - snippet.peak
+        begin[unit, place] = windows[unit, place] * text.T + first
+        length[unit, place] = len(snippet.tokens)
+        peak[unit, place] = snippet.peak
+        values[unit, place, : len(snippet.values)] = snippet.values
+    largest = np.maximum(peaks[:, :1, None], 1e-30)  # (N, 1, 1)
+    values = np.rint(127 * values / largest).clip(-127, 127)
+    return {"begin": begin, "length": length, "peak": peak, "values": values.astype(np.int8)}
 
 
 def marks(begin, length, kept):
@@ -228,14 +245,15 @@ def marks(begin, length, kept):
     kept (W, T, L, k) -> uint32 (N, K): bit i stands for token i.
     """
     W, T, L, _ = kept.shape
-    i, found = np.arange(WIDTH), []
-    for layer, (first, size) in enumerate(zip(np.split(begin, L), np.split(length, L))):  # (U, K)
+    i = np.arange(WIDTH, dtype=np.uint32)
+    found = []
+    for layer, first in enumerate(np.split(begin, L)):  # (U, K)
         won = kept[:, :, layer].reshape(W * T, -1)  # (W T, k)
         places = np.minimum(first[..., None] + i, W * T - 1)  # (U, K, WIDTH)
         units = np.arange(len(first))[:, None, None, None]
-        marked = (won[places] == units).any(-1) & (i < size[..., None])  # (U, K, WIDTH)
-        found.append((marked.astype(np.uint32) << i.astype(np.uint32)).sum(-1, dtype=np.uint32))
-    return np.concatenate(found)
+        found.append((won[places] == units).any(-1))
+    marked = np.concatenate(found) & (i < length[..., None])  # (N, K, WIDTH)
+    return (marked.astype(np.uint32) << i).sum(-1, dtype=np.uint32)
 
 
 # ---------------------------------------------------------------------------------- what they write
@@ -243,22 +261,24 @@ def marks(begin, length, kept):
 
 @torch.no_grad()
 def lens(model, writes):
-    """The logit lens (nostalgebraist 2020) of weights: writes (N, C) -> tokens, values (N, 2 LISTED).
+    """The logit lens (nostalgebraist 2020) of weights: writes (N, C) -> tokens and logits, each
+    (N, 2 LISTED), first the most promoted tokens, then the most suppressed ones.
 
     (w - mean w) * gain of ln_f, times the unembedding, less the mean over the vocabulary (no
     softmax sees it): how an activation of 1 moves the logits if nothing else reads it on the way,
-    but for the scale by which ln_f divides. First the LISTED most promoted tokens, then the most
-    suppressed ones.
+    but for the scale by which ln_f divides.
     """
-    gain, unembedding = model.transformer["ln_f"].weight.cpu(), model.lm_head.weight.cpu()  # (V, C)
+    gain = model.transformer["ln_f"].weight.cpu()
+    unembedding = model.lm_head.weight.cpu()  # (V, C)
     count = min(LISTED, len(unembedding) // 2)
-    found = []
-    for part in (centred(writes, -1) * gain).split(256):
-        logits = centred(part @ unembedding.T, -1)  # (256, V)
-        raised, lowered = logits.topk(count), logits.topk(count, largest=False)
-        found.append([torch.cat(pair, -1) for pair in zip(raised, lowered)])
-    values, tokens = (torch.cat(rows).numpy() for rows in zip(*found))
-    return tokens, values
+    tokens, values = [], []
+    for rows in (centred(writes, -1) * gain).split(256):
+        logits = centred(rows @ unembedding.T, -1)  # (256, V)
+        raised = logits.topk(count)
+        lowered = logits.topk(count, largest=False)
+        tokens.append(torch.cat((raised.indices, lowered.indices), -1))
+        values.append(torch.cat((raised.values, lowered.values), -1))
+    return torch.cat(tokens).numpy(), torch.cat(values).numpy()
 
 
 @torch.no_grad()
@@ -280,6 +300,11 @@ def neighbours(writes):
 # -------------------------------------------------------------------------------------- the stories
 
 
+def spread(count, total):
+    """At most count of the numbers below total, evenly over them."""
+    return np.linspace(0, total, min(count, total), endpoint=False, dtype=int)
+
+
 def pick_stories(tokens, eot, T, count):
     """Stories of a text, spread evenly, whole ones where they fit: windows (S, T) and lengths (S).
 
@@ -291,7 +316,7 @@ def pick_stories(tokens, eot, T, count):
     chosen = np.flatnonzero((0 < sizes) & (sizes < T))
     if not len(chosen):
         chosen = np.flatnonzero(sizes)
-    chosen = chosen[np.linspace(0, len(chosen), min(count, len(chosen)), endpoint=False, dtype=int)]
+    chosen = chosen[spread(count, len(chosen))]
     lengths = np.minimum(sizes[chosen], T - 1)
     windows = np.full((len(chosen), T), eot, np.int64)
     for window, begin, length in zip(windows, begins[chosen], lengths):
@@ -299,30 +324,37 @@ def pick_stories(tokens, eot, T, count):
     return windows, lengths
 
 
+def units_to_show(written, M, idx, model):
+    """The units of every layer and token of idx (1, T + 1), its first left out: (T, L, k).
+
+    The kept ones or, without gates, the STRONGEST of a kind by what they write, (T, L, U).
+    """
+    if model.config.ablation != "none":
+        return kept_units(model, idx)[0, 1:]
+    neurons, attention = written[..., :M], written[..., M:]
+    strongest = neurons.topk(min(STRONGEST, M)).indices
+    others = attention.topk(min(STRONGEST, attention.size(-1))).indices
+    return torch.cat((strongest, others + M), -1)
+
+
 @torch.no_grad()
 def read_stories(model, windows, lengths, writes, device):
-    """Which units to show at every token of the stories: units (n, L, k), activations (n, L, k).
+    """Which units to show at every token of the stories: units and activations, each (n, L, k).
 
-    The kept ones or, without gates, the STRONGEST of a kind; what writes most, |a| |w|, first.
-    writes: (L, U, C)
+    What writes most, |a| |w|, comes first. writes: (L, U, C)
     """
     config, M = model.config, 4 * model.config.n_embd
     sites = [Site(model, layer, site) for layer in range(config.n_layer) for site in UNITS]
     sizes = writes.norm(dim=-1).to(device)  # (L, U)
     units, values = [], []
     for window, length in zip(windows, lengths):
-        idx = torch.from_numpy(window[None, : length + 1]).to(device)
+        idx = torch.from_numpy(window[None, : length + 1]).to(device)  # (1, T + 1)
         x = read_sites(sites, idx)[0, 1:].unflatten(-1, (config.n_layer, -1))  # (T, L, M + C)
         activations = unit_activations(x, config)  # (T, L, U)
         written = activations.abs() * sizes
-        if config.ablation == "none":
-            neurons, attention = (part.topk(min(STRONGEST, part.size(-1))).indices
-                                  for part in (written[..., :M], written[..., M:]))
-            shown = torch.cat((neurons, attention + M), -1)
-        else:
-            shown = kept_units(model, idx)[0, 1:]
+        shown = units_to_show(written, M, idx, model)  # (T, L, k)
         order = written.gather(-1, shown).sort(dim=-1, descending=True, stable=True).indices
-        shown = shown.gather(-1, order)  # (T, L, k)
+        shown = shown.gather(-1, order)
         units.append(shown.cpu().numpy())
         values.append(activations.gather(-1, shown).cpu().numpy())
     return np.concatenate(units), np.concatenate(values)
@@ -332,7 +364,7 @@ def read_stories(model, windows, lengths, writes, device):
 
 
 def read_finding(run, name, form):
-    """A result file beside a run, or None where there is none of these weights. Raises UserError."""
+    """A result file beside a run; None where there is none of these weights. Raises UserError."""
     path = result_path(run.path, name)
     if not path.exists():
         return None
@@ -345,43 +377,55 @@ def read_finding(run, name, form):
     return found if found["checkpoint"] == fingerprint(run.model) else None
 
 
+def importance(node):
+    """What to sort the nodes of a graph by, the ones to show first."""
+    return (not node["activating"], -(node["importance"] or 0))
+
+
 def graph_of(entry):
     """What is shown of an entry of n2g_neurons.json, at most GRAPH nodes of it, or None."""
     graph = entry.get("graph")
-    node, edge = {"id": str, "activating": bool, "importance": NUMBER}, {"source": str, "target": str}
-    if not fits(graph, {"nodes": [node], "edges": [edge]}):
+    node = {"id": str, "activating": bool, "importance": NUMBER}
+    if not fits(graph, {"nodes": [node], "edges": [{"source": str, "target": str}]}):
         return None
-    nodes = sorted(graph["nodes"], key=lambda node: (not node["activating"], -node["importance"]))
-    places = {node["id"]: place for place, node in enumerate(nodes[:GRAPH])}
+    nodes = sorted(graph["nodes"], key=importance)
+    shown = nodes[:GRAPH]
+    places = {node["id"]: place for place, node in enumerate(shown)}
     edges = []
     for edge in graph["edges"]:
-        if edge["source"] in places and edge["target"] in places:
-            edges.append([places[edge["source"]], places[edge["target"]]])
-    return {"nodes": [[node["id"], node["activating"], node["importance"]] for node in nodes[:GRAPH]],
-            "edges": edges, "left_out": len(nodes) - len(places)}
+        ends = [places.get(edge["source"]), places.get(edge["target"])]
+        if None not in ends:
+            edges.append(ends)
+    return {"nodes": [list(map(node.get, ("id", "activating", "importance"))) for node in shown],
+            "edges": edges, "left_out": len(nodes) - len(shown)}
+
+
+def picked(entry, names):
+    """Those of the names that an entry has, with what it has there."""
+    return {name: entry[name] for name in names if name in entry}
 
 
 def findings(run):
     """What the page says of single neurons and layers, by the script that found it.
 
-    Where it has not, the command that does.
+    Where it has not, the command that does. Raises UserError on a damaged file.
     """
     config, found, commands = run.model.config, {}, {}
     for script, (name, form) in FINDINGS.items():
         found[script] = read_finding(run, name, form)
-        if found[script] is None and (script != "units" or config.ablation != "none"):
+        of_gates = script == "units"
+        if not found[script] and not (of_gates and config.ablation == "none"):
             commands[script] = f"python interp/{script}.py {shlex.quote(str(run.path))}"
     graphs, texts, usage = {}, {}, {}
-    for entry in (found["n2g"] or {"neurons": []})["neurons"]:
-        scores = {name: entry.get(name) for name in ("precision", "recall", "f1")}
-        graphs[f"L{entry['layer']}N{entry['neuron']}"] = {"graph": graph_of(entry), **scores}
-    for entry in (found["explain"] or {"neurons": []})["neurons"]:
-        kept = ("explanation", "score", "random_score", "reason", "tokens")
-        text = {name: entry[name] for name in kept if name in entry}
-        texts[f"L{entry['layer']}N{entry['neuron']}"] = text
-    for kind, lists in (found["units"] or {"kinds": {}})["kinds"].items():
-        usage[kind] = {name: numbers for name, numbers in lists.items()
-                       if fits(numbers, [NUMBER]) and len(numbers) == config.n_layer}
+    for entry in found["n2g"]["neurons"] if found["n2g"] else ():
+        name = f"L{entry['layer']}N{entry['neuron']}"
+        graphs[name] = picked(entry, ("precision", "recall", "f1")) | {"graph": graph_of(entry)}
+    for entry in found["explain"]["neurons"] if found["explain"] else ():
+        name = f"L{entry['layer']}N{entry['neuron']}"
+        texts[name] = picked(entry, ("explanation", "score", "random_score", "reason"))
+    for kind, facts in found["units"]["kinds"].items() if found["units"] else ():
+        by_layer = [name for name in facts if fits(facts[name], [NUMBER])]
+        usage[kind] = picked(facts, by_layer)
     return {"graphs": graphs, "explanations": texts, "usage": usage, "commands": commands}
 
 
@@ -394,70 +438,84 @@ def choose_windows(task, count, device):
     A quarter of a window stands before every token that counts.
     """
     T = task.run.model.config.block_size
-    starts = np.arange(0, len(task.tokens) - T + 1, T - T // 4)
-    chosen = np.linspace(0, len(starts), min(count, len(starts)), endpoint=False, dtype=int)
-    return Text(task.tokens, task.meta["eot"], T, device, T // 4, starts[chosen])
+    context = T // 4
+    starts = np.arange(0, len(task.tokens) - T + 1, T - context)
+    starts = starts[spread(count, len(starts))]
+    return Text(task.tokens, task.meta["eot"], T, device, context, starts)
 
 
-def measure_run(task, windows, lengths, args, device, title):
+def describe(run, text, count):
+    """What the page says of a run beside its arrays. count: K"""
+    config = run.model.config
+    gated = config.ablation != "none"
+    recipe = trained_with(run) | {"k_mlp": config.k_mlp if gated else 0}
+    return {
+        "recipe": ablation(recipe).replace("none", "baseline"), "step": run.step, "gated": gated,
+        "layers": config.n_layer, "neurons": 4 * config.n_embd, "attention": config.attn_units,
+        "attn_unit": config.attn_unit, "snippets": count,
+        "tokens": len(text.starts) * (text.T - text.context)}
+
+
+def measure_run(task, windows, lengths, args, device):
     """A run as the page knows it: a dict of facts, and of arrays by their name in the template.
 
     windows (S, T), lengths (S): the stories. Those arrays that hold tokens are called *tokens.
     """
-    run, config = task.run, task.run.model.config
+    run, config, title = task.run, task.run.model.config, str(task.run.path)
     if not all(weight.isfinite().all() for weight in run.model.parameters()):
         raise UserError(f"{run.path} has weights that are not finite: its training has diverged")
-    facts = {"run": str(run.path), **findings(run)}  # before minutes pass
-    model, gated = run.model.to(device), config.ablation != "none"
+    found = findings(run)  # before minutes pass
+    model = run.model.to(device)
     text = choose_windows(task, args.windows, device)
-    M, U = 4 * config.n_embd, 4 * config.n_embd + config.attn_units
     arrays = measure_units(model, text, args.snippets, title)
-    writes = torch.from_numpy(arrays.pop("directions")).unflatten(0, (config.n_layer, -1))  # (L, U, C)
-    if gated:
+    writes = torch.from_numpy(arrays.pop("directions"))  # (N, C)
+    if config.ablation != "none":
         kept = read_kept(model, text, f"{title}: gates")  # (W, T, L, k)
-        arrays["kept"] = rates(kept[:, text.context :], U).astype(np.float32)
+        U = len(writes) // config.n_layer
+        arrays["kept"] = rates(kept[:, text.context :], U)
         arrays["marks"] = marks(arrays["begin"], arrays["length"], kept)
     arrays["text_tokens"] = windows_at(text.tokens, text.starts, text.T, "cpu").numpy()
-    arrays["lens_tokens"], values = lens(model, writes.flatten(0, 1))
-    arrays["lens_values"] = values.astype(np.float32)
-    near, cosines = neighbours(writes.flatten(0, 1))
-    arrays |= {"near": near.astype(np.uint32), "cosines": cosines.astype(np.float32)}
-    shown, values = read_stories(model, windows, lengths, writes, device)
-    arrays |= {"story_units": shown.astype(np.uint16), "story_values": values.astype(np.float32)}
-    recipe = trained_with(run) | {"k_mlp": config.k_mlp if gated else 0}
-    facts |= {"recipe": ablation(recipe).replace("none", "baseline"), "step": run.step,
-              "layers": config.n_layer, "neurons": M, "attention": config.attn_units,
-              "attn_unit": config.attn_unit, "gated": gated, "tokens": int(text.starts.size * (text.T - text.context)),
-              "snippets": arrays["begin"].shape[-1]}
-    return facts | {"arrays": arrays}
+    arrays["lens_tokens"], arrays["lens_values"] = lens(model, writes)
+    arrays["near"], arrays["cosines"] = neighbours(writes)
+    by_layer = writes.unflatten(0, (config.n_layer, -1))  # (L, U, C)
+    arrays["story_units"], arrays["story_values"] = read_stories(
+        model, windows, lengths, by_layer, device)
+    facts = describe(run, text, arrays["begin"].shape[-1])
+    return {"run": str(run.path), **found, **facts, "arrays": arrays}
 
 
 def packed(array):
-    """An array as the page reads it: its type, and its numbers, little-endian, in base64."""
-    numbers = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    """An array as the page reads it: its type, and its numbers, little-endian, in base64.
+
+    Fractions in float32; whole numbers of more than a byte, which are places, in uint32.
+    """
+    if array.dtype.itemsize > 1:
+        array = array.astype(np.float32 if array.dtype.kind == "f" else np.uint32)
+    numbers = array.astype(array.dtype.newbyteorder("<"))
     return {"type": array.dtype.name, "data": base64.b64encode(numbers.tobytes()).decode()}
 
 
 def page_data(runs, windows, lengths, tokenizer):
     """What the template's script reads: these runs, with only those tokens that it can show."""
-    stories = np.concatenate([window[1 : length + 1] for window, length in zip(windows, lengths)])
-    everything = [stories]
+    stories = [window[1 : length + 1] for window, length in zip(windows, lengths)]
+    listed = {"story_tokens": np.concatenate(stories)}
+    used = [listed["story_tokens"]]
     for run in runs:
-        everything += [array.flatten() for name, array in run["arrays"].items() if name.endswith("tokens")]
-    used = np.unique(np.concatenate(everything))  # (tokens), rising
-    texts = [tokenizer.decode_single_token_bytes(int(token)).decode(errors="backslashreplace")
-             for token in used]
+        used += [run["arrays"][name].flatten() for name in ("text_tokens", "lens_tokens")]
+    used = np.unique(np.concatenate(used))  # (tokens), rising
+    texts = []
+    for token in used.tolist():
+        text = tokenizer.decode_single_token_bytes(token)
+        texts.append(text.decode(errors="backslashreplace"))  # a token may end within a letter
 
-    def known(tokens):
-        return packed(np.searchsorted(used, tokens).astype(np.uint16))
+    def shown(arrays):
+        for name in arrays:
+            if name.endswith("tokens"):
+                arrays[name] = np.searchsorted(used, arrays[name])
+        return {name: packed(array) for name, array in arrays.items()}
 
-    shown = []
-    for run in runs:
-        arrays = {name: known(array) if name.endswith("tokens") else packed(array)
-                  for name, array in run["arrays"].items()}
-        shown.append(run | {"arrays": arrays})
-    return {"texts": texts, "width": WIDTH, "story_tokens": known(stories),
-            "story_lengths": lengths.tolist(), "runs": shown}
+    return {"texts": texts, "width": WIDTH, "story_lengths": lengths.tolist(), **shown(listed),
+            "runs": [run | {"arrays": shown(run["arrays"])} for run in runs]}
 
 
 def render(data):
@@ -470,8 +528,8 @@ def render(data):
     policy = ["default-src 'none'", "base-uri 'none'", "form-action 'none'"]
     for tag in ("style", "script"):
         content = re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1]
-        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        policy.append(f"{tag}-src 'sha256-{digest}'")
+        digest = hashlib.sha256(content.encode()).digest()
+        policy.append(f"{tag}-src 'sha256-{base64.b64encode(digest).decode()}'")
     text = json.dumps(data, separators=(",", ":"))
     for letter in "<>&":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
@@ -494,7 +552,7 @@ def write_page(path, tasks, args, device):
     tokenizer = load_tokenizer(first.run.tokenizer)
     T = min(task.run.model.config.block_size for task in tasks)
     windows, lengths = pick_stories(first.tokens, first.meta["eot"], T, args.stories)
-    runs = [measure_run(task, windows, lengths, args, device, str(task.run.path)) for task in tasks]
+    runs = [measure_run(task, windows, lengths, args, device) for task in tasks]
     write_text(path, render(page_data(runs, windows, lengths, tokenizer)))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
@@ -522,15 +580,18 @@ def parse_arguments(argv):
 def pages_of(tasks, page):
     """[(path, its tasks)]: a page for each run, or this one for all. Raises UserError."""
     paths = [result_path(task.run.path, "browse.html") for task in tasks]
-    for number, path in enumerate(paths):
-        if path.resolve() in [other.resolve() for other in paths[:number]]:
-            raise UserError(f"{tasks[number].run.path} is given twice: give it once")
+    seen = set()
+    for task, path in zip(tasks, paths):
+        if path.resolve() in seen:
+            raise UserError(f"{task.run.path} is given twice: give it once")
+        seen.add(path.resolve())
     if page is None:
         return [(path, [task]) for path, task in zip(paths, tasks)]
+    first = tasks[0]
     for task in tasks:
-        if task.meta["checksum"] != tasks[0].meta["checksum"]:
-            raise UserError(f"{tasks[0].run.path} and {task.run.path} have different data: "
-                            f"name what to show both on with --data, or leave out --page")
+        if task.meta["checksum"] != first.meta["checksum"]:
+            raise UserError(f"{first.run.path} and {task.run.path} have different data: name "
+                            f"what to show both on with --data, or leave out --page")
     return [(Path(page), tasks)]
 
 

@@ -33,7 +33,7 @@ HOSTILE = ["</script><img src=x onerror=alert(1)>", '"quotes\'', "\u2028", " \U0
 V = 257 + len(HOSTILE)
 EOT, DOG, CAT = V - 1, 256 + 7, 256 + 8
 SIZES = dict(vocab_size=V, block_size=16, n_layer=2, n_head=2, n_embd=8)
-NUMBERS = {"int8": np.int8, "uint8": np.uint8, "uint16": np.uint16, "uint32": np.uint32, "float32": np.float32}
+NUMBERS = {"int8": np.int8, "uint8": np.uint8, "uint32": np.uint32, "float32": np.float32}
 
 
 def made(**changes):

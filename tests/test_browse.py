@@ -385,7 +385,13 @@ def test_a_unit_by_its_address(runs, chromium):
         near = int(arrays["near"][40 + 32 + 5, 0])
         name = page.evaluate(f"models[0].name({near})")
         page.wait_for_function(f"document.querySelector('.unit h3').textContent === '{name}'")
-        page.evaluate("location.hash = 'L0N4'")
+        assert page.evaluate("document.activeElement.tagName") == "H3"
+        page.evaluate("location.hash = 'L0N2'")
+        page.wait_for_function("document.querySelector('.unit h3').textContent === 'L0N2'")
+        page.get_by_label("The next unit").focus()
+        for name in ("L0N3", "L0N4"):
+            page.keyboard.press("Enter")
+            page.wait_for_function(f"document.querySelector('.unit h3').textContent === '{name}'")
         page.wait_for_function("document.querySelector('.unit').textContent.includes('It never fires on this text.')")
         page.evaluate("location.hash = 'L9N0'")
         page.wait_for_function("document.querySelector('.unit').textContent === 'This model has no L9N0.'")

@@ -625,6 +625,8 @@ def test_what_other_experiments_found_is_shown_if_it_is_of_these_weights(runs, c
             "[...document.querySelectorAll('svg g')].map((node) => node.getBoundingClientRect().left)")))
         assert places["</script>"] < places["·the"] < places["·dog"]
         page.locator(".usage summary").click()
+        page.set_viewport_size({"width": 375, "height": 700})
+        assert page.locator("svg").bounding_box()["width"] > 375 and overflow(page) <= 0
         rows = page.locator(".usage tr").all_text_contents()
         assert rows == ["mlp entropyattn dead", "L03.250", "L14.5–"]
         page.evaluate("location.hash = 'L0N4'")

@@ -629,6 +629,30 @@ TABLE2 = [
     ("table2.py out/run", OTHER_TOKENS, flip("data/val.bin")),
 ]
 
+BROWSE_WORDS = "browse.py out/run --device=cpu"
+NO_PAGE = "is there and no page of this program: delete it, or name another with --page"
+
+BROWSE = [
+    ("browse.py", "the following arguments are required: runs"),
+    ("browse.py out/nowhere", "no checkpoint at out/nowhere"),
+    (f"{BROWSE_WORDS} --windows=0", "--windows=0 must be from 1 to 100,000"),
+    (f"{BROWSE_WORDS} --snippets=0", "--snippets=0 must be from 1 to 100"),
+    (f"{BROWSE_WORDS} --stories=0", "--stories=0 must be from 1 to 1,000"),
+    (f"{BROWSE_WORDS} --page=page.pdf", "--page=page.pdf must end in .html"),
+    (f"{BROWSE_WORDS} --page=nowhere/page.html", "cannot write nowhere/page.html: No such file"),
+    (f"{BROWSE_WORDS} --page=page.html", "cannot write page.html: there is a folder of that name", folder_named("page.html")),
+    (f"{BROWSE_WORDS} --page=page.html", f"page.html {NO_PAGE}", text("page.html", "my notes")),
+    (f"{BROWSE_WORDS}", f"out/run/browse.html {NO_PAGE}", text("out/run/browse.html", "")),
+    (f"{BROWSE_WORDS} --data=nowhere", NO_DATA),
+    ("browse.py out/run out/run --device=cpu", "out/run is given twice: give it once"),
+    (f"{BROWSE_WORDS}", "out/run/best.pt is damaged", flip("out/run/best.pt")),
+    (f"{BROWSE_WORDS}", "data/val.bin is damaged", flip("data/val.bin")),
+    (f"{BROWSE_WORDS}", "out/run has weights that are not finite: its training has diverged", diverged),
+    (f"{BROWSE_WORDS}", "n2g_neurons.json is damaged: delete it, and make it again", text("out/run/n2g_neurons.json", "{")),
+    (f"{BROWSE_WORDS}", "explain_neurons.json is damaged: delete it", text("out/run/explain_neurons.json", '{"checkpoint": "a", "neurons": [1]}')),
+    (f"{BROWSE_WORDS}", "units.json is damaged: delete it", text("out/run/units.json", '{"checkpoint": "a", "kinds": {"mlp": 1}}')),
+]
+
 BENCH = [
     ("speed.py --device=cpu --variants=locale", "--variants=locale must be"),
     ("speed.py --device=cpu --vocab_size=70000", "--vocab_size=70000"),
@@ -701,8 +725,11 @@ def typed(command):
                 signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("name", ["eval.py", "interp/acdc.py", "interp/explain.py", "interp/table1.py", "bench/speed.py", "bench/same.py", "interp/n2g.py", "interp/table2.py", "interp/units.py",
-                                  "bench/temperature.py"])
+SCRIPTS = [path.relative_to(ROOT) for path in [ROOT / "eval.py", *ROOT.glob("interp/*.py"), *ROOT.glob("bench/*.py")]
+           if "signal.SIG_DFL)" in path.read_text()]
+
+
+@pytest.mark.parametrize("name", SCRIPTS, ids=str)
 def test_ctrl_c_while_torch_is_imported_just_ends_the_script(name, tmp_path):
     """A stand-in for torch that is interrupted as it is imported, and would go on for a minute."""
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
@@ -725,7 +752,8 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("row", [*TRAIN, *PREPARE, *EVAL, *TABLE1, *ACDC, *SAE, *EXPLAIN, *N2G, *UNITS, *TABLE2, *BENCH], ids=lambda row: row[0][:80])
+@pytest.mark.parametrize("row", [
+    *TRAIN, *PREPARE, *EVAL, *TABLE1, *ACDC, *SAE, *EXPLAIN, *N2G, *UNITS, *TABLE2, *BROWSE, *BENCH], ids=lambda row: row[0][:80])
 def test_a_mistake_is_one_line_and_changes_nothing(row, template, tmp_path, monkeypatch):
     command, expected, *damage = row
     folder = shutil.copytree(template, tmp_path / "work")

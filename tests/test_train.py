@@ -251,10 +251,10 @@ def test_without_warm_up_the_schedule_is_torchs_cosine_annealing():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.max_iters)
     for step in range(config.max_iters):
-        assert train.learning_rate_at(step, config) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        assert config.at(step).learning_rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
         optimizer.step()
         scheduler.step()
-    assert train.learning_rate_at(config.max_iters, config) == optimizer.param_groups[0]["lr"] == 0
+    assert config.at(config.max_iters).learning_rate == optimizer.param_groups[0]["lr"] == 0
 
 
 @pytest.mark.parametrize("warmup", [1, 2, 7])
@@ -266,10 +266,10 @@ def test_warm_up_climbs_in_equal_steps_to_the_top_and_hands_over_to_the_cosine(w
              torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.max_iters - warmup)]
     scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[warmup])
     for step in range(config.max_iters):
-        assert train.learning_rate_at(step, config) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        assert config.at(step).learning_rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
         optimizer.step()
         scheduler.step()
-    climb = [train.learning_rate_at(step, config) for step in range(warmup)]
+    climb = [config.at(step).learning_rate for step in range(warmup)]
     assert climb == pytest.approx([0.5 * (i + 1) / warmup for i in range(warmup)])
 
 
@@ -353,7 +353,7 @@ def test_there_are_exactly_max_iters_updates_at_the_scheduled_rates(data, tmp_pa
     monkeypatch.setattr(train, "batch_at", lambda tokens, step, *rest: (steps.append(step), batch_at(tokens, step, *rest))[1])
     out = start(data, tmp_path / "run", max_iters=max_iters, eval_interval=eval_interval)
     config = configured(max_iters=max_iters)
-    assert rates == [{train.learning_rate_at(step, config)} for step in range(max_iters)]
+    assert rates == [{config.at(step).learning_rate} for step in range(max_iters)]
     assert steps == list(range(max_iters))
     # evaluation before the first update, every eval_interval, and once after the last
     assert [line["step"] for line in metrics(out)] == sorted({*range(0, max_iters, eval_interval), max_iters})
@@ -389,9 +389,9 @@ def test_a_batchs_rows_are_stretches_of_the_file_with_one_token_more_for_the_tar
 def test_what_the_model_is_given_are_inputs_and_the_same_shifted_by_one(data, tmp_path, monkeypatch):
     forward, seen = GPTNeo.forward, []
 
-    def spy(self, idx, targets=None, ablated_coeff=None):
+    def spy(self, idx, targets=None, *schedule):
         seen.append((idx, targets))
-        return forward(self, idx, targets, ablated_coeff)
+        return forward(self, idx, targets, *schedule)
 
     monkeypatch.setattr(GPTNeo, "forward", spy)
     start(data, tmp_path / "run", max_iters=1)
@@ -477,12 +477,12 @@ RAMP = dict(ramp_start=0.25, ramp_end=0.75, ablated_coeff=2.0)  # of 12 updates:
 
 def test_the_coefficient_rises_in_a_line_between_two_shares_of_the_run():
     config = configured(**RAMP)
-    assert [config.ablated_coeff_at(step) for step in range(13)] == pytest.approx(
+    assert [config.at(step).ablated_coeff for step in range(13)] == pytest.approx(
         [0, 0, 0, 0, 1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2, 2, 2, 2])
-    assert {configured().ablated_coeff_at(step) for step in range(13)} == {1.0}  # the paper
-    assert {configured(ablation="none").ablated_coeff_at(step) for step in range(13)} == {0.0}
+    assert {configured().at(step).ablated_coeff for step in range(13)} == {1.0}  # the paper
+    assert {configured(ablation="none").at(step).ablated_coeff for step in range(13)} == {0.0}
     jump = configured(ramp_start=0.5, ramp_end=0.5)
-    assert [jump.ablated_coeff_at(step) for step in (0, 5, 6, 12)] == [0, 0, 1, 1]
+    assert [jump.at(step).ablated_coeff for step in (0, 5, 6, 12)] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("ablation", ["local", "global"])
@@ -509,7 +509,7 @@ def test_updates_weigh_the_ablated_loss_by_the_ramp_and_leave_it_out_at_0(data, 
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = train.learning_rate_at(step, config)
+        optimizer.param_groups[0]["lr"] = config.at(step).learning_rate
         optimizer.step()
     trained = load_checkpoint(out / "last.pt")
     for name, parameter in model.named_parameters():
@@ -535,13 +535,14 @@ def test_a_line_of_metrics_says_all_and_agrees_with_the_checkpoint(data, tmp_pat
     out = start(data, tmp_path / "run", ablation=ablation, clean_coeff=0.5, ablated_coeff=2.0)
     lines = metrics(out)
     assert all(line.keys() == {"step", "loss", "loss_clean", "loss_ablated", "val_loss", "val_clean", "val_ablated",
-                               "grad_norm", "lr", "ablated_coeff", "tokens"} for line in lines)
+                               "grad_norm", "lr", "ablated_coeff", "k_attn", "k_mlp", "tokens"} for line in lines)
     seconds = [json.loads(line)["seconds"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert seconds == sorted(seconds) and seconds[0] == 0
     for line in lines:
         assert line["tokens"] == line["step"] * 4 * 16
-        assert line["lr"] == train.learning_rate_at(line["step"], configured())
+        assert line["lr"] == configured().at(line["step"]).learning_rate
         assert line["ablated_coeff"] == (0 if ablation == "none" else 2)
+        assert (line["k_attn"], line["k_mlp"]) == ((0, 0) if ablation == "none" else (2, 2))
         if ablation == "none":
             assert line["val_ablated"] is None and line["loss_ablated"] is None
             assert line["val_loss"] == pytest.approx(0.5 * line["val_clean"])

@@ -691,18 +691,19 @@ def train(config):
         except ImportError:
             raise UserError("--wandb=True needs the package: pip install wandb") from None
 
-    with RunFolder(config, meta, machine) as folder:
+    # ---- model
+    folder = RunFolder(config, meta, machine)
+    torch.manual_seed(config.seed)  # made on the CPU, so every device starts from the same
+    model = GPTNeo(config.model)
+    if config.init_from and not config.resume:
+        take_weights(model, config, meta)
+    freeze(model, config)
+    parameters = sum(p.numel() for p in model.parameters())
+
+    with folder:
         checkpoint = read_resumable(config, meta["checksum"]) if config.resume else None
         if checkpoint and rank:
             checkpoint |= {"model": {}, "optimizer": {}}  # they come from the first process
-
-        # ---- model
-        torch.manual_seed(config.seed)  # made on the CPU, so every device starts from the same
-        model = GPTNeo(config.model)
-        if config.init_from and not checkpoint:
-            take_weights(model, config, meta)
-        freeze(model, config)
-        parameters = sum(p.numel() for p in model.parameters())
         if world > 1 or config.fsdp:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if config.fsdp:

@@ -187,7 +187,7 @@ TRAIN = [
     ("train.py config.py --freeze=base --ablation=none", "freeze=base and no ablated stream"),
     ("train.py config.py --freeze=base --ramp_start=0.2 --ramp_end=0.3", "would train nothing, or nothing at first"),
     ("train.py config.py --freeze=gates", "freeze=gates is not one of none, base"),
-    ("train.py config.py --init_from=out/run --n_layer=2 --n_head=1", "out/run has another geometry: add --n_layer=1 --n_head=2"),
+    ("train.py config.py --init_from=out/run --n_layer=3 --n_head=1", "out/run has another geometry: add --n_layer=2 --n_head=2"),
     ("train.py config.py --init_from=out/run --block_size=64", "out/run has positions for"),
     ("train.py config.py --init_from=out/run", "a vocabulary of", checkpoint("best.pt", tokenizer=OTHER_WORDS)),
     ("train.py config.py --init_from=out/run/last.pt", "last.pt is damaged", flip("out/run/last.pt")),

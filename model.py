@@ -88,10 +88,15 @@ class GPTNeoConfig:
         return self.attention_layers.split(",")
 
     @property
+    def attention_kinds(self):
+        """"global" or "local", one a layer."""
+        return self.attention_pattern * (self.n_layer // len(self.attention_pattern))
+
+    @property
     def windows(self):
         """How many tokens each layer sees, the current one included."""
-        pattern = self.attention_pattern * (self.n_layer // len(self.attention_pattern))
-        return [self.window_size if kind == "local" else self.block_size for kind in pattern]
+        kinds = self.attention_kinds
+        return [self.window_size if kind == "local" else self.block_size for kind in kinds]
 
     @property
     def attn_units(self):
@@ -317,17 +322,18 @@ class Block(nn.Module):
         x = x + attended
         return x + self.mlp(self.ln_2(x)), kv
 
-    def ablated(self, x, x_clean, kv_clean, scores=None):
+    def ablated(self, x, x_clean, kv_clean, scores=None, k=None):
         """The ablated stream: x (B, T, C) -> (B, T, C) and its masks (B, T, C or H), (B, T, M).
 
         x_clean (B, T, C), kv_clean: this block's input and its keys and values on the clean stream.
         scores: what global gates gave this layer, (B, T, C or H) and (B, T, M); local gates read
-        x_clean.
+        x_clean. k: (k_attn, k_mlp) in place of the config's.
         """
         config = self.config
+        k_attn, k_mlp = k or (config.k_attn, config.k_mlp)
         attn_scores, mlp_scores = scores or (self.attn_gate(x_clean), self.mlp_gate(x_clean))
-        attn_mask = gate(attn_scores, config.k_attn, config.gate)
-        mlp_mask = gate(mlp_scores, config.k_mlp, config.gate)
+        attn_mask = gate(attn_scores, k_attn, config.gate)
+        mlp_mask = gate(mlp_scores, k_mlp, config.gate)
         x = x + self.attn["attention"].ablated(self.ln_1(x), kv_clean, attn_mask)
         x = x + self.mlp(self.ln_2(x), mlp_mask)
         return x, (attn_mask, mlp_mask)
@@ -373,9 +379,10 @@ class GPTNeo(nn.Module):
             caches.append(kv)
         return self.transformer["ln_f"](x), inputs, caches
 
-    def ablated_pass(self, hidden, inputs, caches):
+    def ablated_pass(self, hidden, inputs, caches, k=None):
         """The masked stream over what clean_pass returned: -> ln_f of its last block (B, T, C),
-        and, one pair a layer, the masks (B, T, C or H) and (B, T, M)."""
+        and, one pair a layer, the masks (B, T, C or H) and (B, T, M). k: (k_attn, k_mlp) in place
+        of the config's."""
         L = self.config.n_layer
         scores = [None] * L  # local gates score inside their block
         if self.config.ablation == "global":
@@ -384,15 +391,16 @@ class GPTNeo(nn.Module):
             scores = list(zip(attn_scores, mlp_scores))
         x, masks = inputs[0], []  # both streams start at the embeddings
         for layer, block in enumerate(self.transformer["h"]):
-            x, block_masks = block.ablated(x, inputs[layer], caches[layer], scores[layer])
+            x, block_masks = block.ablated(x, inputs[layer], caches[layer], scores[layer], k)
             masks.append(block_masks)
         return self.transformer["ln_f"](x), masks
 
-    def forward(self, idx, targets=None, ablated_coeff=None):
+    def forward(self, idx, targets=None, ablated_coeff=None, k=None):
         """idx (B, T) -> clean logits (B, T, V), which is inference; with targets (B, T) -> Losses.
 
         ablated_coeff: in place of the config's, a tensor (), whose value no compiled code depends
-        on; or 0, and the ablated pass is left out: its loss is None.
+        on; or 0, and the ablated pass is left out: its loss is None. k: (k_attn, k_mlp) in place
+        of the config's.
         Raises ModelError when T exceeds block_size or, on a CPU, a token is outside the vocabulary.
         """
         config = self.config
@@ -403,7 +411,7 @@ class GPTNeo(nn.Module):
         streams, coeffs = [hidden], [config.clean_coeff]
         left_out = isinstance(ablated_coeff, (int, float)) and ablated_coeff == 0
         if config.ablation != "none" and not left_out:
-            hidden_ablated, _ = self.ablated_pass(hidden, inputs, caches)
+            hidden_ablated, _ = self.ablated_pass(hidden, inputs, caches, k)
             streams.append(hidden_ablated)
             coeffs.append(config.ablated_coeff if ablated_coeff is None else ablated_coeff)
         loss, means = head_losses(streams, self.lm_head.weight, targets, coeffs)

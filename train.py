@@ -47,8 +47,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import config as knobs
-from model import GPTNeo, ModelError, load_checkpoint, replace_file, save_checkpoint
-from prepare import UserError, load_meta, load_tokens, lock_folder
+from model import GPTNeo, GPTNeoConfig, ModelError, load_checkpoint, replace_file, save_checkpoint
+from prepare import UserError, load_meta, load_tokens, lock_folder, one_line
 
 # ---------------------------------------------------------------------------------------- machine
 
@@ -194,51 +194,133 @@ def batch_at(tokens, step, config, rank=0, world=1, device="cpu"):
     return rows_at(tokens, starts[rank * rows :][:rows], config.block_size + 1, device)
 
 
+# -------------------------------------------------------------------------------- initial weights
+
+
+def take_weights(model, config, meta):
+    """Give a new model the weights that config.init_from names: those of the clean stream, and of
+    gates that fit. Raises UserError where the knobs or the data are of another model."""
+    source = config.init_from
+    if Path(source).suffix == ".pt" or Path(source, "best.pt").is_file():
+        theirs, weights, tokenizer = read_run(source)
+    else:
+        theirs, weights, tokenizer = read_hugging_face(source)
+    wanted = {name: getattr(theirs, name) for name in ("n_layer", "n_head", "n_embd")}
+    if theirs.attention_kinds != config.attention_kinds:
+        wanted["attention_layers"] = theirs.attention_layers
+    if "local" in theirs.attention_kinds:
+        wanted["window_size"] = theirs.window_size
+    changes = [f"--{name}={value}" for name, value in wanted.items()
+               if getattr(config, name) != value]
+    if changes:
+        raise UserError(f"{source} has another geometry: add {' '.join(changes)}")
+    if config.block_size > theirs.block_size:
+        raise UserError(f"{source} has positions for {theirs.block_size} tokens: lower "
+                        f"--block_size={config.block_size}")
+    if theirs.vocab_size != config.vocab_size or tokenizer not in (None, meta["tokenizer"]):
+        raise UserError(f"{source} has a vocabulary of {theirs.vocab_size:,}, which is not that of "
+                        f"{config.data}: give text that was prepared with its tokenizer as --data")
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: config.block_size]
+    ours = model.state_dict()
+    for name, weight in ours.items():
+        if layouts(weights.get(name)) != layouts(weight) and "_gate." not in name:
+            raise UserError(f"{source} is no GPT-Neo that train.py can begin with: its {name} is "
+                            f"missing or of another shape")
+    fitting = {name: weight for name, weight in weights.items()
+               if name in ours and layouts(weight) == layouts(ours[name])}
+    model.load_state_dict(fitting, strict=False)
+
+
+def read_run(path):
+    """A run folder or .pt file -> its GPTNeoConfig, weights and tokenizer. Raises ModelError."""
+    checkpoint = load_checkpoint(path)
+    config = GPTNeo.from_checkpoint(checkpoint).config
+    return config, checkpoint["model"], checkpoint.get("tokenizer")
+
+
+def read_hugging_face(source):
+    """A folder or a name on the hub -> a GPTNeoConfig, the weights, None. Raises UserError.
+
+    The tokenizer is not read: that of every published GPT-Neo is GPT-2's.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(f"--init_from={source} is no run of ours; to begin with a model of "
+                        f"Hugging Face's: pip install transformers") from None
+    try:
+        theirs = transformers.AutoConfig.from_pretrained(source)
+        if theirs.model_type != "gpt_neo":
+            raise ValueError(f"it is a {theirs.model_type}, not a gpt_neo")
+        model, report = transformers.GPTNeoForCausalLM.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True)
+        if report["missing_keys"]:
+            raise ValueError(f"it lacks {', '.join(sorted(report['missing_keys']))}")
+        for name, value in NEO.items():
+            if getattr(theirs, name) != value:
+                raise ValueError(f"its {name} is {getattr(theirs, name)}, and ours {value}")
+        kinds = theirs.attention_layers
+        lengths = range(1, len(kinds) + 1)
+        length = next(n for n in lengths if kinds == kinds[:n] * (len(kinds) // n))  # shortest
+        config = GPTNeoConfig(
+            vocab_size=theirs.vocab_size, block_size=theirs.max_position_embeddings,
+            n_layer=theirs.num_layers, n_head=theirs.num_heads, n_embd=theirs.hidden_size,
+            attention_layers=",".join(kinds[:length]), window_size=theirs.window_size,
+            ablation="none")
+    except Exception as error:  # whatever may be wrong with a folder, its files, or the network
+        raise UserError(f"--init_from={source} cannot be loaded: {one_line(error)}") from None
+    return config, model.state_dict(), None
+
+
+# what a config of Hugging Face's may choose, and model.py does not
+NEO = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
+
 # -------------------------------------------------------------------------------------- optimizer
 
 
-def learning_rate_at(step, config):
-    """Linear warm-up, then cosine annealing that would reach zero at step max_iters.
-
-    step counts from 0.
-    """
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / config.warmup_iters
-    progress = (step - config.warmup_iters) / (config.max_iters - config.warmup_iters)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def set_learning_rate(optimizer, step, config):
+def set_learning_rate(optimizer, rate):
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate_at(step, config)
+        group["lr"] = rate * group["multiplier"]
+
+
+def freeze(model, config):
+    """Take from all parameters the gradient that config.freeze wants them not to have."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(config.freeze == "none" or "_gate." in name)
 
 
 def make_optimizer(model, config, device):
-    """AdamW over exactly the model's parameters; weight decay reaches matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
+    """AdamW over exactly the parameters that are trained; weight decay reaches matrices only."""
+    groups = {}  # (multiplier of the learning rate, weight decay) -> parameters
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            multiplier = config.gate_lr_multiplier if "_gate." in name else 1.0
+            decay = config.weight_decay if p.dim() >= 2 else 0.0
+            groups.setdefault((multiplier, decay), []).append(p)
     fused = device.type in ("cuda", "cpu")
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay},
-         {"params": others, "weight_decay": 0.0}],
+        [{"params": group, "multiplier": multiplier, "weight_decay": decay}
+         for (multiplier, decay), group in groups.items()],
         lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.adam_eps,
         fused=fused)
     # AdamW would make a parameter's state at its first gradient, which gates may get late: they
     # count their own updates. Made at once, so that every checkpoint has the state of every one.
-    for p in model.parameters():
-        updates = torch.zeros((), dtype=torch.float32, device=device if fused else "cpu")
-        optimizer.state[p] = {"step": updates, "exp_avg": torch.zeros_like(p),
-                              "exp_avg_sq": torch.zeros_like(p)}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            updates = torch.zeros((), dtype=torch.float32, device=device if fused else "cpu")
+            optimizer.state[p] = {"step": updates, "exp_avg": torch.zeros_like(p),
+                                  "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
 
-def update(model, optimizer, rows, config, autocast, ablated_coeff=None):
+def update(model, optimizer, rows, config, autocast, now):
     """One optimizer step on this process's rows, (B, block_size + 1) int64, in grad_accum parts.
 
-    ablated_coeff: of this update, a number; None is the config's. 0 leaves the ablated pass out.
+    now: what config.at gives for this update; an ablated_coeff of 0 leaves the ablated pass out.
     -> loss, clean and ablated loss of these rows and the norm of the whole gradient, (4,), on the
     device: nothing here waits for it.
     """
+    ablated_coeff = now.ablated_coeff
     if ablated_coeff:  # as a tensor, lest a compiled step be made anew for every value
         ablated_coeff = torch.full((), ablated_coeff, device=rows.device)
     seen = torch.zeros(3, device=rows.device)
@@ -247,7 +329,7 @@ def update(model, optimizer, rows, config, autocast, ablated_coeff=None):
         waits = isinstance(model, DistributedDataParallel) and part_number < config.grad_accum
         with model.no_sync() if waits else nullcontext():
             with autocast:
-                losses = model(part[:, :-1], part[:, 1:], ablated_coeff)
+                losses = model(part[:, :-1], part[:, 1:], ablated_coeff, now.k)
             (losses.loss / config.grad_accum).backward()
         seen += torch.cat((losses.loss[None], both(losses))).detach() / config.grad_accum
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
@@ -313,8 +395,9 @@ class Progress:
         """An evaluation's line: its losses, and means over the updates since the one before."""
         *sums, updates = self.since
         loss, clean, ablated, norm = [total / updates if updates else None for total in sums]
+        now = config.at(self.step)
         val_loss = config.clean_coeff * val_clean
-        if config.ablated_coeff_at(self.step - updates) == 0:  # some of them did not compute it
+        if config.at(self.step - updates).ablated_coeff == 0:  # some of them did not compute it
             ablated = None
         if config.ablation == "none":
             val_ablated = None
@@ -322,8 +405,8 @@ class Progress:
             val_loss += config.ablated_coeff * val_ablated
         return {"step": self.step, "loss": loss, "loss_clean": clean, "loss_ablated": ablated,
                 "val_loss": val_loss, "val_clean": val_clean, "val_ablated": val_ablated,
-                "grad_norm": norm, "lr": learning_rate_at(self.step, config),
-                "ablated_coeff": config.ablated_coeff_at(self.step),
+                "grad_norm": norm, "lr": now.learning_rate, "ablated_coeff": now.ablated_coeff,
+                "k_attn": now.k[0], "k_mlp": now.k[1],
                 "tokens": self.step * config.batch_size * config.block_size,
                 "seconds": round(self.seconds, 3)}
 
@@ -393,12 +476,12 @@ def streams_text(clean, ablated):
 def speed_line(progress, config, means, speed, updates):
     """The console's line about the last updates; means, ...: what Meter.settle returned."""
     _, clean, ablated, norm = means
-    known = config.ablated_coeff_at(progress.step - updates) > 0  # from the first of them on
+    known = config.at(progress.step - updates).ablated_coeff > 0  # from the first of them on
     text = streams_text(clean, ablated if known else None)
     tokens = (config.max_iters - progress.step) * config.batch_size * config.block_size
     minutes, seconds = divmod(round(tokens / speed), 60)
     return (f"step {progress.step:,}: {text} | grad norm {norm:.2f} | "
-            f"lr {learning_rate_at(progress.step, config):.2e} | {speed:,.0f} tokens/s | "
+            f"lr {config.at(progress.step).learning_rate:.2e} | {speed:,.0f} tokens/s | "
             f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left")
 
 
@@ -507,18 +590,20 @@ def progress_of(checkpoint):
 
 
 def fits(checkpoint, config):
-    """Whether it holds the weights of such a model and AdamW's state of each."""
+    """Whether it holds the weights of such a model and AdamW's state of each that is trained."""
     with torch.device("meta"):
         model = GPTNeo(config.model)
+    freeze(model, config)
     state, found = {}, checkpoint["optimizer"].get("state", {})
     count = torch.tensor(0, dtype=torch.float32)  # AdamW counts its updates so
     for name, p in model.named_parameters():
-        state[name] = {"step": count, "exp_avg": p, "exp_avg_sq": p}
+        if p.requires_grad:
+            state[name] = {"step": count, "exp_avg": p, "exp_avg_sq": p}
     pairs = ((checkpoint["model"], model.state_dict()), (found, state))
     if any(layouts(theirs) != layouts(ours) for theirs, ours in pairs):
         return False
     updates = checkpoint["step"]
-    of_gates = sum(config.ablated_coeff_at(step) > 0 for step in range(updates))
+    of_gates = sum(config.at(step).ablated_coeff > 0 for step in range(updates))
     counts = {name: of_gates if "_gate." in name else updates for name in found}
     return all(moments["step"] == counts[name] for name, moments in found.items())
 
@@ -533,8 +618,8 @@ def layouts(tree):
 def restore(model, optimizer, checkpoint, config):
     """Give a run's weights and optimizer, which the first process has read, to all of them."""
     whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
-    if checkpoint["step"]:
-        set_learning_rate(optimizer, checkpoint["step"] - 1, config)  # of the last update
+    if checkpoint["step"]:  # that of the last update
+        set_learning_rate(optimizer, config.at(checkpoint["step"] - 1).learning_rate)
     state = checkpoint["optimizer"]
     if state:  # with groups of this machine: those of another may say "fused"
         state["param_groups"] = get_optimizer_state_dict(model, optimizer)["param_groups"]
@@ -606,15 +691,19 @@ def train(config):
         except ImportError:
             raise UserError("--wandb=True needs the package: pip install wandb") from None
 
-    with RunFolder(config, meta, machine) as folder:
+    # ---- model
+    folder = RunFolder(config, meta, machine)
+    torch.manual_seed(config.seed)  # made on the CPU, so every device starts from the same
+    model = GPTNeo(config.model)
+    if config.init_from and not config.resume:
+        take_weights(model, config, meta)
+    freeze(model, config)
+    parameters = sum(p.numel() for p in model.parameters())
+
+    with folder:
         checkpoint = read_resumable(config, meta["checksum"]) if config.resume else None
         if checkpoint and rank:
             checkpoint |= {"model": {}, "optimizer": {}}  # they come from the first process
-
-        # ---- model
-        torch.manual_seed(config.seed)  # made on the CPU, so every device starts from the same
-        model = GPTNeo(config.model)
-        parameters = sum(p.numel() for p in model.parameters())
         if world > 1 or config.fsdp:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if config.fsdp:
@@ -631,7 +720,7 @@ def train(config):
             del checkpoint  # three times the weights
         if machine.compile_mode:
             model.compile(mode=machine.compile_mode)  # in place: names in checkpoints stay plain
-        coeff = config.ablated_coeff_at(progress.step)
+        coeff = config.at(progress.step).ablated_coeff
         replica = replicate(model, config, world, coeff)
 
         # ---- the first lines
@@ -671,12 +760,13 @@ def train(config):
             if progress.step == config.max_iters:
                 break
 
-            set_learning_rate(optimizer, progress.step, config)
+            now = config.at(progress.step)
+            set_learning_rate(optimizer, now.learning_rate)
             rows = batch_at(train_tokens, progress.step, config, rank, world, device)
-            before, coeff = coeff, config.ablated_coeff_at(progress.step)
+            before, coeff = coeff, now.ablated_coeff
             if coeff and not before:  # the ramp begins: from here on every gate has a gradient
                 replica = replicate(model, config, world, coeff)
-            meter.add(update(replica, optimizer, rows, config, machine.autocast, coeff))
+            meter.add(update(replica, optimizer, rows, config, machine.autocast, now))
             progress.step += 1
 
             log = progress.step % config.log_interval == 0

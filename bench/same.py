@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))  # python puts bench/ there
 import config as knobs
 import model as new
 from prepare import UserError, load_meta, load_tokens
-from train import Machine, batch_at, check_memory, learning_rate_at, make_optimizer
+from train import Machine, batch_at, check_memory, make_optimizer, set_learning_rate
 
 BOUND = 1e-9  # of the relative difference of gradients in float64
 
@@ -115,8 +115,7 @@ def train_beside(commit, config, updates, tokens, precision):
             line += (f"; from float64 {(grad - truth).norm() / norm:.1e}, "
                      f"the old one {(grad_before - truth).norm() / norm:.1e}")
         print(line, flush=True)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
+        set_learning_rate(optimizer, config.at(step).learning_rate)
         torch.nn.utils.clip_grad_norm_(trained.parameters(), config.grad_clip or math.inf)
         optimizer.step()
     return worst

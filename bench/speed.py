@@ -126,6 +126,7 @@ class Row:
         if self.compile_mode:
             self.model.compile(mode=self.compile_mode)
         self.optimizer = make_optimizer(self.model, config, self.device)
+        self.now = config.at(config.max_iters)  # when all that changes along a run has changed
         tokens = np.random.default_rng(0).integers(0, self.vocab_size, 1_000_000)
         self.tokens = place_tokens(tokens.astype(np.uint16), self.device)
         self.steps, self.seconds = 0, []  # steps taken; seconds of a step, one a round
@@ -137,7 +138,7 @@ class Row:
             head_losses = whole_head_losses
         with mock.patch.object(model_file, "head_losses", head_losses):
             rows = batch_at(self.tokens, self.steps, self.config, device=self.device)
-            update(self.model, self.optimizer, rows, self.config, self.autocast)
+            update(self.model, self.optimizer, rows, self.config, self.autocast, self.now)
         self.steps += 1
 
     def time(self, steps):

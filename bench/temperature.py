@@ -145,10 +145,10 @@ class Run:
     def update(self, rows, step):
         """Take the step with these rows -> loss, norm of the gradient, the same of the gates."""
         self.squares.clear()
-        set_learning_rate(self.optimizer, step, self.config)
-        coeff = self.config.ablated_coeff_at(step)
+        now = self.config.at(step)
+        set_learning_rate(self.optimizer, now.learning_rate)
         with default_dtype(self.dtype), mock.patch.object(model_file, "gate", self.gate):
-            seen = update(self.model, self.optimizer, rows, self.config, CPU.autocast, coeff)
+            seen = update(self.model, self.optimizer, rows, self.config, CPU.autocast, now)
         return seen[0].item(), seen[3].item(), sum(self.squares.values()) ** 0.5
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ import runpy
 import signal
 import sys
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -33,6 +33,16 @@ from prepare import UserError
 Compile = Literal["auto", "False", "True", "reduce-overhead"]
 
 
+class Now(NamedTuple):
+    """What changes along a run, as it is at one update: the learning rate, which gates multiply by
+    their own factor; the coefficient of the ablated loss; (k_attn, k_mlp). Without an ablated
+    stream the coefficient is 0 and k is (0, 0)."""
+
+    learning_rate: float
+    ablated_coeff: float
+    k: tuple
+
+
 @dataclasses.dataclass
 class Config(GPTNeoConfig):
     """All knobs of a run. Raises UserError or ModelError on values that cannot work."""
@@ -40,6 +50,7 @@ class Config(GPTNeoConfig):
     # where from and where to
     data: str = "data/tinystories"  # folder that prepare.py wrote
     out: str = "out/custom"  # run folder; with a config file, out/<name of the file>
+    init_from: str = ""  # begin with these weights: a run of ours, or a GPT-Neo of Hugging Face's
     resume: bool = False  # continue out/last.pt exactly
     # optimization: AdamW, cosine annealing to zero
     batch_size: int = 24  # sequences per update, over all processes and micro-batches together
@@ -48,7 +59,11 @@ class Config(GPTNeoConfig):
     # ablated_coeff is 0 up to ramp_start, then rises in a line, and is whole from ramp_end on
     ramp_start: float = 0.0  # share of the run; while the coefficient is 0 no gate is computed
     ramp_end: float = 0.0  # share of the run; 0: whole from the first update on, the paper
+    # k_attn and k_mlp fall from all units but one, at ramp_start, to their values at anneal_end
+    anneal_end: float = 0.0  # share of the run; 0: they are what they are, the paper
+    freeze: Literal["none", "base"] = "none"  # base: train the gates alone
     learning_rate: float = 1.4e-3  # at the top of the cosine
+    gate_lr_multiplier: float = 1.0  # the learning rate of the gates is so many times that
     warmup_iters: int = 0  # updates of linear warm-up before the cosine
     weight_decay: float = 0.0  # on matrices only
     beta1: float = 0.9  # the paper names no betas and no epsilon: PyTorch's defaults
@@ -90,21 +105,33 @@ class Config(GPTNeoConfig):
             raise UserError(f"ramp_start={self.ramp_start} and ramp_end={self.ramp_end} must be "
                             f"shares of the run, and the end not before the start: "
                             f"0 <= ramp_start <= ramp_end <= 1")
-        if self.clean_coeff == 0 and self.ablated_coeff_at(0) == 0:
-            raise UserError("clean_coeff=0 and no ablated stream with a coefficient above 0: "
-                            "such a run would train nothing, or nothing at first")
+        if self.anneal_end and not self.ramp_start <= self.anneal_end <= 1:
+            raise UserError(f"anneal_end={self.anneal_end} must be a share of the run, not before "
+                            f"ramp_start={self.ramp_start}, when k begins to fall, and at most 1")
+        trains_clean = self.clean_coeff > 0 and self.freeze == "none"
+        if not trains_clean and self.at(0).ablated_coeff == 0:
+            without = "freeze=base" if self.freeze == "base" else "clean_coeff=0"
+            raise UserError(f"{without} and no ablated stream with a coefficient above 0: "
+                            f"such a run would train nothing, or nothing at first")
 
-    def ablated_coeff_at(self, step):
-        """The ramp: the coefficient of the ablated loss at an update, counted from 0. Without an
-        ablated stream it is 0."""
-        done = step / self.max_iters
+    def at(self, step):
+        """What changes along the run, at an update, counted from 0: -> Now.
+
+        The learning rate: linear warm-up, then cosine annealing that would reach zero at step
+        max_iters. The coefficient of the ablated loss: a line. k: geometric.
+        """
+        if step < self.warmup_iters:
+            rate = self.learning_rate * (step + 1) / self.warmup_iters
+        else:
+            progress = (step - self.warmup_iters) / (self.max_iters - self.warmup_iters)
+            rate = self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
         if self.ablation == "none":
-            return 0.0
-        if done >= self.ramp_end:
-            return self.ablated_coeff
-        if done <= self.ramp_start:
-            return 0.0
-        return self.ablated_coeff * (done - self.ramp_start) / (self.ramp_end - self.ramp_start)
+            return Now(rate, 0.0, (0, 0))
+        done = step / self.max_iters
+        coeff = self.ablated_coeff * way(done, self.ramp_start, self.ramp_end)
+        left = 1 - way(done, self.ramp_start, self.anneal_end)  # of the fall of k
+        k = (fallen(self.attn_units, self.k_attn, left), fallen(4 * self.n_embd, self.k_mlp, left))
+        return Now(rate, coeff, k)
 
     @property
     def model(self):
@@ -113,10 +140,24 @@ class Config(GPTNeoConfig):
         return GPTNeoConfig(**{name: getattr(self, name) for name in names})
 
 
+def way(done, start, end):
+    """How far a share of the run lies between two: 0 up to the start, 1 from the end on."""
+    if done >= end:
+        return 1.0
+    if done <= start:
+        return 0.0
+    return (done - start) / (end - start)
+
+
+def fallen(units, k, left):
+    """How many of the units win when such a share is left of the fall from all but one to k."""
+    return round(k * ((units - 1) / k) ** left)
+
+
 AT_LEAST_1 = ("batch_size", "grad_accum", "max_iters", "eval_interval", "eval_windows",
               "log_interval")
-NOT_NEGATIVE = ("learning_rate", "weight_decay", "adam_eps", "grad_clip", "clean_coeff",
-                "ablated_coeff")
+NOT_NEGATIVE = ("learning_rate", "gate_lr_multiplier", "weight_decay", "adam_eps", "grad_clip",
+                "clean_coeff", "ablated_coeff")
 
 # what a user may set: all but the vocabulary, which comes with the data
 FIELDS = {field.name: field for field in dataclasses.fields(Config) if field.name != "vocab_size"}

@@ -250,14 +250,15 @@ def test_a_run_is_that_of_train_py():
     optimizer = train.make_optimizer(model, config, torch.device("cpu"))
     for step in range(4):
         torch.manual_seed(step)
-        rows, coeff = torch.randint(config.vocab_size, (4, config.block_size + 1)), config.ablated_coeff_at(step)
+        rows, now = torch.randint(config.vocab_size, (4, config.block_size + 1)), config.at(step)
+        coeff = now.ablated_coeff
         loss = model(rows[:, :-1], rows[:, 1:], coeff).loss
         gates = [p for name, p in model.named_parameters() if "_gate." in name]
         grads = torch.autograd.grad(loss, gates, allow_unused=True) if coeff else []
         gate_norm = torch.cat([grad.flatten() for grad in grads]).norm().item() if coeff else 0.0
         assert (gate_norm > 0) == (step > 1)
-        train.set_learning_rate(optimizer, step, config)
-        norm = train.update(model, optimizer, rows, config, train.Machine().autocast, coeff)[3].item()
+        train.set_learning_rate(optimizer, now.learning_rate)
+        norm = train.update(model, optimizer, rows, config, train.Machine().autocast, now)[3].item()
         ours = run.update(rows, step)
         assert ours == pytest.approx((loss.item(), norm, gate_norm), rel=1e-12 if coeff else 1e-6)
     for ours, theirs in zip(run.model.parameters(), model.parameters()):

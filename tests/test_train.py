@@ -31,6 +31,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import config as knobs
+import model as model_file
 import train
 from model import GPTNeo, GPTNeoConfig, Losses, load_checkpoint, save_checkpoint
 from prepare import UserError, load_tokens, lock_folder
@@ -251,10 +252,10 @@ def test_without_warm_up_the_schedule_is_torchs_cosine_annealing():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.max_iters)
     for step in range(config.max_iters):
-        assert train.learning_rate_at(step, config) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        assert config.at(step).learning_rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
         optimizer.step()
         scheduler.step()
-    assert train.learning_rate_at(config.max_iters, config) == optimizer.param_groups[0]["lr"] == 0
+    assert config.at(config.max_iters).learning_rate == optimizer.param_groups[0]["lr"] == 0
 
 
 @pytest.mark.parametrize("warmup", [1, 2, 7])
@@ -266,10 +267,10 @@ def test_warm_up_climbs_in_equal_steps_to_the_top_and_hands_over_to_the_cosine(w
              torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.max_iters - warmup)]
     scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[warmup])
     for step in range(config.max_iters):
-        assert train.learning_rate_at(step, config) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        assert config.at(step).learning_rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
         optimizer.step()
         scheduler.step()
-    climb = [train.learning_rate_at(step, config) for step in range(warmup)]
+    climb = [config.at(step).learning_rate for step in range(warmup)]
     assert climb == pytest.approx([0.5 * (i + 1) / warmup for i in range(warmup)])
 
 
@@ -353,7 +354,7 @@ def test_there_are_exactly_max_iters_updates_at_the_scheduled_rates(data, tmp_pa
     monkeypatch.setattr(train, "batch_at", lambda tokens, step, *rest: (steps.append(step), batch_at(tokens, step, *rest))[1])
     out = start(data, tmp_path / "run", max_iters=max_iters, eval_interval=eval_interval)
     config = configured(max_iters=max_iters)
-    assert rates == [{train.learning_rate_at(step, config)} for step in range(max_iters)]
+    assert rates == [{config.at(step).learning_rate} for step in range(max_iters)]
     assert steps == list(range(max_iters))
     # evaluation before the first update, every eval_interval, and once after the last
     assert [line["step"] for line in metrics(out)] == sorted({*range(0, max_iters, eval_interval), max_iters})
@@ -389,9 +390,9 @@ def test_a_batchs_rows_are_stretches_of_the_file_with_one_token_more_for_the_tar
 def test_what_the_model_is_given_are_inputs_and_the_same_shifted_by_one(data, tmp_path, monkeypatch):
     forward, seen = GPTNeo.forward, []
 
-    def spy(self, idx, targets=None, ablated_coeff=None):
+    def spy(self, idx, targets=None, *schedule):
         seen.append((idx, targets))
-        return forward(self, idx, targets, ablated_coeff)
+        return forward(self, idx, targets, *schedule)
 
     monkeypatch.setattr(GPTNeo, "forward", spy)
     start(data, tmp_path / "run", max_iters=1)
@@ -477,12 +478,12 @@ RAMP = dict(ramp_start=0.25, ramp_end=0.75, ablated_coeff=2.0)  # of 12 updates:
 
 def test_the_coefficient_rises_in_a_line_between_two_shares_of_the_run():
     config = configured(**RAMP)
-    assert [config.ablated_coeff_at(step) for step in range(13)] == pytest.approx(
+    assert [config.at(step).ablated_coeff for step in range(13)] == pytest.approx(
         [0, 0, 0, 0, 1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2, 2, 2, 2])
-    assert {configured().ablated_coeff_at(step) for step in range(13)} == {1.0}  # the paper
-    assert {configured(ablation="none").ablated_coeff_at(step) for step in range(13)} == {0.0}
+    assert {configured().at(step).ablated_coeff for step in range(13)} == {1.0}  # the paper
+    assert {configured(ablation="none").at(step).ablated_coeff for step in range(13)} == {0.0}
     jump = configured(ramp_start=0.5, ramp_end=0.5)
-    assert [jump.ablated_coeff_at(step) for step in (0, 5, 6, 12)] == [0, 0, 1, 1]
+    assert [jump.at(step).ablated_coeff for step in (0, 5, 6, 12)] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("ablation", ["local", "global"])
@@ -509,7 +510,7 @@ def test_updates_weigh_the_ablated_loss_by_the_ramp_and_leave_it_out_at_0(data, 
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = train.learning_rate_at(step, config)
+        optimizer.param_groups[0]["lr"] = config.at(step).learning_rate
         optimizer.step()
     trained = load_checkpoint(out / "last.pt")
     for name, parameter in model.named_parameters():
@@ -527,6 +528,135 @@ def test_a_line_of_metrics_has_an_ablated_loss_where_every_update_had_one(data, 
     assert ["ablated" in line for line in spoken] == [False, False, True, True, True, True]
 
 
+# ---- k falls, gates learn alone or at their own rate
+
+
+def test_k_falls_from_all_units_but_one_in_equal_factors(data, tmp_path, monkeypatch):
+    config = configured(ramp_start=0.25, ramp_end=0.5, anneal_end=0.75, k_mlp=4)
+    ks = [config.at(step).k for step in range(13)]
+    attn, mlp = config.n_embd, 4 * config.n_embd
+    assert ks[:4] == [(attn - 1, mlp - 1)] * 4 and ks[9:] == [(2, 4)] * 4
+    for step in range(3, 10):
+        done = (step - 3) / 6
+        assert ks[step] == (round(2 * ((attn - 1) / 2) ** (1 - done)), round(4 * ((mlp - 1) / 4) ** (1 - done)))
+    assert {configured().at(step).k for step in range(13)} == {(2, 2)}  # the paper
+    assert {configured(ablation="none").at(step).k for step in range(13)} == {(0, 0)}
+
+
+@pytest.mark.parametrize("ablation", ["local", "global"])
+def test_updates_have_their_own_k_and_evaluations_the_last_one(data, tmp_path, monkeypatch, ablation):
+    seen, gate = {True: [], False: []}, model_file.gate
+    monkeypatch.setattr(model_file, "gate", lambda scores, k, form: (
+        seen[torch.is_grad_enabled()].append(k), gate(scores, k, form))[1])
+    start(data, tmp_path / "run", ablation=ablation, anneal_end=0.5, n_layer=1)
+    config = configured(ablation=ablation, anneal_end=0.5)
+    assert seen[True] == [k for step in range(12) for k in config.at(step).k]
+    assert set(seen[False]) == {2}
+
+
+@pytest.mark.parametrize("ablation", ["local", "global"])
+def test_k_given_is_k_configured(ablation):
+    config = configured(ablation=ablation)
+    model = model_of(config)
+    other = model_of(dataclasses.replace(config, k_attn=5, k_mlp=9))
+    idx = torch.arange(34).view(2, 17)
+    assert model(idx[:, :-1], idx[:, 1:], None, (5, 9)).loss == other(idx[:, :-1], idx[:, 1:]).loss
+    assert model(idx[:, :-1], idx[:, 1:]).loss != other(idx[:, :-1], idx[:, 1:]).loss
+
+
+@pytest.mark.parametrize("ablation", ["local", "global"])
+def test_a_frozen_base_stays_to_the_bit_and_its_gates_learn(data, tmp_path, ablation):
+    out = start(data, tmp_path / "run", ablation=ablation, freeze="base")
+    before, after = model_of(configured(ablation=ablation), seed=1337).state_dict(), load_checkpoint(out / "last.pt")
+    for name, weight in after["model"].items():
+        assert torch.equal(weight, before[name]) == ("_gate." not in name), name
+    assert after["optimizer"]["state"].keys() == {name for name in before if "_gate." in name}
+    lines = metrics(out)
+    assert lines[0]["val_clean"] == lines[-1]["val_clean"] and lines[0]["val_ablated"] != lines[-1]["val_ablated"]
+
+
+def test_gates_learn_at_their_own_rate(data, tmp_path):
+    """One AdamW of torch's own a group, at its own rate; 0 leaves the gates as they were."""
+    before = model_of(configured(), seed=1337)
+    still = load_checkpoint(start(data, tmp_path / "still", gate_lr_multiplier=0) / "last.pt")["model"]
+    assert all(torch.equal(still[name], p) == ("_gate." in name) for name, p in before.state_dict().items())
+    changes = dict(gate_lr_multiplier=3, max_iters=1, eval_interval=1, learning_rate=1e-3)
+    thrice = load_checkpoint(start(data, tmp_path / "thrice", **changes) / "last.pt")["model"]
+    once = load_checkpoint(start(data, tmp_path / "once", **{**changes, "gate_lr_multiplier": 1}) / "last.pt")["model"]
+    for name, p in before.state_dict().items():
+        factor = 3 if "_gate." in name else 1
+        torch.testing.assert_close(thrice[name] - p, factor * (once[name] - p), rtol=1e-3, atol=1e-7, msg=name)
+
+
+# ---- a run that begins with the weights of another
+
+
+def first_weights(data, out, **changes):
+    """The weights that a run begins with: it is evaluated, and takes one step of length 0."""
+    return load_checkpoint(start(data, out, max_iters=1, learning_rate=0, **changes) / "last.pt")["model"]
+
+
+def test_a_run_begins_with_another_one_and_gates_that_fit(data, tmp_path):
+    source = start(data, tmp_path / "source", ablation="local")
+    theirs, fresh = load_checkpoint(source / "best.pt")["model"], model_of(configured(), seed=7).state_dict()
+    for number, (changes, kept) in enumerate([
+            ({"ablation": "none"}, False), ({"ablation": "local", "k_attn": 8, "k_mlp": 8, "gate": "constant"}, True),
+            ({"ablation": "global"}, False), ({"ablation": "local", "attn_unit": "head", "k_attn": 1}, False)]):
+        ours = first_weights(data, tmp_path / str(number), init_from=source, seed=7, **changes)
+        for name, weight in ours.items():
+            if "_gate." not in name or kept:
+                assert torch.equal(weight, theirs[name]), name
+        gates = [name for name in ours if "_gate.weight" in name and "attn" in name]
+        assert bool(gates) == (changes["ablation"] != "none")
+        for name in gates:
+            assert (name in theirs and torch.equal(ours[name], theirs[name])) == kept
+            if name in fresh and not kept and fresh[name].shape == ours[name].shape:
+                assert torch.equal(ours[name], fresh[name])  # those of the seed
+    shorter = first_weights(data, tmp_path / "shorter", init_from=source / "last.pt", block_size=8)
+    whole = load_checkpoint(source / "last.pt")["model"]["transformer.wpe.weight"]
+    assert torch.equal(shorter["transformer.wpe.weight"], whole[:8])
+
+
+def test_a_run_that_began_with_another_goes_on_without_it(data, tmp_path):
+    source, changes = start(data, tmp_path / "source", ablation="none"), {"init_from": tmp_path / "source"}
+    undisturbed = start(data, tmp_path / "whole", **changes)
+    with signals(signal.SIGTERM, at=6):
+        out = start(data, tmp_path / "run", **changes)
+    shutil.rmtree(source)
+    start(data, out, **changes, resume=True)
+    assert_same_run(out, undisturbed)
+
+
+@pytest.mark.parametrize("kinds", ["global", "global,local"])
+def test_a_run_begins_with_a_model_of_hugging_face(data, tmp_path, kinds):
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(3)
+    theirs = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(
+        vocab_size=300, max_position_embeddings=32, hidden_size=8, num_layers=4, num_heads=2, window_size=3,
+        attention_types=[[kinds.split(","), 4 // len(kinds.split(","))]], resid_dropout=0, embed_dropout=0,
+        attention_dropout=0, bos_token_id=0, eos_token_id=0)).eval()
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="10KB")  # in several files
+    changes = dict(init_from=tmp_path / "theirs", n_layer=4, n_embd=8, n_head=2, block_size=32)
+    if "local" in kinds:
+        advice = "another geometry: add --attention_layers=global,local --window_size=3"
+        assert advice in refused(data, tmp_path / "run", **changes)
+        assert not (tmp_path / "run").exists()
+        changes |= dict(attention_layers=kinds, window_size=3)
+    out = start(data, tmp_path / "run", **changes, max_iters=1, learning_rate=0)
+    idx = torch.randint(300, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(GPTNeo.from_checkpoint(out)(idx), theirs(idx).logits, rtol=0, atol=1e-5)
+    theirs.config.activation_function = "relu"
+    theirs.config.save_pretrained(tmp_path / "theirs")
+    message = refused(data, tmp_path / "other", **changes)
+    assert "its activation_function is relu, and ours gelu_new" in message
+    transformers.GPT2Config().save_pretrained(tmp_path / "theirs")
+    assert "it is a gpt2, not a gpt_neo" in refused(data, tmp_path / "other", **changes)
+    assert not (tmp_path / "other").exists()
+
+
 # ---- what a run leaves behind
 
 
@@ -535,13 +665,14 @@ def test_a_line_of_metrics_says_all_and_agrees_with_the_checkpoint(data, tmp_pat
     out = start(data, tmp_path / "run", ablation=ablation, clean_coeff=0.5, ablated_coeff=2.0)
     lines = metrics(out)
     assert all(line.keys() == {"step", "loss", "loss_clean", "loss_ablated", "val_loss", "val_clean", "val_ablated",
-                               "grad_norm", "lr", "ablated_coeff", "tokens"} for line in lines)
+                               "grad_norm", "lr", "ablated_coeff", "k_attn", "k_mlp", "tokens"} for line in lines)
     seconds = [json.loads(line)["seconds"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert seconds == sorted(seconds) and seconds[0] == 0
     for line in lines:
         assert line["tokens"] == line["step"] * 4 * 16
-        assert line["lr"] == train.learning_rate_at(line["step"], configured())
+        assert line["lr"] == configured().at(line["step"]).learning_rate
         assert line["ablated_coeff"] == (0 if ablation == "none" else 2)
+        assert (line["k_attn"], line["k_mlp"]) == ((0, 0) if ablation == "none" else (2, 2))
         if ablation == "none":
             assert line["val_ablated"] is None and line["loss_ablated"] is None
             assert line["val_loss"] == pytest.approx(0.5 * line["val_clean"])
@@ -651,7 +782,8 @@ def test_the_parting_words_say_how_to_go_on(data, tmp_path, capsys):
 
 @pytest.mark.parametrize("changes", [
     {"ablation": "none"}, {"ablation": "global", "gate": "sigmoid", "attn_unit": "head", "k_attn": 1},
-    {"grad_accum": 2, "warmup_iters": 9, "weight_decay": 0.1}, {"gate": "constant", **RAMP}], ids=str)
+    {"grad_accum": 2, "warmup_iters": 9, "weight_decay": 0.1}, {"gate": "constant", **RAMP},
+    {"freeze": "base", "anneal_end": 0.7, "gate_lr_multiplier": 3}], ids=str)
 def test_a_run_stopped_after_every_update_equals_the_uninterrupted_one(data, tmp_path, changes):
     undisturbed = start(data, tmp_path / "whole", **changes)
     out = tmp_path / "run"
@@ -903,7 +1035,8 @@ def test_four_processes_train_like_one(data, tmp_path, launcher, double, fsdp):
 
 @pytest.mark.parametrize("changes", [
     {"ablation": "none"}, {"grad_accum": 2}, {"attention_layers": "global,local", "window_size": 4},
-    {"ablation": "global", "compile": True, "n_layer": 1, "max_iters": 2}, RAMP, {"ablation": "global", **RAMP}], ids=str)
+    {"ablation": "global", "compile": True, "n_layer": 1, "max_iters": 2}, RAMP, {"ablation": "global", **RAMP},
+    {"freeze": "base", "gate": "constant", "anneal_end": 0.7, "gate_lr_multiplier": 3}], ids=str)
 def test_sharded_processes_train_like_one(data, tmp_path, launcher, double, changes):
     """compile: all but its last part, as in the compiled run below."""
     out = several(launcher, 2, tmp_path, data, tmp_path / "sharded", **changes, fsdp=True)
@@ -1046,15 +1179,17 @@ def test_a_compiled_run_gives_the_same_losses_and_plain_names(data, tmp_path, mo
     start(data, out, **chosen, compile=False, resume=True)  # and goes on where there is no compiler
 
 
-def test_a_compiled_ramp_is_not_compiled_anew_for_every_coefficient(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("changes, count", [(RAMP, 3), ({"anneal_end": 1.0}, 3)], ids=str)
+def test_a_compiled_run_is_not_compiled_anew_for_every_coefficient_and_k(data, tmp_path, monkeypatch, changes, count):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     compile_module = torch.nn.Module.compile
     graphs = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: compile_module(self, backend=graphs))
-    start(data, tmp_path / "run", n_layer=1, **RAMP, compile=True)
+    start(data, tmp_path / "run", n_layer=1, **changes, compile=True)
     torch._dynamo.reset()
-    assert graphs.frame_count == 3  # an evaluation, an update of one stream, an update of both
+    # an evaluation, an update of one stream, of both; or an evaluation, the first k, any other k
+    assert graphs.frame_count == count
 
 
 # ---- refused, in one line

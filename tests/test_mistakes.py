@@ -232,7 +232,7 @@ TRAIN = [
     ("train.py config.py --init_from=out/run --block_size=64", "out/run has positions for"),
     ("train.py config.py --init_from=out/run", "a vocabulary of", checkpoint("best.pt", tokenizer=OTHER_WORDS)),
     ("train.py config.py --init_from=out/run/last.pt", "last.pt is damaged", flip("out/run/last.pt")),
-    ("train.py config.py --init_from=out/nothing", "--init_from=out/nothing cannot be loaded"),
+    ("train.py config.py --init_from=out/no/run", "--init_from=out/no/run cannot be loaded"),
     ("train.py config.py --init_from=data", "--init_from=data cannot be loaded"),
     ("train.py config.py --clean_coeff=1e308", "clean_coeff=1e+308 must be a number from 0 to 1e38"),
     ("train.py config.py --device=cpu:9", "--device=cpu:9 cannot be used"),

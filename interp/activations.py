@@ -215,7 +215,7 @@ class Text:
             end = min(end, self.ends[story] + 1)
         return max(begin, position - left), min(end, position + right + 1)
 
-    def snippets(self, activate, positions, left, right, stop=None):
+    def snippets(self, activate, positions, left, right, stop=None, title=None):
         """The text around positions (U, K) that count: -> for each unit a list of K Snippets.
 
         Up to left tokens before the position and right tokens after it, as far as its story and
@@ -229,7 +229,8 @@ class Text:
             wanted[int(self.starts[window])].append((unit, place))
         found = np.empty(positions.shape, dtype=object)  # (U, K)
         again = np.array(sorted(wanted), dtype=np.int64)
-        batches = read_windows(activate, self.tokens, again, self.T, self.device, stop)
+        batches = read_windows(
+            activate, self.tokens, again, self.T, self.device, stop, title)
         for starts, x in batches:
             for start, values in zip(starts.tolist(), x.cpu()):  # values (T, U)
                 for unit, place in wanted[start]:

@@ -40,6 +40,7 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -399,13 +400,13 @@ def graph_of(examples, name, self_loops=False):
     for one in examples:
         places = [*one.important, len(one.prompt) - 1]
         for prompt in one.variants():
-            chain = [name(prompt[place]) for place in places]
-            for node, place in zip(chain, places):
+            nodes = [name(prompt[place]) for place in places]
+            for node, place in zip(nodes, places):
                 known = graph.nodes.get(node, {"importance": one.importance[place]})
                 graph.add_node(node, importance=max(known["importance"], one.importance[place]))
                 graph.nodes[node].setdefault("activating", False)
-            graph.nodes[chain[-1]]["activating"] = True
-            edges = list(zip(chain, chain[1:])) or [(chain[0], chain[0])]
+            graph.nodes[nodes[-1]]["activating"] = True
+            edges = list(zip(nodes, nodes[1:])) or [(nodes[0], nodes[0])]
             graph.add_edges_from(edge for edge in edges if self_loops or edge[0] != edge[1])
     return graph
 
@@ -445,8 +446,8 @@ WORDS = {
                "hers ours theirs myself yourself himself herself itself ourselves yourselves "
                "themselves this that these those who whom whose which what someone somebody "
                "something everyone everybody everything anyone anybody anything nobody nothing",
-    "auxiliary": "am is are was were be been being have has had having do does did will would shall "
-                 "should can could may might must ought cannot 'm 's 're 've 'll 'd 't",
+    "auxiliary": "am is are was were be been being have has had having do does did will would "
+                 "shall should can could may might must ought cannot 'm 's 're 've 'll 'd 't",
 }
 TYPES = (PUNCTUATION, *WORDS, FRAGMENT, CONTENT)
 TYPE_OF = {word: kind for kind, words in WORDS.items() for word in words.split()}
@@ -546,27 +547,52 @@ def text_of(job, device):
     return Text(tokens, job.inputs.tokenizer.eot_token, T, device, context=min(REACH, T // 2))
 
 
-def strongest(model, layers, text, count, stop, title):
-    """The strongest moments of all neurons of these blocks: -> values and positions (U, K), CPU.
+class Moments(NamedTuple):
+    """The strongest moments of a block's neurons: every other one, from the first on, is to fit."""
 
-    As many blocks in one pass as SCANNED allows.
-    """
-    together = max(1, SCANNED // (TOKENS * 4 * model.config.n_embd))
+    values: torch.Tensor  # (U, K), the activations, largest first
+    positions: torch.Tensor  # (U, K), where in the text
+    held_out: list  # for each neuron the Snippets around its other moments
+
+
+def groups_of(sites):
+    """Lists of Sites to read in one pass: as many blocks as SCANNED allows."""
+    widest = max((site.d for site in sites), default=1)
+    together = max(1, SCANNED // (TOKENS * widest))
+    return [sites[first : first + together] for first in range(0, len(sites), together)]
+
+
+def strongest(sites, text, count, stop=None, title=None):
+    """The strongest moments of the neurons of L blocks: -> values and positions (L, U, K), CPU."""
     found = []
-    for first in range(0, len(layers), together):
-        sites = [Site(model, layer, "mlp_act") for layer in layers[first : first + together]]
+    for group in groups_of(sites):
         best = Strongest(count)
-        for x, positions, stories in text.read(partial(read_sites, sites), stop, title):
+        for x, positions, stories in text.read(partial(read_sites, group), stop, title):
             best.add(x, positions, stories)
         found.append(best.found())
-    values, positions = (torch.cat(parts) for parts in zip(*found))
-    return values, positions
+    values, positions = (torch.cat(parts) for parts in zip(*found))  # (L * U, K)
+    form = (len(sites), sites[0].d)
+    return values.unflatten(0, form), positions.unflatten(0, form)
+
+
+def moments_of(sites, text, values, positions, stop=None, title=None):
+    """Yields the Moments of these blocks one by one. values, positions: what strongest found."""
+    done = 0
+    for group in groups_of(sites):
+        places = positions[done : done + len(group)]  # (blocks, U, K)
+        held_out = places[:, :, 1::2].flatten(0, 1)  # (blocks * U, K)
+        snippets = text.snippets(partial(read_sites, group), held_out, text.context,
+                                 text.context - 1, stop, title)
+        for site, of_block in zip(group, places):
+            yield Moments(values[done], of_block, snippets[: site.d])
+            snippets = snippets[site.d :]
+            done += 1
 
 
 def examples_of(text, unit, values, positions):
-    """The Examples of a neuron where it fires at all."""
+    """The Examples of a neuron, where it fires at all: of lists of activations and positions."""
     examples = []
-    for value, position in zip(values.tolist(), positions.tolist()):
+    for value, position in zip(values, positions):
         if value > 0:
             tokens = tokens_before(text, position + 1)
             examples.append(Example(unit, value, tuple(tokens)))
@@ -580,49 +606,42 @@ def tokens_before(text, position):
     return text.tokens[low:high].tolist()
 
 
-def held_out_pieces(text, activate, positions, stop):
-    """For each neuron (tokens, values) around its positions (U, K), as judge takes them: the values
-    of up to REACH tokens before and as many from it on, after as much context."""
-    pieces = []
-    found = text.snippets(activate, positions, text.context, text.context - 1, stop)
-    for snippets, places in zip(found, positions.tolist()):
-        of_unit = []
-        for snippet, position in zip(snippets, places):
-            first = position - snippet.peak  # where the snippet begins
-            context = tokens_before(text, first + 1)[:-1]
-            of_unit.append((context + snippet.tokens, snippet.values))
-        pieces.append(of_unit)
-    return pieces
+def piece_of(text, snippet, position):
+    """(tokens, values) of a Snippet around this position, as judge takes them: before its tokens
+    come those before it in its story."""
+    first = position - snippet.peak  # where the snippet begins
+    return tokens_before(text, first + 1)[:-1] + snippet.tokens, snippet.values
 
 
-def graphs_of_layer(job, layer, text, values, positions, substitutes, stop, title):
-    """The neurons of a block, values and positions (U, K) their strongest moments: -> a dict of
-    their entries in n2g_neurons.json, the pool of their tokens, and how much prune kept."""
+def graphs_of_layer(job, site, text, moments, substitutes, stop=None, title=None):
+    """The neurons of a block, from their Moments: -> a dict of their entries in n2g_neurons.json,
+    the pool of their tokens, and which share of the snippets to fit prune kept."""
     settings, inputs = job.settings, job.inputs
-    activate = Site(job.run.model, layer, "mlp_act").read
-    at_pivot = AtPivot(activate, inputs.tokenizer.eot_token, text.device, stop, title)
+    values, positions = moments.values, moments.positions.tolist()
+    at_pivot = AtPivot(site.read, inputs.tokenizer.eot_token, text.device, stop, title)
     units = []  # the examples of each neuron
-    for unit in range(len(values)):
-        units.append(examples_of(text, unit, values[unit, ::2], positions[unit, ::2]))
-    examples = sum(units, [])
+    for unit, places in enumerate(positions):
+        units.append(examples_of(text, unit, values[unit, ::2].tolist(), places[::2]))
+    examples = list(chain.from_iterable(units))
     kept = prune(at_pivot, examples, settings["threshold"])
     weigh(at_pivot, kept, inputs.mask, settings["importance"])
     augment(at_pivot, kept, substitutes, settings["threshold"])
 
-    names = cache(partial(token_name, inputs.tokenizer))
-    held_out = held_out_pieces(text, activate, positions[:, 1::2], stop)
+    name = cache(partial(token_name, inputs.tokenizer))
     neurons, pool = [], Counter()
-    for unit, (examples_of_unit, pieces) in enumerate(zip(units, held_out)):
+    for unit, (examples_of_unit, snippets) in enumerate(zip(units, moments.held_out)):
         fitted = [one for one in examples_of_unit if one.prompt]
         for one in fitted:
-            pool.update(map(names, one.pool()))
-        # what is held out is as strong as what is fitted: a neuron that never fires has neither
-        firing = [piece for piece, value in zip(pieces, values[unit, 1::2]) if value > 0]
+            pool.update(map(name, one.pool()))
+        held_out = []
+        for snippet, place, value in zip(snippets, positions[unit][1::2], values[unit, 1::2]):
+            if value > 0:
+                held_out.append(piece_of(text, snippet, place))
         peak = values[unit, 0].item()
-        graph = graph_of(fitted, names, settings["self_loops"])
-        entry = {"layer": layer, "neuron": unit, "peak": peak,
+        graph = graph_of(fitted, name, settings["self_loops"])
+        entry = {"layer": site.layer, "neuron": unit, "peak": peak,
                  "graph": nx.node_link_data(graph, edges="edges") if fitted else None}
-        neurons.append(entry | judge(trie_of(fitted), peak, firing) | metrics(graph))
+        neurons.append(entry | judge(trie_of(fitted), peak, held_out) | metrics(graph))
     return {"neurons": neurons, "pool": dict(pool.most_common()),
             "pruned": len(kept) / len(examples) if examples else None}
 
@@ -630,12 +649,12 @@ def graphs_of_layer(job, layer, text, values, positions, substitutes, stop, titl
 def find_graphs(job, title, device, stop):
     """All graphs of one run, or the rest of them -> its facts. Raises Stopped."""
     settings, model = job.settings, job.run.model.to(device)
-    layers, U = settings["layer"], 4 * model.config.n_embd
+    sites = [Site(model, layer, "mlp_act") for layer in settings["layer"]]
     text = text_of(job, device)
     state, began = job.state, time.time()
     if state is None:
-        values, positions = strongest(model, layers, text, settings["snippets"], stop,
-                                      f"{title}: strongest moments")
+        values, positions = strongest(
+            sites, text, settings["snippets"], stop, f"{title}: strongest moments")
         state = {"values": values, "positions": positions, "layers": [], "seconds": 0.0}
     spent = state["seconds"]
 
@@ -646,15 +665,16 @@ def find_graphs(job, title, device, stop):
     if not state["layers"]:
         save()
     substitutes = source_of(job, device, stop)
-    for place in range(len(state["layers"]), len(layers)):
-        rows = slice(place * U, (place + 1) * U)
+    done = len(state["layers"])
+    rest = moments_of(sites[done:], text, state["values"][done:], state["positions"][done:], stop,
+                      f"{title}: what is held out")
+    for site, moments in zip(sites[done:], rest):
         found = graphs_of_layer(
-            job, layers[place], text, state["values"][rows], state["positions"][rows], substitutes,
-            stop, f"{title}: block {layers[place]}")
+            job, site, text, moments, substitutes, stop, f"{title}: block {site.layer}")
         state["layers"].append(json.dumps(found))  # a text: torch reads long lists slowly
         save()
     found = [json.loads(layer) for layer in state["layers"]]
-    facts = all_facts(layers, found) | {"seconds": spent + time.time() - began}
+    facts = all_facts(settings["layer"], found) | {"seconds": spent + time.time() - began}
     neurons = [one for layer in found for one in layer["neurons"]]
     content = {"checkpoint": job.checkpoint, "settings": settings, "neurons": neurons}
     write_text(job.path("_neurons.json"), json.dumps(content, separators=(",", ":")))
@@ -752,6 +772,10 @@ COLUMNS = [  # heading, how to print it; a column that no row has is left out
     ("per activating node", by_two_means("edges_per_activating_node", ".2f")),
     ("out-degree", by_two_means("out_degree")),
     ("pooled", known("out_degree_pooled", ".3f")),
+]
+TOKEN_COLUMNS = [
+    ("run", column("run")),
+    ("block", column("layer")),
     ("entropy", known("entropy", ".2f")),
     ("diversity", known("diversity", ",.0f")),
     ("of tokens", column("pool_size", ",")),
@@ -786,7 +810,7 @@ def equal_pools(rows, pools):
 
 
 def table_rows(results):
-    """The rows of the models, and those of their blocks, the same block of all models together."""
+    """A row for every model, and then one for each of its blocks, those of one block together."""
     heads = [{"run": result["run"]} for result in results]
     pools = []
     for result in results:
@@ -794,30 +818,29 @@ def table_rows(results):
         for row in result["layers"]:
             pool.update(row["pool"])
         pools.append(pool)
-    models = equal_pools([head | result["all"] | {"seconds": result["seconds"]}
-                          for head, result in zip(heads, results)], pools)
-    blocks = []
-    for rows in zip(*(result["layers"] for result in results)):
-        rows = [head | row for head, row in zip(heads, rows)]
-        blocks += equal_pools(rows, [row["pool"] for row in rows])
-    return models, blocks
+    models = []
+    for head, result in zip(heads, results):
+        models.append(head | {"layer": "all", "seconds": result["seconds"]} | result["all"])
+    rows = equal_pools(models, pools)
+    for blocks in zip(*(result["layers"] for result in results)):
+        blocks = [head | row for head, row in zip(heads, blocks)]
+        rows += equal_pools(blocks, [row["pool"] for row in blocks])
+    return rows
 
 
 def print_results(results):
-    models, blocks = table_rows(results)
-    print_table(models, COLUMNS)
-    print()
-    print_table(blocks, COLUMNS)
-    print()
-    print_table(models, TYPE_COLUMNS)
+    rows = table_rows(results)
+    print_table(rows, COLUMNS)
     settings = results[0]["settings"]  # of all of them: they have the same
     loops = "with" if settings["self_loops"] else "without"
-    print(f"\ntwo means: over the neurons with a graph / over all neurons; pooled: all edges / all "
-          f"nodes; graphs {loops} self-loops\n"
-          f"entropy in bits and diversity in types of so many tokens, which fill important places "
-          f"or are pivots\n"
-          f"precision, recall, F1: means over neurons, in snippets held out, at half the maximum; "
-          f"substitutes: {settings['substitutes']}")
+    print(f"two means: over the neurons with a graph / over all neurons; pooled: all edges / all "
+          f"nodes; graphs {loops} self-loops\n")
+    print_table(rows, TOKEN_COLUMNS)
+    print("entropy in bits, diversity in types, of so many of the tokens that are pivots or in "
+          "important places\n"
+          "precision, recall, F1: means over neurons, in snippets held out, at half the maximum\n")
+    print_table(rows[: len(results)], TYPE_COLUMNS)
+    print(f"substitutes: {settings['substitutes']}")
 
 
 PICTURED = {"density": "density", "transitivity": "transitivity",

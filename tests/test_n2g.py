@@ -503,9 +503,9 @@ def job_of(model, tokens, **changes):
 def graphs(model, tokens, **changes):
     """The entries of the neurons of block 0, without files."""
     job = job_of(model, tokens, **changes)
-    text = n2g.text_of(job, CPU)
-    values, positions = n2g.strongest(model, [0], text, 20, None, None)
-    return n2g.graphs_of_layer(job, 0, text, values, positions, n2g.source_of(job, CPU, None), None, None)["neurons"]
+    text, sites = n2g.text_of(job, CPU), [n2g.Site(model, 0, "mlp_act")]
+    (moments,) = n2g.moments_of(sites, text, *n2g.strongest(sites, text, 20))
+    return n2g.graphs_of_layer(job, sites[0], text, moments, n2g.source_of(job, CPU, None))["neurons"]
 
 
 def test_what_a_pivot_needs_is_pruned_to_the_length_that_reaches_it(monkeypatch):
@@ -590,33 +590,36 @@ def test_a_stopped_run_goes_on_to_the_same_result(run, tmp_path, call, monkeypat
 def test_what_is_done_is_not_done_again_when_it_goes_on(run, call, monkeypatch):
     real, layers = n2g.graphs_of_layer, []
 
-    def killed(job, layer, *words):
-        layers.append(layer)
+    def killed(job, site, *words):
+        layers.append(site.layer)
         if len(layers) == 2:
             raise KeyboardInterrupt  # as a kill: nothing is tidied up
-        return real(job, layer, *words)
+        return real(job, site, *words)
 
     monkeypatch.setattr(n2g, "graphs_of_layer", killed)
     assert call(run, "--device=cpu")[0] == "stopped"
     monkeypatch.setattr(n2g, "strongest", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(n2g, "draw_layers", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert call(run, "--device=cpu")[0] == "stopped"  # all blocks are done, the result is not there
     assert call(run, "--device=cpu")[0] is None and layers == [0, 1, 1]
-    assert found_in(run)[0]["seconds"] > 0
+    assert found_in(run)[0]["seconds"] > 0 and not (run / "n2g.resume.pt").exists()
 
 
 def test_several_runs_are_tabled_side_by_side(run, tmp_path, call):
     other = write_run(tmp_path, tiny(n_head=1), stories(60), "other")
     message, printed = call(run, other, "--device=cpu", f"--plot={tmp_path / 'all.png'}")
     assert message is None and (tmp_path / "all.png").stat().st_size
-    models, blocks, types = printed.split("\n\n")[:3]
-    assert len(models.splitlines()) == 3 and "block" not in models.splitlines()[0]
-    rows = [line.split() for line in blocks.splitlines()[1:]]
-    assert [(Path(row[0]).name, row[1]) for row in rows] == [("tiny", "0"), ("other", "0"), ("tiny", "1"), ("other", "1")]
-    assert types.splitlines()[0].split("  ")[-1].strip() == n2g.CONTENT
-    results = [json.loads((folder / "n2g.json").read_text()) for folder in (run, other)]
-    models, blocks = n2g.table_rows(results)
-    for pair in (models, blocks[:2], blocks[2:]):
+    graphs, pools, types = (table.splitlines() for table in printed.split("\n\n"))
+    order = [("tiny", "all"), ("other", "all"), ("tiny", "0"), ("other", "0"), ("tiny", "1"), ("other", "1")]
+    for lines in (graphs, pools):
+        rows = [line.split() for line in lines[1:7]]
+        assert [(Path(row[0]).name, row[1]) for row in rows] == order
+    assert len(types) == 4 and types[0].split("  ")[-1].strip() == n2g.CONTENT
+    rows = n2g.table_rows([json.loads((folder / "n2g.json").read_text()) for folder in (run, other)])
+    for pair in (rows[:2], rows[2:4], rows[4:]):
         assert pair[0]["pool_size"] == pair[1]["pool_size"]
-    smaller = min((blocks[0], blocks[1]), key=lambda row: sum(row["pool"].values()))
+    smaller = min(rows[2:4], key=lambda row: sum(row["pool"].values()))
     assert smaller["diversity"] == pytest.approx(len(smaller["pool"]))
     assert call(run, other, "--device=cpu")[1] == printed  # nothing is measured again
 
@@ -685,10 +688,19 @@ def test_a_drawn_graph_has_its_tokens_and_edges(monkeypatch, tmp_path):
     assert sorted(words) == sorted(["", "", r"\$a", "↵", "·c", "b"])  # two arrows, four nodes
 
 
-def test_many_neurons_look_for_their_snippets_a_few_blocks_at_a_time(monkeypatch):
+def test_many_neurons_are_read_a_few_blocks_at_a_time(monkeypatch):
     model, tokens = tiny(), stories(60)
-    text = n2g.text_of(job_of(model, tokens), CPU)
-    together = n2g.strongest(model, [0, 1], text, 20, None, None)
+    text, sites = n2g.text_of(job_of(model, tokens), CPU), [n2g.Site(model, layer, "mlp_act") for layer in (0, 1)]
+    values, positions = n2g.strongest(sites, text, 20)
+    together = list(n2g.moments_of(sites, text, values, positions))
+    assert values.shape == positions.shape == (2, 32, 20) and len(together[1].held_out) == 32
     monkeypatch.setattr(n2g, "SCANNED", 1)
-    apart = n2g.strongest(model, [0, 1], text, 20, None, None)
-    assert all(torch.equal(one, other) for one, other in zip(together, apart)) and together[0].shape == (64, 20)
+    assert [len(group) for group in n2g.groups_of(sites)] == [1, 1]
+    assert all(map(torch.equal, n2g.strongest(sites, text, 20), (values, positions)))
+    for one, other in zip(together, n2g.moments_of(sites, text, values, positions)):
+        assert torch.equal(one.values, other.values) and one.held_out == other.held_out
+    for moments, site in zip(together, sites):  # of the same neurons as the values
+        alone = text.snippets(site.read, moments.positions[:, 1::2], 8, 7)
+        assert moments.held_out == alone
+        assert all(snippet.values[snippet.peak] == value for unit, row in zip(alone, moments.values[:, 1::2].tolist())
+                   for snippet, value in zip(unit, row))

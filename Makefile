@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := out/demo/demo_baseline_seed2 out/demo/demo_seed2
 
-.PHONY: demo test clean
+.PHONY: demo test test-lens clean
 
 demo: .venv/core.stamp  # two small models side by side, what they write, their circuits: under 6 minutes on 2 CPU cores
 	$(if $(wildcard data/toy/meta.json),,$(BIN)/python prepare.py toy)
@@ -16,6 +16,16 @@ demo: .venv/core.stamp  # two small models side by side, what they write, their 
 test: .venv/dev.stamp  # two workers of one thread: in tensors this small a second thread only waits
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal test_gate.py tests
 
+# TransformerLens, SAELens and the paper's circuit library: 4 GB and minutes of installing, so no part of `test`
+test-lens: .venv-lens/stamp .venv-saelens/stamp
+	OMP_NUM_THREADS=1 .venv-lens/bin/python -m pytest -q tests/test_lens.py
+	OMP_NUM_THREADS=1 .venv-saelens/bin/python -m pytest -q tests/test_lens.py
+
+.venv-%/stamp: requirements-%.txt requirements-dev.txt requirements-interp.txt requirements.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install -q -r requirements-$*.txt
+	touch $@
+
 .venv/core.stamp: requirements.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -26,5 +36,5 @@ test: .venv/dev.stamp  # two workers of one thread: in tensors this small a seco
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
 	touch $@
 
-clean:  # the environment only: data/ and out/ are yours
-	rm -rf .venv
+clean:  # the environments only: data/ and out/ are yours
+	rm -rf .venv .venv-lens .venv-saelens

@@ -158,6 +158,16 @@ def explained(*damage):
     return spoil
 
 
+def exported(*damage):
+    """out/run as the Hugging Face folder hub, and then this damage."""
+    def spoil(folder):
+        with contextlib.chdir(folder):
+            assert typed("hf.py export out/run hub --no_figures") is None
+        for change in damage:
+            change(folder)
+    return spoil
+
+
 def unfinished_explanations(folder):
     """The neurons of out/run as a stop would leave them."""
     done = folder / "out" / "run" / "explain.json"
@@ -165,6 +175,10 @@ def unfinished_explanations(folder):
     state = {"model": [], "control": [], "seconds": {"model": 0.0, "control": 0.0}}
     torch.save({**{name: found[name] for name in ("checkpoint", "settings")}, "state": state}, done.with_name("explain.resume.pt"))
     done.unlink()
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
 
 
 def folder_named(name):
@@ -706,6 +720,50 @@ BENCH = [
 ]
 
 
+IMPORT = "hf.py import hub new"
+FOREIGN = without("hub/training.json")
+
+HF = [
+    ("hf.py", "the following arguments are required: what, source, out"),
+    ("hf.py convert out/run new", "argument what: invalid choice: 'convert'"),
+    ("hf.py export out/nowhere new", "no checkpoint at out/nowhere"),
+    ("hf.py export out/run data", "data is there already: choose another name, or delete it"),
+    ("hf.py export out/run config.py", "config.py is there already"),
+    ("hf.py export out/run ''", "the name of the folder to write is empty"),
+    ("hf.py export out/run config.py/new --no_figures", "cannot write config.py/new: Not a directory"),
+    (f"hf.py export out/run {'x' * 300} --no_figures", "x: File name too long"),
+    ("hf.py export out/run new --batch_size=0", "--batch_size=0 must be at least 1"),
+    ("hf.py export out/run new --device=cpu:9", "--device=cpu:9 cannot be used"),
+    ("hf.py export out/run new --data=nowhere", NO_DATA),
+    ("hf.py export out/run new", "or leave figures out with --no_figures", meta(checksum="def")),
+    ("hf.py export out/run new --no_figures", "unknown tokenizer 'bytes'", checkpoint("best.pt", tokenizer={"name": "bytes"})),
+    ("hf.py sae out/run new", "no out/run/sae.pt: make it with python interp/sae.py out/run"),
+    ("hf.py sae out/run new --data=data", "--data has no effect on sae: drop it"),
+    ("hf.py sae out/run new", "out/run/sae.pt is damaged", autoencoders(flip("out/run/sae.pt"))),
+    ("hf.py sae out/run new", "out/run/sae.pt is damaged, or of another version", autoencoders(says("out/run/sae.pt", "saes", [{}]))),
+    ("hf.py sae out/run new", "made with weights that this run no longer has", autoencoders(says("out/run/sae.pt", "checkpoint", "0"))),
+    (f"{IMPORT} --no_figures", "--no_figures has no effect on import"),
+    ("hf.py import a/b/c new", "there is no folder a/b/c, and the Hugging Face hub does not give it either"),
+    ("hf.py import out new", "cannot read out/config.json: No such file"),
+    ("hf.py import hub out", "out is there already", exported()),
+    (IMPORT, "hub/config.json is damaged: it holds no JSON object", exported(text("hub/config.json", "["))),
+    (IMPORT, "describes a model of type 'llama'", exported(says("hub/config.json", "model_type", "llama"))),
+    (IMPORT, "has layer_norm_epsilon=0.1", exported(says("hub/config.json", "layer_norm_epsilon", 0.1))),
+    (IMPORT, "lm_head.weight is 300 x 16, not 301 x 16", exported(says("hub/config.json", "vocab_size", 301))),
+    (IMPORT, "hub has neither model.safetensors nor pytorch_model.bin", exported(without("hub/model.safetensors"))),
+    (IMPORT, "cannot read hub/model.safetensors: SafetensorError", exported(text("hub/model.safetensors", "{"))),
+    (IMPORT, "have changed since they were exported", exported(flip("hub/model.safetensors"))),
+    (IMPORT, "have changed since they were exported", exported(flip("hub/gates.safetensors"))),
+    (IMPORT, "cannot read hub/gates.safetensors: FileNotFoundError", exported(without("hub/gates.safetensors"))),
+    (IMPORT, "hub/training.json is damaged", exported(says("hub/training.json", "step", "x"))),
+    (IMPORT, "config and weights do not fit", exported(says("hub/training.json", "config n_embd", 8))),
+    (f"{IMPORT} --data=data", "--data has no effect here: hub says itself", exported()),
+    (IMPORT, "hub is no exported run: say with --data", exported(FOREIGN)),
+    (f"{IMPORT} --data=nowhere", NO_DATA, exported(FOREIGN)),
+    (f"{IMPORT} --data=data", "hub has a vocabulary of 300 tokens and data another one, of 300", exported(FOREIGN), meta(tokenizer=OTHER_WORDS)),
+]
+
+
 # ---- how they are checked
 
 
@@ -764,7 +822,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("row", [
-    *TRAIN, *PREPARE, *EVAL, *TABLE1, *ACDC, *SAE, *EXPLAIN, *N2G, *UNITS, *TABLE2, *BROWSE, *BENCH], ids=lambda row: row[0][:80])
+    *TRAIN, *PREPARE, *EVAL, *TABLE1, *ACDC, *SAE, *EXPLAIN, *N2G, *UNITS, *TABLE2, *BROWSE, *HF, *BENCH], ids=lambda row: row[0][:80])
 def test_a_mistake_is_one_line_and_changes_nothing(row, template, tmp_path, monkeypatch):
     command, expected, *damage = row
     folder = shutil.copytree(template, tmp_path / "work")

@@ -48,7 +48,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import config as knobs
 from model import GPTNeo, GPTNeoConfig, ModelError, load_checkpoint, replace_file, save_checkpoint
-from prepare import UserError, load_meta, load_tokens, lock_folder, one_line
+from prepare import UserError, load_meta, load_tokens, lock_folder
 
 # ---------------------------------------------------------------------------------------- machine
 
@@ -197,14 +197,23 @@ def batch_at(tokens, step, config, rank=0, world=1, device="cpu"):
 # -------------------------------------------------------------------------------- initial weights
 
 
-def take_weights(model, config, meta):
+def take_weights(model, config):
     """Give a new model the weights that config.init_from names: those of the clean stream, and of
     gates that fit. Raises UserError where the knobs or the data are of another model."""
     source = config.init_from
     if Path(source).suffix == ".pt" or Path(source, "best.pt").is_file():
-        theirs, weights, tokenizer = read_run(source)
+        checkpoint = load_checkpoint(source)
+        theirs, weights = GPTNeo.from_checkpoint(checkpoint).config, checkpoint["model"]
+        if checkpoint.get("tokenizer") != load_meta(config.data)["tokenizer"]:
+            raise UserError(f"{source} has another tokenizer than {config.data}: give data that "
+                            f"are made with its own")
     else:
-        theirs, weights, tokenizer = read_hugging_face(source)
+        from interp import hf  # here: it needs a package that nothing else here needs
+
+        folder = hf.find_folder(source)
+        hf.check_vocabulary(folder, config.data)
+        geometry, weights = hf.read_hf(folder)
+        theirs = GPTNeoConfig(**geometry, ablation="none")
     wanted = {name: getattr(theirs, name) for name in ("n_layer", "n_head", "n_embd")}
     if theirs.attention_kinds != config.attention_kinds:
         wanted["attention_layers"] = theirs.attention_layers
@@ -217,63 +226,13 @@ def take_weights(model, config, meta):
     if config.block_size > theirs.block_size:
         raise UserError(f"{source} has positions for {theirs.block_size} tokens: lower "
                         f"--block_size={config.block_size}")
-    if theirs.vocab_size != config.vocab_size or tokenizer not in (None, meta["tokenizer"]):
-        raise UserError(f"{source} has a vocabulary of {theirs.vocab_size:,}, which is not that of "
-                        f"{config.data}: give text that was prepared with its tokenizer as --data")
-    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: config.block_size]
-    ours = model.state_dict()
-    for name, weight in ours.items():
-        if layouts(weights.get(name)) != layouts(weight) and "_gate." not in name:
-            raise UserError(f"{source} is no GPT-Neo that train.py can begin with: its {name} is "
-                            f"missing or of another shape")
+    positions = "transformer.wpe.weight"
+    weights[positions] = weights[positions][: config.block_size]
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
     fitting = {name: weight for name, weight in weights.items()
-               if name in ours and layouts(weight) == layouts(ours[name])}
+               if shapes.get(name) == weight.shape}  # all but gates of another kind
     model.load_state_dict(fitting, strict=False)
 
-
-def read_run(path):
-    """A run folder or .pt file -> its GPTNeoConfig, weights and tokenizer. Raises ModelError."""
-    checkpoint = load_checkpoint(path)
-    config = GPTNeo.from_checkpoint(checkpoint).config
-    return config, checkpoint["model"], checkpoint.get("tokenizer")
-
-
-def read_hugging_face(source):
-    """A folder or a name on the hub -> a GPTNeoConfig, the weights, None. Raises UserError.
-
-    The tokenizer is not read: that of every published GPT-Neo is GPT-2's.
-    """
-    try:
-        import transformers
-    except ImportError:
-        raise UserError(f"--init_from={source} is no run of ours; to begin with a model of "
-                        f"Hugging Face's: pip install transformers") from None
-    try:
-        theirs = transformers.AutoConfig.from_pretrained(source)
-        if theirs.model_type != "gpt_neo":
-            raise ValueError(f"it is a {theirs.model_type}, not a gpt_neo")
-        model, report = transformers.GPTNeoForCausalLM.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True)
-        if report["missing_keys"]:
-            raise ValueError(f"it lacks {', '.join(sorted(report['missing_keys']))}")
-        for name, value in NEO.items():
-            if getattr(theirs, name) != value:
-                raise ValueError(f"its {name} is {getattr(theirs, name)}, and ours {value}")
-        kinds = theirs.attention_layers
-        lengths = range(1, len(kinds) + 1)
-        length = next(n for n in lengths if kinds == kinds[:n] * (len(kinds) // n))  # shortest
-        config = GPTNeoConfig(
-            vocab_size=theirs.vocab_size, block_size=theirs.max_position_embeddings,
-            n_layer=theirs.num_layers, n_head=theirs.num_heads, n_embd=theirs.hidden_size,
-            attention_layers=",".join(kinds[:length]), window_size=theirs.window_size,
-            ablation="none")
-    except Exception as error:  # whatever may be wrong with a folder, its files, or the network
-        raise UserError(f"--init_from={source} cannot be loaded: {one_line(error)}") from None
-    return config, model.state_dict(), None
-
-
-# what a config of Hugging Face's may choose, and model.py does not
-NEO = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
 
 # -------------------------------------------------------------------------------------- optimizer
 
@@ -696,7 +655,7 @@ def train(config):
     torch.manual_seed(config.seed)  # made on the CPU, so every device starts from the same
     model = GPTNeo(config.model)
     if config.init_from and not config.resume:
-        take_weights(model, config, meta)
+        take_weights(model, config)
     freeze(model, config)
     parameters = sum(p.numel() for p in model.parameters())
 

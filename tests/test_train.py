@@ -651,9 +651,9 @@ def test_a_run_begins_with_a_model_of_hugging_face(data, tmp_path, kinds):
     theirs.config.activation_function = "relu"
     theirs.config.save_pretrained(tmp_path / "theirs")
     message = refused(data, tmp_path / "other", **changes)
-    assert "its activation_function is relu, and ours gelu_new" in message
+    assert "activation_function='relu': a model of ours has" in message
     transformers.GPT2Config().save_pretrained(tmp_path / "theirs")
-    assert "it is a gpt2, not a gpt_neo" in refused(data, tmp_path / "other", **changes)
+    assert "describes a model of type 'gpt2': only gpt_neo is one of ours" in refused(data, tmp_path / "other", **changes)
     assert not (tmp_path / "other").exists()
 
 

@@ -640,7 +640,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         targets, row_scale = targets[:, None], scale[:, None]  # (R, 1)
         R, V = len(hidden), len(weight)
         nll = hidden.new_empty(R)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:  # else it is frozen
+            grad_weight = torch.zeros_like(weight)
         chunks = -(-R * V // CHUNK)  # rounded up
         step = -(-R // chunks)  # rows of a chunk: even ones, of at most CHUNK logits
         buffer = hidden.new_empty(step, V)
@@ -654,7 +656,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad = logp.exp_()
                 grad.scatter_add_(-1, target, grad.new_full(target.shape, -1.0))
                 torch.mm(grad, weight, out=grad_hidden[rows])
-                grad_weight.addmm_(grad.T, x * row_scale[rows])
+                if grad_weight is not None:
+                    grad_weight.addmm_(grad.T, x * row_scale[rows])
         ctx.save_for_backward(grad_hidden.mul_(row_scale), grad_weight)
         ctx.mark_non_differentiable(nll)
         return nll.dot(scale), nll
@@ -662,4 +665,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad * grad_hidden, grad * grad_weight, None, None
+        if grad_weight is not None:
+            grad_weight = grad * grad_weight
+        return grad * grad_hidden, grad_weight, None, None

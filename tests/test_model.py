@@ -71,6 +71,19 @@ def test_chunks_compute_what_the_plain_loss_does(monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
+def test_a_frozen_head_gets_no_gradient_and_passes_on_the_same():
+    hidden, weight, targets, scale = torch.randn(30, 8), torch.randn(V, 8), prompt(30), torch.rand(30)
+    passed_on = []
+    for frozen in (False, True):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+        loss = ChunkedCrossEntropy.apply(h, w, targets, scale)[0]
+        assert (loss.grad_fn.saved_tensors[1] is None) == frozen
+        loss.backward()
+        assert (w.grad is None) == frozen
+        passed_on.append(h.grad)
+    assert torch.equal(*passed_on)
+
+
 @pytest.mark.parametrize("chunk", [1, 7 * V, 10**9])
 @pytest.mark.parametrize("coeffs", [[1.0], [0.3, 2.0]])
 def test_chunked_losses_are_cross_entropies_with_all_their_gradients(chunk, coeffs, monkeypatch):

@@ -108,13 +108,14 @@ def find_machine(config):
 def choose_machine(config, local_rank):
     """(device, whether to autocast to bfloat16, how to compile or None) from three knobs.
 
-    Raises UserError on CUDA graphs where they would compute something else.
+    Raises UserError on CUDA graphs where they would compute something else, or be many.
     """
-    if config.compile == "reduce-overhead" and (config.grad_accum > 1 or config.fsdp):
-        # A graph's gradients live in its own memory until its next run, and p.grad is not a
-        # copy of them (pytorch issue 96693).
-        raise UserError("--compile=reduce-overhead goes with neither --grad_accum nor --fsdp: "
-                        "take --compile=True")
+    # A graph's gradients live in its own memory until its next run, and p.grad is not a copy of
+    # them (pytorch issue 96693). And a graph has one k: every other one would be recorded anew.
+    graphs_fail = config.grad_accum > 1 or config.fsdp or config.anneal_end
+    if config.compile == "reduce-overhead" and graphs_fail:
+        raise UserError("--compile=reduce-overhead goes with none of --grad_accum, --fsdp and "
+                        "--anneal_end: take --compile=True")
     device = knobs.pick_device(config.device, local_rank)
     cuda = device.type == "cuda"
     bfloat16 = config.dtype == "bfloat16"
@@ -130,22 +131,27 @@ def check_memory(config, machine):
     try:
         with torch.device("meta"):
             model = GPTNeo(few)
-        parameters = sum(p.numel() for p in model.parameters())
     except (RuntimeError, TypeError, OverflowError):  # torch cannot even count that far
         raise UserError("no machine can hold such a model: lower --n_embd, or what else is "
                         "too large") from None
-    block = sum(p.numel() for p in model.transformer["h"].parameters())
-    parameters += (config.n_layer - 1) * block  # a few less than there are if gates are global
-    # What any such run holds: weight, gradient and AdamW's two moments in fp32, 16 bytes a
-    # parameter, and the inputs of all blocks of a micro-batch, (L, B, T, C), at least in bf16.
+    freeze(model, config)
+    # What any such run holds: its parameters (a few less than there are if gates are global), and
+    # the inputs of all blocks of a micro-batch, (L, B, T, C), at least in bf16.
+    needed = held(model) + (config.n_layer - 1) * held(model.transformer["h"])
     rows = config.batch_size // machine.world // config.grad_accum
-    needed = 16 * parameters // (machine.world if config.fsdp else 1)
+    needed //= machine.world if config.fsdp else 1
     needed += 2 * config.n_layer * rows * config.block_size * config.n_embd
     memory = knobs.device_memory(machine.device)
     if needed > 2 * memory:  # twice: what swap, compression and drivers may add is not known
         raise UserError(f"this run needs more than {needed // 10**9:,} GB of memory, and "
                         f"{machine.device} has {memory // 10**9:,}: lower --n_embd, --n_layer or "
                         f"--batch_size, or raise --grad_accum")
+
+
+def held(module):
+    """Bytes that its parameters take in a run: 4 for each weight and, where it is trained, 12 for
+    its gradient and AdamW's two moments."""
+    return sum(p.numel() * (16 if p.requires_grad else 4) for p in module.parameters())
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -201,7 +207,7 @@ def take_weights(model, config):
     """Give a new model the weights that config.init_from names: those of the clean stream, and of
     gates that fit. Raises UserError where the knobs or the data are of another model."""
     source = config.init_from
-    if Path(source).suffix == ".pt" or Path(source, "best.pt").is_file():
+    if source.endswith(".pt") or os.path.isfile(os.path.join(source, "best.pt")):
         checkpoint = load_checkpoint(source)
         theirs, weights = GPTNeo.from_checkpoint(checkpoint).config, checkpoint["model"]
         if checkpoint.get("tokenizer") != load_meta(config.data)["tokenizer"]:
@@ -240,6 +246,16 @@ def take_weights(model, config):
 def set_learning_rate(optimizer, rate):
     for group in optimizer.param_groups:
         group["lr"] = rate * group["multiplier"]
+
+
+def first_model(config):
+    """The model that a run begins with, on the CPU: so every device starts from the same."""
+    torch.manual_seed(config.seed)
+    model = GPTNeo(config.model)
+    if config.init_from and not config.resume:
+        take_weights(model, config)
+    freeze(model, config)
+    return model
 
 
 def freeze(model, config):
@@ -652,11 +668,7 @@ def train(config):
 
     # ---- model
     folder = RunFolder(config, meta, machine)
-    torch.manual_seed(config.seed)  # made on the CPU, so every device starts from the same
-    model = GPTNeo(config.model)
-    if config.init_from and not config.resume:
-        take_weights(model, config)
-    freeze(model, config)
+    model = first_model(config)
     parameters = sum(p.numel() for p in model.parameters())
 
     with folder:

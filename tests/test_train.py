@@ -1196,7 +1196,7 @@ def test_a_compiled_run_is_not_compiled_anew_for_every_coefficient_and_k(data, t
 
 
 def test_cuda_graphs_are_refused_where_they_lose_gradients(data, tmp_path):
-    for changes in ({"grad_accum": 2}, {"fsdp": True}):
+    for changes in ({"grad_accum": 2}, {"fsdp": True}, {"anneal_end": 0.5}):
         assert "--compile=True" in refused(data, tmp_path / "run", compile="reduce-overhead", **changes)
 
 
@@ -1281,6 +1281,14 @@ def test_a_run_is_refused_beforehand_only_where_no_swap_could_hold_it(monkeypatc
     monkeypatch.setattr(knobs, "device_memory", lambda device: 0.4 * held)
     with pytest.raises(UserError, match="this run needs more than 0 GB of memory, and cpu has 0"):
         train.check_memory(config, train.Machine())
+    if ablation != "none":  # what is frozen has neither a gradient nor moments
+        gates = sum(p.numel() for name, p in model_of(config).named_parameters() if "_gate." in name)
+        of_base = held - 2 * 2 * 4 * 16 * 16 - 16 * gates
+        frozen = dataclasses.replace(config, freeze="base")
+        monkeypatch.setattr(knobs, "device_memory", lambda device: (held - of_base * 3 / 4) / 2)
+        train.check_memory(frozen, train.Machine())
+        with pytest.raises(UserError, match="this run needs more than"):
+            train.check_memory(config, train.Machine())
 
 
 @pytest.mark.parametrize("error", [

@@ -94,6 +94,8 @@ class Row:
         if self.config.fsdp or batch_size % grad_accum:
             raise UserError(f"batch_size={batch_size} must be a multiple of "
                             f"grad_accum={grad_accum}, and this is one process: --fsdp=False")
+        if self.config.freeze != "none":
+            raise UserError("what is counted here is a step that trains all: --freeze=none")
         self.device, bfloat16, self.compile_mode = choose_machine(self.config, 0)
         self.dtype = "bfloat16" if bfloat16 else "float32"
         check_memory(self.sized(), Machine(device=self.device))

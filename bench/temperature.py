@@ -54,10 +54,9 @@ from eval import column, print_table
 from interp.results import environment
 from model import MIN_GAP, StraightThrough, gate
 from prepare import UserError, load_meta
-from same import build
 from train import (
-    Machine, batch_at, check_memory, load_split, make_optimizer, set_learning_rate, update,
-    validation_losses)
+    Machine, batch_at, check_memory, first_model, load_split, make_optimizer, set_learning_rate,
+    update, validation_losses)
 
 NAMED = ("eq3", "gap", "mean")  # the forms that are not a number
 BOUNDS = ("1e-9", "1e-6", "1e-3")  # of the relative difference of two losses
@@ -131,7 +130,7 @@ class Run:
     def __init__(self, form, config, precision):
         self.config, self.gate = config, make_gate(form)
         self.dtype = getattr(torch, precision)
-        self.model = build(model_file, config, self.dtype)
+        self.model = first_model(config).to(self.dtype)
         self.optimizer = make_optimizer(self.model, config, CPU.device)
         self.squares = {}  # name of a gate's parameter: squared norm of its gradient
         for name, parameter in self.model.named_parameters():

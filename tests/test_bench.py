@@ -266,6 +266,15 @@ def test_a_run_is_that_of_train_py():
     assert torch.get_default_dtype() == torch.float32 and temperature.model_file.gate is gate
 
 
+def test_a_run_with_a_frozen_base_trains_gates_alone():
+    config = knobs.load([*TINY, "--freeze=base"])
+    run = temperature.Run("1", config, "float32")
+    before = {name: p.clone() for name, p in run.model.named_parameters()}
+    run.update(torch.arange(2 * (config.block_size + 1)).view(2, -1) % config.vocab_size, 1)
+    for name, p in run.model.named_parameters():
+        assert torch.equal(p, before[name]) == ("_gate." not in name), name
+
+
 class Scripted:
     """In place of temperature.Run: losses as written, and winners that update 2 of 4 changes in one of two sets."""
     losses = None

@@ -36,6 +36,7 @@ if __name__ == "__main__":
 import base64
 import hashlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -533,12 +534,13 @@ def render(data):
     text = json.dumps(data, separators=(",", ":"))
     for letter in "<>&":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
-    return template.replace("POLICY", "; ".join(policy), 1).replace("DATA", text, 1)
+    page = template.replace("DATA", text, 1)  # first, as a digest may spell that
+    return page.replace("POLICY", "; ".join(policy), 1)
 
 
 def check_page(path):
     """Raises UserError when path cannot be written, or is a file that is no earlier page."""
-    if path.is_file():
+    if os.path.isfile(path):  # False, not an error, for a name that is too long
         with open(path, "rb") as file:
             if MARK.encode() not in file.read(1000):
                 raise UserError(f"{path} is there and no page of this program: "

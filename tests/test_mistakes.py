@@ -671,6 +671,7 @@ BROWSE = [
     (f"{BROWSE_WORDS}", f"out/run/browse.html {NO_PAGE}", text("out/run/browse.html", "")),
     (f"{BROWSE_WORDS} --data=nowhere", NO_DATA),
     ("browse.py out/run out/run --device=cpu", "out/run is given twice: give it once"),
+    (f"{BROWSE_WORDS} --page={'a' * 300}.html", "a.html: File name too long"),
     (f"{BROWSE_WORDS}", "out/run/best.pt is damaged", flip("out/run/best.pt")),
     (f"{BROWSE_WORDS}", "data/val.bin is damaged", flip("data/val.bin")),
     (f"{BROWSE_WORDS}", "out/run has weights that are not finite: its training has diverged", diverged),

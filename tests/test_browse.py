@@ -491,6 +491,8 @@ def test_a_story_token_by_token(runs, chromium):
         page.keyboard.press("Escape")
         page.keyboard.press("ArrowRight")
         assert shown() == expected(3)
+        page.keyboard.press("End")  # a longer story is cut where the window ends
+        assert "the last token shown" in page.text_content("#now")
         page.keyboard.press("Home")
         assert shown() == expected(0) and page.get_attribute("#story-text", "aria-activedescendant") == "T0"
         page.locator(".entry").first.hover()
@@ -576,6 +578,14 @@ def test_two_runs_side_by_side(runs, chromium):
         page.wait_for_function("document.querySelectorAll('.layers').length === 2")
         assert "writing most" in page.locator(".layers").first.text_content()
         assert "kept by the gate" in page.locator(".layers").last.text_content()
+
+
+def test_two_runs_begin_with_a_unit_that_is_kept(runs, chromium, tmp_path):
+    folder, _ = runs
+    write(folder / "out" / "gated", folder / "out" / "plain", "--page", tmp_path / "both.html")
+    with opened(chromium, tmp_path / "both.html") as page:
+        assert page.evaluate("tellingUnit(models[0]) !== tellingUnit(models[1]) && state.unit === tellingUnit(models[0])")
+        assert page.locator(".unit dd").first.text_content() != "never"
 
 
 def test_a_page_without_gates(runs, chromium):

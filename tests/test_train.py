@@ -1013,7 +1013,8 @@ def several(launcher, world, folder, data, out, **changes):
 
 
 @pytest.mark.parametrize("changes", [{"ablation": "local"}, {"ablation": "global", "grad_accum": 2},
-                                     {"gate": "constant", **RAMP}, {"ablation": "global", "grad_accum": 2, **RAMP}], ids=str)
+                                     {"gate": "constant", **RAMP}, {"ablation": "global", "grad_accum": 2, **RAMP},
+                                     {"freeze": "base", "gate": "constant", "anneal_end": 0.7, "grad_accum": 2}], ids=str)
 def test_two_processes_train_like_one(data, tmp_path, launcher, changes, double):
     """Each rank is told another folder, so that it shows who writes: only rank 0 does."""
     folders = [tmp_path / "rank0", tmp_path / "rank1"]
@@ -1036,7 +1037,8 @@ def test_four_processes_train_like_one(data, tmp_path, launcher, double, fsdp):
 @pytest.mark.parametrize("changes", [
     {"ablation": "none"}, {"grad_accum": 2}, {"attention_layers": "global,local", "window_size": 4},
     {"ablation": "global", "compile": True, "n_layer": 1, "max_iters": 2}, RAMP, {"ablation": "global", **RAMP},
-    {"freeze": "base", "gate": "constant", "anneal_end": 0.7, "gate_lr_multiplier": 3}], ids=str)
+    {"freeze": "base", "gate": "constant", "anneal_end": 0.7, "gate_lr_multiplier": 3},
+    {"freeze": "base", "gate": "constant", "ablation": "global"}], ids=str)
 def test_sharded_processes_train_like_one(data, tmp_path, launcher, double, changes):
     """compile: all but its last part, as in the compiled run below."""
     out = several(launcher, 2, tmp_path, data, tmp_path / "sharded", **changes, fsdp=True)

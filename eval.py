@@ -25,6 +25,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -321,6 +322,7 @@ def trained_with(run):
 def group_seeds(tasks):
     """Lists of places in tasks, of the runs that are the same but for seed and machine.
 
+    The same, too, are runs that began with others whose names have their seeds: base_seed1, ...
     Raises UserError where a seed comes twice.
     """
     groups = {}  # what the runs have in common, as text -> {seed: place}
@@ -328,6 +330,7 @@ def group_seeds(tasks):
         run = task.run
         values = knobs.decisive(trained_with(run))
         seed = values.pop("seed")
+        values["init_from"] = re.sub(rf"seed{seed}(?!\d)", "seed", values["init_from"])
         common = [values, run.data_checksum, task.meta["checksum"]]
         group = groups.setdefault(json.dumps(common, sort_keys=True), {})
         if seed in group:

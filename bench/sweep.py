@@ -3,7 +3,8 @@
     python bench/sweep.py config/baseline.py config/local_k2.py --seeds=1,2,3 --per_gpu=2
     python bench/sweep.py config/demo.py --seeds=1,2 --per_gpu=2 --device=cpu   sharing its cores
 
-Other --name=value words are knobs of train.py, for every run. CONFIG with seed S is trained into
+Other --name=value words are knobs of train.py, for every run; {seed} in them is the run's own, as
+in --init_from=out/sweep/baseline_seed{seed}. CONFIG with seed S is trained into
 out/sweep/CONFIG_seedS (another parent folder: --out=FOLDER) and prints into
 out/sweep/CONFIG_seedS.log, its evaluations here too. The same command again skips what is finished
 and continues the rest: after Ctrl-C or SIGTERM, which stop all runs, or after a failure, which
@@ -69,7 +70,8 @@ def plan(argv):
             if out in runs:
                 raise UserError(f"two of these runs would be {out}: give every config and every "
                                 f"seed once")
-            words = [path, *passed, f"--seed={seed}", f"--out={out}"]
+            own = [word.replace("{seed}", seed) for word in passed]
+            words = [path, *own, f"--seed={seed}", f"--out={out}"]
             config = knobs.load(words)
             if config.fsdp:
                 raise UserError(f"{path}: a run here is one process, which cannot shard: "

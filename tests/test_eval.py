@@ -244,7 +244,9 @@ def test_over_seeds_is_the_mean_and_the_spread(run, call):
 def test_over_seeds_joins_what_differs_in_seed_and_machine_only(run, call):
     groups = [[*seeds(run, of=(1, 2)), *seeds(run, "gpu", of=(4,), device="cuda", dtype="bfloat16", grad_accum=2)],
               list(seeds(run, "fast", of=(1, 2), learning_rate=0.1)), list(seeds(run, "other", of=(1, 2), data="abd")),
-              list(seeds(run, "plain", ablation="none", of=(9,)))]
+              list(seeds(run, "plain", ablation="none", of=(9,))),
+              [*seeds(run, "tuned", of=(1,), init_from="out/base_seed1"), *seeds(run, "tuned", of=(2,), init_from="out/base_seed2")],
+              list(seeds(run, "further", of=(1,), init_from="out/base_seed12"))]
     message, out = call(*(path for group in groups for path in group[:1]), *(path for group in groups for path in group[1:]),
                         "--over_seeds", "--json", "--data", run.parents[1] / "data")
     assert message is None

@@ -244,6 +244,12 @@ def test_on_a_cpu_runs_share_the_cores_and_get_the_knobs(work, tmp_path, stand_i
         "2", "--learning_rate=0.5", "--seed=1337", f"--out={out / 'plain_seed1337'}", "--resume=False"]
 
 
+def test_a_word_may_name_the_seed(work):
+    runs, _ = sweep.plan([configs(work)[0], "--seeds=3,5", "--init_from=out/base_seed{seed}"])
+    assert [(config.seed, config.init_from) for _, config in runs] == [(3, "out/base_seed3"), (5, "out/base_seed5")]
+    assert all(f"--init_from={config.init_from}" in words for words, config in runs)
+
+
 def test_a_failing_run_is_reported_and_stops_no_other(work, tmp_path, stand_in, capsys):
     message, lines = call(capsys, *configs(work), "--seeds=1,2,3", f"--out={tmp_path}")
     assert message == "2 of 6 runs failed: the same command again tries them once more"  # as text: exit code 1

@@ -6,6 +6,7 @@
 #     bash bench/study.sh toy          toy stories, on which the models learn to copy names
 #     bash bench/study.sh geometry     real stories, the paper's geometry, one seed
 #     bash bench/study.sh measure      their circuits, autoencoders and tables, when they are there
+#     bash bench/study.sh neurons      graphs, explanations and use of units of those on real stories
 set -eu
 export OMP_NUM_THREADS=1
 PYTHON=${PYTHON:-python}
@@ -74,8 +75,15 @@ measure)
     $PYTHON eval.py out/stories/*/*_seed? --over_seeds
     $PYTHON eval.py out/stories/half/*/*_seed? --over_seeds
     ;;
+neurons)
+    RUNS=$(echo out/stories/plain/*_seed? out/stories/{paper,constant_ramp}/*_k2_seed?)
+    $PYTHON interp/units.py $RUNS
+    $PYTHON interp/n2g.py $RUNS --tokens 300000
+    $PYTHON interp/explain.py $RUNS
+    $PYTHON interp/table2.py $RUNS
+    ;;
 *)
-    echo "usage: bash bench/study.sh stories|toy|geometry|measure" >&2
+    echo "usage: bash bench/study.sh stories|toy|geometry|measure|neurons" >&2
     exit 1
     ;;
 esac

@@ -1,0 +1,13 @@
+# TinyStories-3M of the Hugging Face hub (Eldan and Li) learns to ablate itself: local, k = 2.
+# 20,000 updates x 24 sequences x 256 tokens = 123 million tokens, a quarter of a pass.
+init_from = "roneneldan/TinyStories-3M"
+attention_layers = "global,local"  # its local layers see 256 tokens, which is all of ours
+ablation = "local"
+k_attn = 2
+k_mlp = 2
+gate = "constant"
+ramp_end = 0.3  # the ablated loss comes in over these updates, while k falls from all units but one
+anneal_end = 0.3
+learning_rate = 5e-4
+warmup_iters = 200
+max_iters = 20_000

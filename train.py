@@ -477,6 +477,10 @@ class RunFolder:
         if last.exists() and not config.resume:  # a new run never overwrites an old one
             raise UserError(f"{config.out} already holds a run: --resume=True continues it, "
                             f"--out=FOLDER starts another")
+        best = self.path / "best.pt"  # a run that was killed early may have left one: no matter
+        if best.is_file() and not last.exists() and "optimizer" not in load_checkpoint(best):
+            raise UserError(f"{best} is a model from elsewhere, which would be overwritten: begin "
+                            f"with it by --init_from={config.out}, and give another --out")
 
     def __enter__(self):
         self.lock = None

@@ -1209,6 +1209,17 @@ def test_a_new_run_never_overwrites_an_old_one(data, whole):
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
 
 
+def test_a_new_run_never_overwrites_an_imported_model(data, tmp_path):
+    """Which interp/hf.py writes: a best.pt without an optimizer."""
+    out, model = tmp_path / "run", model_of(configured())
+    out.mkdir()
+    save_checkpoint(out / "best.pt", model.config, model.state_dict(), step=7)
+    before = (out / "best.pt").read_bytes()
+    message = refused(data, out)
+    assert f"--init_from={out}" in message and "another --out" in message and [*out.iterdir()] == [out / "best.pt"]
+    assert (out / "best.pt").read_bytes() == before
+
+
 def test_resuming_what_is_not_there_is_refused(data, tmp_path):
     message = refused(data, tmp_path / "run", resume=True)
     assert str(tmp_path / "run" / "last.pt") in message

@@ -470,15 +470,16 @@ class RunFolder:
         self.config, self.meta, self.machine = config, meta, machine
         self.path = Path(config.out)
         self.saved = None  # the step of its last.pt
-        last = self.path / "last.pt"
-        if config.resume and not last.is_file():
+        last, best = self.path / "last.pt", self.path / "best.pt"
+        if config.resume and not os.path.isfile(last):  # False, not an error, for too long a name
             raise UserError(f"--resume=True, but there is no {last}: "
                             f"leave it out to start this run")
-        if last.exists() and not config.resume:  # a new run never overwrites an old one
+        if os.path.exists(last) and not config.resume:  # a new run never overwrites an old one
             raise UserError(f"{config.out} already holds a run: --resume=True continues it, "
                             f"--out=FOLDER starts another")
-        best = self.path / "best.pt"  # a run that was killed early may have left one: no matter
-        if best.is_file() and not last.exists() and "optimizer" not in load_checkpoint(best):
+        # a run that was killed early may have left a best.pt: no matter
+        alone = os.path.isfile(best) and not os.path.exists(last)
+        if alone and "optimizer" not in load_checkpoint(best):
             raise UserError(f"{best} is a model from elsewhere, which would be overwritten: begin "
                             f"with it by --init_from={config.out}, and give another --out")
 

@@ -248,6 +248,8 @@ TRAIN = [
     ("train.py config.py --init_from=out/run/last.pt", "last.pt is damaged", flip("out/run/last.pt")),
     ("train.py config.py --init_from=out/no/run", "there is no folder out/no/run, and the Hugging Face hub does not give it"),
     ("train.py config.py --init_from=data", "cannot read data/config.json"),
+    (f"train.py config.py --out={'a' * 300}", "File name too long"),
+    (f"train.py config.py --resume --out={'a' * 300}", "leave it out to start this run"),
     (f"train.py config.py --init_from={'a' * 300}", "and the Hugging Face hub does not give it"),
     ("train.py config.py --clean_coeff=1e308", "clean_coeff=1e+308 must be a number from 0 to 1e38"),
     ("train.py config.py --device=cpu:9", "--device=cpu:9 cannot be used"),

@@ -52,7 +52,7 @@ import config as knobs
 from eval import (
     averages, check_picture, check_range, column, number, open_run, parse_list, print_table,
     run_parser, run_paths, save_figure)
-from interp.results import Job, fits, results_of
+from interp.results import Job, fits, gate_fingerprint, results_of
 from prepare import UserError, load_tokenizer, word_lists
 
 TEMPLATES = (  # A and B in the order of their mention; G is the giver, one of the two
@@ -1152,7 +1152,7 @@ def open_job(path, args):
         "count": min(args.count, len(prompts)), "heldout": max(0, len(prompts) - args.count),
         "dtype": args.dtype}
     job = Job(run, "acdc", settings, pictures=[".png"], force=args.force,
-              is_result=is_result, is_state=is_state)
+              is_result=is_result, is_state=is_state, gates=gate_fingerprint(run.model))
     job.inputs = prompts, tokens
     if not job.result and not all(p.isfinite().all() for p in run.model.parameters()):
         raise UserError(f"{path} has weights that are not finite: its training has diverged")

@@ -58,8 +58,19 @@ def environment(device):
 
 def fingerprint(model):
     """16 hex digits that name the clean stream's weights: when training goes on, they change."""
+    return digest_of(model.clean_state_dict())
+
+
+def gate_fingerprint(model):
+    """The same of the gates' weights, which are all that changes while the others are frozen."""
+    clean, weights = model.clean_state_dict(), model.state_dict()
+    return digest_of({name: weights[name] for name in weights.keys() - clean.keys()})
+
+
+def digest_of(weights):
+    """16 hex digits that name these weights, {name: tensor}."""
     digest = hashlib.sha256()
-    for name, weight in sorted(model.clean_state_dict().items()):
+    for name, weight in sorted(weights.items()):
         digest.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -154,15 +165,16 @@ class Job:
     NAME.pt that read(path) reads: a dict with "checkpoint" and "settings", like the result's. It
     is to be written before the result. pictures: what is drawn beside it, such as ".png".
     is_result(result), is_state(state): whether what an earlier call with these settings has left
-    is what this experiment writes and goes on from.
+    is what this experiment writes and goes on from. gates: the gate_fingerprint of the run, where
+    its numbers depend on the gates too; a result without one, of an earlier version, is taken.
     Raises UserError where a result made otherwise is in the way and force does not replace it,
     and where something could not be written.
     """
 
     def __init__(self, run, name, settings, files=None, pictures=(), force=False,
-                 is_result=anything, is_state=anything):
+                 is_result=anything, is_state=anything, gates=None):
         self.run, self.name, self.settings, self.force = run, name, settings, force
-        self.checkpoint = fingerprint(run.model)
+        self.checkpoint, self.gates = fingerprint(run.model), gates
         self.inputs = None  # for the experiment to set: what it reads beside the model
         self.state = None  # what an interrupted call gave to save
         self.result = self.earlier(".json", read_result, is_result)
@@ -193,6 +205,8 @@ class Job:
             other = difference(self.settings, found["settings"])
             if found["checkpoint"] != self.checkpoint:
                 other = "weights that this run no longer has"
+            elif not other and found.get("gates", self.gates) != self.gates:
+                other = "gates that are no longer there"
             if not other and not is_sound(found):
                 raise UserError("its head alone is right")
         except ValueError:
@@ -215,6 +229,8 @@ class Job:
             "run": str(self.run.path), "checkpoint": self.checkpoint, "step": self.run.step,
             "settings": self.settings, "command": shlex.join(sys.argv),
             "date": time.strftime("%Y-%m-%d %H:%M"), **environment(device), **facts}
+        if self.gates:
+            self.result["gates"] = self.gates
         write_json(self.path(".json"), self.result)
         self.path(".resume.pt").unlink(missing_ok=True)
 

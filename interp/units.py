@@ -63,7 +63,7 @@ from eval import (
     averages, check_picture, check_range, column, find_data, open_run, print_table, run_parser,
     run_paths, save_figure)
 from interp.activations import held_out_windows, read_windows, windows_at
-from interp.results import Job, fingerprint, fits, results_of
+from interp.results import Job, fingerprint, fits, gate_fingerprint, results_of
 from model import GPTNeo
 from prepare import UserError, load_tokens
 
@@ -336,7 +336,7 @@ def warnings(use):
         for layer, entropy_of_layer in enumerate(found["entropy"]):
             most = entropy_of_layer - math.log2(found["kept"])
             chance = found["shuffled_information"][layer]
-            if chance > SPARSE * most > 0:
+            if chance > SPARSE * most > 1e-9:  # 0, but for rounding: always the same are kept
                 yield (f"{KINDS[kind]} of layer {layer}: so short a text has {chance:.1f} of "
                        f"{most:.1f} bits by chance, so bits and share of the token are uncertain: "
                        f"take more --windows")
@@ -453,7 +453,8 @@ def open_other(path, runs):
     theirs = other.model.config
     for run in runs:
         ours = run.model.config
-        for name in ("ablation", "n_layer", "n_embd", "attn_unit", "n_head", "k_attn", "k_mlp"):
+        for name in ("ablation", "n_layer", "n_embd", "attn_unit", "n_head", "k_attn", "k_mlp",
+                     "block_size"):
             a, b = getattr(ours, name), getattr(theirs, name)
             if a != b and (name != "ablation" or b == "none"):
                 raise UserError(f"--against={path} has {name}={b}, {run.path} {name}={a}: "
@@ -493,14 +494,16 @@ def main():
     device = knobs.pick_device(args.device)
     load = cache(load_tokens)  # once: every byte of it is verified
     runs = gated_runs(args.runs)
-    jobs = [open_job(run, "units", args, load, pictures=[".png"], is_result=is_result)
-            for run in runs]
+    gates = {run.path: gate_fingerprint(run.model) for run in runs}
+    jobs = [open_job(run, "units", args, load, pictures=[".png"], is_result=is_result,
+                     gates=gates[run.path]) for run in runs]
     overlaps = []
     if args.against is not None:
         other = open_other(args.against, runs)
         extra = {"against": fingerprint(other.model)}
-        overlaps = [open_job(run, "units_overlap", args, load, extra, is_result=is_overlap)
-                    for run in runs]
+        theirs = gate_fingerprint(other.model)
+        overlaps = [open_job(run, "units_overlap", args, load, extra, is_result=is_overlap,
+                             gates=f"{gates[run.path]} {theirs}") for run in runs]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     results = results_of(jobs, partial(measure_use, device=device), device)
     print_table(list(table_rows(results, args.layers)), COLUMNS)

@@ -53,7 +53,7 @@ from eval import (
     ablation, centred, check_range, check_writable, open_tasks, run_parser, trained_with)
 from interp.activations import (
     TOKENS, UNITS, Site, Strongest, Text, read_sites, read_windows, windows_at)
-from interp.results import fingerprint, fits, result_path, write_text
+from interp.results import check_finite, fits, is_of, read_json, result_path, write_text
 from prepare import UserError, load_tokenizer
 
 TEMPLATE = ROOT / "assets" / "browse.html"
@@ -368,13 +368,10 @@ def read_finding(run, name, form):
     path = result_path(run.path, name)
     if not path.exists():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        found = None
+    found = read_json(path)
     if not fits(found, {"checkpoint": str, **form}):
         raise UserError(f"{path} is damaged: delete it, and make it again")
-    return found if found["checkpoint"] == fingerprint(run.model) else None
+    return found if is_of(found, run.model) else None
 
 
 def importance(node):
@@ -462,8 +459,7 @@ def measure_run(task, windows, lengths, args, device):
     windows (S, T), lengths (S): the stories. Those arrays that hold tokens are called *tokens.
     """
     run, config, title = task.run, task.run.model.config, str(task.run.path)
-    if not all(weight.isfinite().all() for weight in run.model.parameters()):
-        raise UserError(f"{run.path} has weights that are not finite: its training has diverged")
+    check_finite(run)
     found = findings(run)  # before minutes pass
     model = run.model.to(device)
     text = choose_windows(task, args.windows, device)

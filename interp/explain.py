@@ -66,7 +66,8 @@ from eval import (
     run_parser, run_paths, save_figure)
 from interp.activations import (
     Site, Stopped, Strongest, Text, check_stop, read_sites, windows_at)
-from interp.results import Job, fits, result_path, results_of, write_json, write_text
+from interp.results import (
+    MAYBE, NUMBER, Job, fits, read_json, read_neurons, results_of, write_json)
 from model import GPTNeo, GPTNeoConfig
 from prepare import UserError, load_tokenizer, load_tokens
 
@@ -674,10 +675,7 @@ class Answers:
 
 def read_answer(path):
     """The ANSWER in a file, or None where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
+    found = read_json(path)
     return found["answer"] if fits(found, {"answer": ANSWER}) else None
 
 
@@ -829,14 +827,6 @@ def facts_of(entries, with_answers):
     return facts
 
 
-def read_neurons(path):
-    """What explain_neurons.json holds. Raises ValueError when it is none."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not fits(found, {"checkpoint": str, "settings": dict, "neurons": [ENTRY]}):
-        raise ValueError("its entries are not those of this version")
-    return found
-
-
 def explain_run(job, title, controls, endpoint, args, device, stop):
     """Explains and scores the neurons of one run, or goes on with it -> its facts. Raises Stopped.
 
@@ -864,8 +854,7 @@ def explain_run(job, title, controls, endpoint, args, device, stop):
             control = explain("control", random_model(geometry, job.settings["seed"]))
             controls[str(geometry)] = control | {"geometry": geometry}
         facts["control"] = controls[str(geometry)]
-    content = {"checkpoint": job.checkpoint, "settings": job.settings, "neurons": state["model"]}
-    write_text(job.path("_neurons.json"), json.dumps(content, separators=(",", ":")))
+    job.save_neurons(state["model"])
     draw_scores(job.path(".png"), [{"run": str(job.run.path), "settings": job.settings, **facts}])
     return facts
 
@@ -993,7 +982,6 @@ def controls_of(results):
 
 # --------------------------------------------------------------------------------- the command line
 
-NUMBER, MAYBE = (int, float), (int, float, type(None))
 SCORES = {"score": MAYBE, "random_score": MAYBE}
 ENTRY = {"layer": int, "neuron": int, **SCORES, "explanation": str, "tokens": list}
 ROW = {"neurons": int, "scored": int, "undefined": int, "mean": MAYBE, "se": MAYBE,
@@ -1196,10 +1184,8 @@ def open_job(path, args, load):
     name = "explain"
     if args.explainer == "openai":
         name, settings["prompts"] = "explain_openai", PROMPTS
-    job = Job(run, name, settings, {"_neurons.json": read_neurons}, [".png"], args.force,
-              is_result, is_state)
-    if not job.result and not all(p.isfinite().all() for p in run.model.parameters()):
-        raise UserError(f"{path} has weights that are not finite: its training has diverged")
+    job = Job(run, name, settings, {"_neurons.json": partial(read_neurons, entry=ENTRY)},
+              [".png"], args.force, is_result, is_state)
     if not job.result:
         job.inputs = load(folder, "train"), load(folder, "val"), meta
     return job

@@ -63,7 +63,8 @@ from eval import (
     averages, check_picture, check_range, column, find_data, open_run, print_table, run_parser,
     run_paths, save_figure)
 from interp.activations import held_out_windows, read_windows, windows_at
-from interp.results import Job, fingerprint, fits, gate_fingerprint, results_of
+from interp.results import (
+    MAYBE, NUMBER, Job, fingerprint, fits, gate_fingerprint, results_of)
 from model import GPTNeo
 from prepare import UserError, load_tokens
 
@@ -248,7 +249,6 @@ def overlap_of(ours, theirs, units):
 
 # --------------------------------------------------------------------------- results and pictures
 
-NUMBER, MAYBE = (int, float), (int, float, type(None))
 OF_KIND = {  # of a result, what is printed, drawn and read by others of each kind of units
     "units": int, "kept": int, "rate": [[NUMBER]], "dead": [int], "entropy": [NUMBER],
     "effective": [NUMBER], "mutual_information": [MAYBE], "token_share": [MAYBE],

@@ -65,10 +65,10 @@ from eval import (
     check_picture, check_range, check_writable, column, find_data, number, open_run, print_table,
     run_parser, run_paths, save_figure)
 from interp.activations import (
-    Site, Stopped, Strongest, Text, check_stop, read_sites, windows_at)
+    Site, Stopped, Strongest, Text, check_stop, read_sites, untrained, windows_at)
 from interp.results import (
     MAYBE, NUMBER, Job, fits, read_json, read_neurons, results_of, write_json)
-from model import GPTNeo, GPTNeoConfig
+from model import GPTNeoConfig
 from prepare import UserError, load_tokenizer, load_tokens
 
 TOP, RANDOM = 20, 15  # windows of a neuron
@@ -77,7 +77,7 @@ TOP, RANDOM = 20, 15  # windows of a neuron
 TRAIN, VALID, RANDOM_VALID = slice(0, TOP, 4), slice(2, TOP, 4), slice(1, RANDOM, 3)
 SCORED_RANDOM = 5  # windows in RANDOM_VALID
 LEVELS = 10  # a language model sees and gives activations as whole numbers from 0 to this
-UNITS = 2048  # neurons at a time: of them memory is taken, and after them a state is saved
+NEURONS_AT_ONCE = 2048  # memory is taken for so many, and a state saved after them
 STRONGEST_TOKENS = 10  # of a table, shown as its explanation
 OFTEN = 5  # a token must stand so often in the text to be shown: means of fewer are noise
 BINS = 40  # of a histogram of scores, from -1 to 1
@@ -730,10 +730,8 @@ GEOMETRY = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "attentio
 
 
 def random_model(geometry, seed):
-    """A GPTNeo of this geometry, {name: value}, as it is before training."""
-    with torch.random.fork_rng(devices=[]):  # nobody else's random numbers change
-        torch.manual_seed(seed)
-        return GPTNeo(GPTNeoConfig(**geometry, ablation="none")).eval()
+    """A model of this geometry, {name: value}, with random weights and no gates."""
+    return untrained(GPTNeoConfig(**geometry, ablation="none"), seed)
 
 
 class Work(NamedTuple):
@@ -771,11 +769,11 @@ def explain_units(model, units, work, title):
 
 def explain_model(model, work, title, done, save):
     """Entries of all neurons of a model are added to done, which may hold some of them already;
-    save() is called after every UNITS neurons. Raises Stopped."""
+    save() is called after every NEURONS_AT_ONCE neurons. Raises Stopped."""
     model.to(work.texts.search.device)
     units = sample_units(model.config, work.settings)
-    for first in range(len(done), len(units), UNITS):
-        part = units[first : first + UNITS]
+    for first in range(len(done), len(units), NEURONS_AT_ONCE):
+        part = units[first : first + NEURONS_AT_ONCE]
         layers = "layer {}" if part[0][0] == part[-1][0] else "layers {} to {}"
         layers = layers.format(part[0][0], part[-1][0])
         done += explain_units(model, part, work, f"{title}, {layers}")

@@ -94,8 +94,10 @@ def test_choices_do_not_depend_on_the_batch_size(monkeypatch):
 # ---- the statistics, against brute force
 
 
+@pytest.mark.parametrize("pairs", [1, 100, 2**24])  # at a time
 @pytest.mark.parametrize("n", [7, 400])  # fewer and more pairs than there can be
-def test_pairs_are_counted(n):
+def test_pairs_are_counted(n, pairs, monkeypatch):
+    monkeypatch.setattr(units, "PAIRS", pairs)
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 30, (n, 2)), random_choices(rng, n, 10, 3)
     expected = Counter(pair for row in zip(a.tolist(), b.tolist()) for pair in itertools.product(*row))

@@ -52,7 +52,7 @@ import config as knobs
 from eval import (
     averages, check_picture, check_range, column, number, open_run, parse_list, print_table,
     run_parser, run_paths, save_figure)
-from interp.results import Job, fits, results_of
+from interp.results import MAYBE, NUMBER, Job, fits, gate_fingerprint, results_of
 from prepare import UserError, load_tokenizer, word_lists
 
 TEMPLATES = (  # A and B in the order of their mention; G is the giver, one of the two
@@ -1045,7 +1045,6 @@ def table_rows(result):
         yield {name: value for name, value in row.items() if value is not None}
 
 
-NUMBER, MAYBE = (int, float), (int, float, type(None))
 CIRCUIT = {  # of a result, what is printed of each of its circuits
     "tau": NUMBER, "order": (int, str), "edges": int, "connected": int, "heads": int, "kl": NUMBER,
     "kl_random": NUMBER, "kl_random_sd": NUMBER, "circuit_exact": NUMBER, "circuit_right": NUMBER,
@@ -1152,10 +1151,8 @@ def open_job(path, args):
         "count": min(args.count, len(prompts)), "heldout": max(0, len(prompts) - args.count),
         "dtype": args.dtype}
     job = Job(run, "acdc", settings, pictures=[".png"], force=args.force,
-              is_result=is_result, is_state=is_state)
+              is_result=is_result, is_state=is_state, gates=gate_fingerprint(run.model))
     job.inputs = prompts, tokens
-    if not job.result and not all(p.isfinite().all() for p in run.model.parameters()):
-        raise UserError(f"{path} has weights that are not finite: its training has diverged")
     return job
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from model import GPTNeo
 from prepare import UserError
 
 # the module of a block that a site is the output of
@@ -127,6 +128,30 @@ def read_sites(sites, idx):
         for handle in handles:
             handle.remove()
     return torch.cat([found[number] for number in range(len(sites))], -1)  # (B, T, U)
+
+
+# --------------------------------------------------------------------------------- gates, controls
+
+
+@torch.no_grad()
+def kept_units(model, idx):
+    """What the gates keep at idx (B, T): -> {"attn", "mlp": (B, T, L, k)}, L layers, the numbers of
+    k units, rising."""
+    hidden, inputs, caches = model.clean_pass(idx)
+    _, masks = model.ablated_pass(hidden, inputs, caches)  # without logits, the most of the work
+    kept = {}
+    for kind, of_layers in zip(("attn", "mlp"), zip(*masks)):
+        mask = torch.stack(of_layers, 2)  # (B, T, L, U), k ones a row
+        kept[kind] = mask.nonzero()[:, -1].view(*mask.shape[:3], -1)
+    return kept
+
+
+def untrained(config, seed):
+    """A model of this GPTNeoConfig with random weights, as training begins that is not given any
+    to begin with; nobody else's random numbers change."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPTNeo(config).eval()
 
 
 # ------------------------------------------------------------------------------ windows of a text

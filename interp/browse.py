@@ -53,8 +53,8 @@ import config as knobs
 from eval import (
     ablation, centred, check_range, check_writable, open_tasks, run_parser, trained_with)
 from interp.activations import (
-    TOKENS, UNITS, Site, Strongest, Text, read_sites, read_windows, windows_at)
-from interp.results import fingerprint, fits, result_path, write_text
+    TOKENS, UNITS, Site, Strongest, Text, kept_units, read_sites, read_windows, windows_at)
+from interp.results import check_finite, fits, is_of, read_json, result_path, write_text
 from prepare import UserError, load_tokenizer
 
 TEMPLATE = ROOT / "assets" / "browse.html"
@@ -98,22 +98,15 @@ def fires(strengths, M):
     return torch.cat((neurons > 0, attention > bar), -1)
 
 
-@torch.no_grad()
-def kept_units(model, idx):
+def kept_of_both_kinds(model, idx):
     """idx (B, T) -> the units that the gates keep, (B, T, L, k): neurons, then attention units."""
-    config = model.config
-    hidden, inputs, caches = model.clean_pass(idx)
-    _, masks = model.ablated_pass(hidden, inputs, caches)  # model.ablated(idx), without its logits
-    kept = []
-    for attn_mask, mlp_mask in masks:  # a layer's (B, T, A) and (B, T, M)
-        attention = attn_mask.topk(config.k_attn).indices + mlp_mask.size(-1)
-        kept.append(torch.cat((mlp_mask.topk(config.k_mlp).indices, attention), -1))
-    return torch.stack(kept, 2)
+    kept = kept_units(model, idx)
+    return torch.cat((kept["mlp"], kept["attn"] + 4 * model.config.n_embd), -1)
 
 
 def read_kept(model, text, title):
     """The units that the gates keep at every token of all windows: (W, T, L, k) uint16."""
-    activate = partial(kept_units, model)
+    activate = partial(kept_of_both_kinds, model)
     found = []
     for _, kept in read_windows(
             activate, text.tokens, text.starts, text.T, text.device, title=title):
@@ -331,7 +324,7 @@ def units_to_show(written, M, idx, model):
     The kept ones or, without gates, the STRONGEST of a kind by what they write, (T, L, U).
     """
     if model.config.ablation != "none":
-        return kept_units(model, idx)[0, 1:]
+        return kept_of_both_kinds(model, idx)[0, 1:]
     neurons, attention = written[..., :M], written[..., M:]
     strongest = neurons.topk(min(STRONGEST, M)).indices
     others = attention.topk(min(STRONGEST, attention.size(-1))).indices
@@ -369,13 +362,10 @@ def read_finding(run, name, form):
     path = result_path(run.path, name)
     if not path.exists():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        found = None
+    found = read_json(path)
     if not fits(found, {"checkpoint": str, **form}):
         raise UserError(f"{path} is damaged: delete it, and make it again")
-    return found if found["checkpoint"] == fingerprint(run.model) else None
+    return found if is_of(found, run.model) else None
 
 
 def importance(node):
@@ -463,8 +453,7 @@ def measure_run(task, windows, lengths, args, device):
     windows (S, T), lengths (S): the stories. Those arrays that hold tokens are called *tokens.
     """
     run, config, title = task.run, task.run.model.config, str(task.run.path)
-    if not all(weight.isfinite().all() for weight in run.model.parameters()):
-        raise UserError(f"{run.path} has weights that are not finite: its training has diverged")
+    check_finite(run)
     found = findings(run)  # before minutes pass
     model = run.model.to(device)
     text = choose_windows(task, args.windows, device)

@@ -65,9 +65,10 @@ from eval import (
     check_picture, check_range, check_writable, column, find_data, number, open_run, print_table,
     run_parser, run_paths, save_figure)
 from interp.activations import (
-    Site, Stopped, Strongest, Text, check_stop, read_sites, windows_at)
-from interp.results import Job, fits, result_path, results_of, write_json, write_text
-from model import GPTNeo, GPTNeoConfig
+    Site, Stopped, Strongest, Text, check_stop, read_sites, untrained, windows_at)
+from interp.results import (
+    MAYBE, NUMBER, Job, fits, read_json, read_neurons, results_of, write_json)
+from model import GPTNeoConfig
 from prepare import UserError, load_tokenizer, load_tokens
 
 TOP, RANDOM = 20, 15  # windows of a neuron
@@ -76,7 +77,7 @@ TOP, RANDOM = 20, 15  # windows of a neuron
 TRAIN, VALID, RANDOM_VALID = slice(0, TOP, 4), slice(2, TOP, 4), slice(1, RANDOM, 3)
 SCORED_RANDOM = 5  # windows in RANDOM_VALID
 LEVELS = 10  # a language model sees and gives activations as whole numbers from 0 to this
-UNITS = 2048  # neurons at a time: of them memory is taken, and after them a state is saved
+NEURONS_AT_ONCE = 2048  # memory is taken for so many, and a state saved after them
 STRONGEST_TOKENS = 10  # of a table, shown as its explanation
 OFTEN = 5  # a token must stand so often in the text to be shown: means of fewer are noise
 BINS = 40  # of a histogram of scores, from -1 to 1
@@ -674,10 +675,7 @@ class Answers:
 
 def read_answer(path):
     """The ANSWER in a file, or None where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
+    found = read_json(path)
     return found["answer"] if fits(found, {"answer": ANSWER}) else None
 
 
@@ -732,10 +730,8 @@ GEOMETRY = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "attentio
 
 
 def random_model(geometry, seed):
-    """A GPTNeo of this geometry, {name: value}, as it is before training."""
-    with torch.random.fork_rng(devices=[]):  # nobody else's random numbers change
-        torch.manual_seed(seed)
-        return GPTNeo(GPTNeoConfig(**geometry, ablation="none")).eval()
+    """A model of this geometry, {name: value}, with random weights and no gates."""
+    return untrained(GPTNeoConfig(**geometry, ablation="none"), seed)
 
 
 class Work(NamedTuple):
@@ -773,11 +769,11 @@ def explain_units(model, units, work, title):
 
 def explain_model(model, work, title, done, save):
     """Entries of all neurons of a model are added to done, which may hold some of them already;
-    save() is called after every UNITS neurons. Raises Stopped."""
+    save() is called after every NEURONS_AT_ONCE neurons. Raises Stopped."""
     model.to(work.texts.search.device)
     units = sample_units(model.config, work.settings)
-    for first in range(len(done), len(units), UNITS):
-        part = units[first : first + UNITS]
+    for first in range(len(done), len(units), NEURONS_AT_ONCE):
+        part = units[first : first + NEURONS_AT_ONCE]
         layers = "layer {}" if part[0][0] == part[-1][0] else "layers {} to {}"
         layers = layers.format(part[0][0], part[-1][0])
         done += explain_units(model, part, work, f"{title}, {layers}")
@@ -829,14 +825,6 @@ def facts_of(entries, with_answers):
     return facts
 
 
-def read_neurons(path):
-    """What explain_neurons.json holds. Raises ValueError when it is none."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not fits(found, {"checkpoint": str, "settings": dict, "neurons": [ENTRY]}):
-        raise ValueError("its entries are not those of this version")
-    return found
-
-
 def explain_run(job, title, controls, endpoint, args, device, stop):
     """Explains and scores the neurons of one run, or goes on with it -> its facts. Raises Stopped.
 
@@ -864,8 +852,7 @@ def explain_run(job, title, controls, endpoint, args, device, stop):
             control = explain("control", random_model(geometry, job.settings["seed"]))
             controls[str(geometry)] = control | {"geometry": geometry}
         facts["control"] = controls[str(geometry)]
-    content = {"checkpoint": job.checkpoint, "settings": job.settings, "neurons": state["model"]}
-    write_text(job.path("_neurons.json"), json.dumps(content, separators=(",", ":")))
+    job.save_neurons(state["model"])
     draw_scores(job.path(".png"), [{"run": str(job.run.path), "settings": job.settings, **facts}])
     return facts
 
@@ -993,7 +980,6 @@ def controls_of(results):
 
 # --------------------------------------------------------------------------------- the command line
 
-NUMBER, MAYBE = (int, float), (int, float, type(None))
 SCORES = {"score": MAYBE, "random_score": MAYBE}
 ENTRY = {"layer": int, "neuron": int, **SCORES, "explanation": str, "tokens": list}
 ROW = {"neurons": int, "scored": int, "undefined": int, "mean": MAYBE, "se": MAYBE,
@@ -1196,10 +1182,8 @@ def open_job(path, args, load):
     name = "explain"
     if args.explainer == "openai":
         name, settings["prompts"] = "explain_openai", PROMPTS
-    job = Job(run, name, settings, {"_neurons.json": read_neurons}, [".png"], args.force,
-              is_result, is_state)
-    if not job.result and not all(p.isfinite().all() for p in run.model.parameters()):
-        raise UserError(f"{path} has weights that are not finite: its training has diverged")
+    job = Job(run, name, settings, {"_neurons.json": partial(read_neurons, entry=ENTRY)},
+              [".png"], args.force, is_result, is_state)
     if not job.result:
         job.inputs = load(folder, "train"), load(folder, "val"), meta
     return job

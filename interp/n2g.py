@@ -56,7 +56,7 @@ from eval import (
     check_picture, check_range, check_writable, column, find_data, open_run, parse_list,
     print_table, run_parser, run_paths, save_figure)
 from interp.activations import TOKENS, Site, Stopped, Strongest, Text, check_stop, read_sites
-from interp.results import Job, fits, results_of, write_text
+from interp.results import MAYBE, NUMBER, Job, fits, read_neurons, results_of
 from prepare import EOT, UserError, load_tokenizer, load_tokens
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of the ends of a snippet that prune tries, in tokens
@@ -676,8 +676,7 @@ def find_graphs(job, title, device, stop):
     found = [json.loads(layer) for layer in state["layers"]]
     facts = all_facts(settings["layer"], found) | {"seconds": spent + time.time() - began}
     neurons = [one for layer in found for one in layer["neurons"]]
-    content = {"checkpoint": job.checkpoint, "settings": settings, "neurons": neurons}
-    write_text(job.path("_neurons.json"), json.dumps(content, separators=(",", ":")))
+    job.save_neurons(neurons)
     draw_layers(job.path(".png"), [{"run": str(job.run.path), **facts}])
     return facts
 
@@ -710,7 +709,6 @@ def all_facts(layers, found):
 
 # --------------------------------------------------------------------------- results and pictures
 
-NUMBER, MAYBE = (int, float), (int, float, type(None))
 FACTS = {"neurons": int, "non_empty": int, "precision": MAYBE, "recall": MAYBE, "f1": MAYBE,
          "entropy": MAYBE, "diversity": NUMBER, "types": dict, "out_degree_pooled": MAYBE}
 FACTS |= {f"{name}_mean_{over}": MAYBE for name in METRICS for over in ("all", "non_empty")}
@@ -729,17 +727,6 @@ def is_result(result):
 def is_state(state):
     """Whether find_graphs can go on from it."""
     return fits(state, STATE) and fits(state["layers"], [str])
-
-
-def read_neurons(path):
-    """n2g_neurons.json. Raises UserError when it is none."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        found = None
-    if not fits(found, {"checkpoint": str, "settings": dict, "neurons": [NEURON]}):
-        raise UserError(f"{path} is damaged")
-    return found
 
 
 def by_two_means(name, form=".3f"):
@@ -1018,14 +1005,12 @@ def open_job(path, args, load, device):
         "mask_token": args.mask_token, "self_loops": args.self_loops,
         "substitutes": f"{source}: {args.fill_mask}" if source == "distilbert" else source}
     mask = masking_token(tokenizer, args.mask_token)
-    job = Job(run, "n2g", settings, {"_neurons.json": read_neurons}, [".png"], args.force,
-              is_result, is_state)
+    job = Job(run, "n2g", settings, {"_neurons.json": partial(read_neurons, entry=NEURON)},
+              [".png"], args.force, is_result, is_state)
     if args.draw:  # it may be the only thing left to write
         check_writable(job.path("_graphs.png"))
     if job.result:
         return job  # it reads nothing more
-    if not all(weight.isfinite().all() for weight in run.model.parameters()):
-        raise UserError(f"{path} has weights that are not finite: its training has diverged")
     fill_mask = FillMask(args.fill_mask, tokenizer, device) if source == "distilbert" else None
     job.inputs = Inputs(load(folder, "train")[: args.tokens], tokenizer, mask, source, fill_mask)
     text_of(job, device)  # or there is too little text
@@ -1034,7 +1019,7 @@ def open_job(path, args, load, device):
 
 def draw_chosen(job, chosen):
     """Draws the graphs of these neurons, (block, neuron) each, of a finished job."""
-    found = read_neurons(job.path("_neurons.json"))["neurons"]
+    found = read_neurons(job.path("_neurons.json"), NEURON)["neurons"]
     by_place = {(one["layer"], one["neuron"]): one for one in found}
     path = job.path("_graphs.png")
     draw_graphs(path, [by_place[place] for place in chosen], str(job.run.path))

@@ -17,7 +17,6 @@ in out/x; for out/x/last.pt they are called out/x/last.NAME.json and out/x/last.
 
 import hashlib
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -34,6 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # what Job.finish and Job.save put into every file, beside the facts and the state
 RESULT = {"run": str, "checkpoint": str, "step": int, "settings": dict, "command": str, "date": str}
 UNFINISHED = {"checkpoint": str, "settings": dict, "state": object}
+# in the form of an experiment's own facts; see fits
+NUMBER, MAYBE = (int, float), (int, float, type(None))
 
 
 def git(*words):
@@ -58,8 +59,19 @@ def environment(device):
 
 def fingerprint(model):
     """16 hex digits that name the clean stream's weights: when training goes on, they change."""
+    return digest_of(model.clean_state_dict())
+
+
+def gate_fingerprint(model):
+    """The same of the gates' weights, which are all that changes while the others are frozen."""
+    clean, weights = model.clean_state_dict(), model.state_dict()
+    return digest_of({name: weights[name] for name in weights.keys() - clean.keys()})
+
+
+def digest_of(weights):
+    """16 hex digits that name these weights, {name: tensor}."""
     digest = hashlib.sha256()
-    for name, weight in sorted(model.clean_state_dict().items()):
+    for name, weight in sorted(weights.items()):
         digest.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -101,15 +113,35 @@ def fits(found, form):
     return all(fits(found[name], kind) for name, kind in form.items())
 
 
+def is_of(result, model):
+    """Whether what a result file holds was found in the weights that a model has."""
+    gates = gate_fingerprint(model)
+    return result["checkpoint"] == fingerprint(model) and result.get("gates", gates) == gates
+
+
+def read_json(path):
+    """What a file holds; None where there is none, or no JSON in it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def read_result(path):
     """A result file as a dict. Raises UserError when it is none."""
-    try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        result = None
+    result = read_json(path)
     if not fits(result, RESULT):
         raise UserError(f"{path} is damaged: delete it, and make it again")
     return result
+
+
+def read_neurons(path, entry):
+    """What Job.save_neurons wrote, a dict with an entry of this form for every neuron. Raises
+    UserError when it is none."""
+    found = read_json(path)
+    if not fits(found, {"checkpoint": str, "settings": dict, "neurons": [entry]}):
+        raise UserError(f"{path} is damaged")
+    return found
 
 
 def read_unfinished(path):
@@ -141,6 +173,12 @@ def refuse_mixed(settings_of):
 # ------------------------------------------------------------------------------- one run, many runs
 
 
+def check_finite(run):
+    """Raises UserError where a run has weights that nothing can be read from."""
+    if not all(weight.isfinite().all() for weight in run.model.parameters()):
+        raise UserError(f"{run.path} has weights that are not finite: its training has diverged")
+
+
 def anything(found):
     """What an experiment that looks no closer takes for its own."""
     return True
@@ -154,15 +192,16 @@ class Job:
     NAME.pt that read(path) reads: a dict with "checkpoint" and "settings", like the result's. It
     is to be written before the result. pictures: what is drawn beside it, such as ".png".
     is_result(result), is_state(state): whether what an earlier call with these settings has left
-    is what this experiment writes and goes on from.
+    is what this experiment writes and goes on from. gates: the gate_fingerprint of the run, where
+    its numbers depend on the gates too; a result without one, of an earlier version, is taken.
     Raises UserError where a result made otherwise is in the way and force does not replace it,
-    and where something could not be written.
+    where weights are not finite, and where something could not be written.
     """
 
     def __init__(self, run, name, settings, files=None, pictures=(), force=False,
-                 is_result=anything, is_state=anything):
+                 is_result=anything, is_state=anything, gates=None):
         self.run, self.name, self.settings, self.force = run, name, settings, force
-        self.checkpoint = fingerprint(run.model)
+        self.checkpoint, self.gates = fingerprint(run.model), gates
         self.inputs = None  # for the experiment to set: what it reads beside the model
         self.state = None  # what an interrupted call gave to save
         self.result = self.earlier(".json", read_result, is_result)
@@ -172,6 +211,7 @@ class Job:
         if self.result:
             self.result["run"] = str(run.path)  # the folder may have been renamed since
             return
+        check_finite(run)
         unfinished = self.earlier(".resume.pt", read_unfinished,
                                   lambda found: is_state(found["state"]))
         if unfinished:
@@ -193,6 +233,8 @@ class Job:
             other = difference(self.settings, found["settings"])
             if found["checkpoint"] != self.checkpoint:
                 other = "weights that this run no longer has"
+            elif not other and found.get("gates", self.gates) != self.gates:
+                other = "gates that are no longer there"
             if not other and not is_sound(found):
                 raise UserError("its head alone is right")
         except ValueError:
@@ -209,12 +251,21 @@ class Job:
         found = {"checkpoint": self.checkpoint, "settings": self.settings, "state": state}
         write_torch(self.path(".resume.pt"), found)
 
+    def save_neurons(self, neurons):
+        """Write NAME_neurons.json, what is known of single neurons: a dict of each, with "layer"
+        and "neuron", which they are sorted by."""
+        content = {"checkpoint": self.checkpoint, "settings": self.settings, "neurons": neurons}
+        text = json.dumps(content, separators=(",", ":"))
+        write_text(self.path("_neurons.json"), text)
+
     def finish(self, facts, device):
         """Write NAME.json: these facts and all it takes to find them again."""
         self.result = {
             "run": str(self.run.path), "checkpoint": self.checkpoint, "step": self.run.step,
             "settings": self.settings, "command": shlex.join(sys.argv),
             "date": time.strftime("%Y-%m-%d %H:%M"), **environment(device), **facts}
+        if self.gates:
+            self.result["gates"] = self.gates
         write_json(self.path(".json"), self.result)
         self.path(".resume.pt").unlink(missing_ok=True)
 

@@ -64,7 +64,7 @@ from eval import (
     parse_list, print_table, run_parser, run_paths, save_figure)
 from interp.activations import (
     SITES, Site, Stopped, Strongest, Text, check_stop, held_out_windows, read_windows, windows_at)
-from interp.results import Job, fits, results_of, write_text, write_torch
+from interp.results import MAYBE, NUMBER, Job, fits, results_of, write_text, write_torch
 from model import load_torch
 from prepare import UserError, load_tokenizer, load_tokens
 
@@ -703,7 +703,6 @@ MEASURED = ("l0", "ce_score", "kl_score", "explained_variance", "dead", "ce_clea
 
 KEPT = ("layer", "site", "seed", "l1", "k", "weights")  # in sae.pt, of a row while it is trained
 
-NUMBER, MAYBE = (int, float), (int, float, type(None))
 HISTORY = {"step": list, "error": list, "l0": list, "dead": list}
 TRAINED = {"layer": int, "site": str, "seed": int, "features": int, "scale": NUMBER,
            "dead": MAYBE, "history": HISTORY}

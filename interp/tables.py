@@ -22,7 +22,7 @@ from typing import Callable, NamedTuple
 from eval import (
     AVERAGED, cells, check_writable, column, group_seeds, join_seeds, name_recipes, open_tasks,
     print_table, trained_with)
-from interp.results import fingerprint, read_result, refuse_mixed, result_path
+from interp.results import is_of, read_result, refuse_mixed, result_path
 from model import replace_file
 from prepare import UserError
 
@@ -56,7 +56,7 @@ def read_experiment(name, numbers_of, run):
     if not path.exists():
         return None
     result = read_result(path)
-    if result["checkpoint"] != fingerprint(run.model):
+    if not is_of(result, run.model):
         raise UserError(f"{path} is not of the checkpoint that {run.path} has now: make it again "
                         f"with --force; it came from python {result['command']}")
     try:

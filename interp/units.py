@@ -31,8 +31,9 @@ the text, which leaves nothing but that excess, and what is found is (found - sh
 2010). That is exact for independent and for decided choices. In between it errs on the low side,
 the less the longer the text is.
 
-Beside each model stands the same model before training (row "untrained"), since random gates, too,
-choose by what they read. Overlaps of two checkpoints stand beside what two gates that keep units as
+Beside each model stands one of the same geometry with random weights (row "untrained"), since
+random gates, too, choose by what they read. It is what training began with only where a run was
+not given other weights to begin with (init_from), and of one seed, so a single draw. Overlaps of two checkpoints stand beside what two gates that keep units as
 often, but independently, have in common: sum over units of both rates, / k.
 
 Writes units.json and units.png beside the checkpoint, and units_overlap.json with --against. What
@@ -55,19 +56,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python puts interp/ there
 import config as knobs
 from eval import (
     averages, check_picture, check_range, column, find_data, open_run, print_table, run_parser,
     run_paths, save_figure)
-from interp.activations import held_out_windows, read_windows, windows_at
-from interp.results import Job, fingerprint, fits, results_of
-from model import GPTNeo
+from interp.activations import (
+    held_out_windows, kept_units, read_windows, untrained, windows_at)
+from interp.results import (
+    MAYBE, NUMBER, Job, fingerprint, fits, gate_fingerprint, results_of)
 from prepare import UserError, load_tokens
 
 KINDS = {"attn": "attention units", "mlp": "neurons"}
+PAIRS = 2**24  # counted at a time: 128 MB
 
 
 # ---------------------------------------------------------------------------- what the gate chooses
@@ -83,18 +85,6 @@ class Choices(NamedTuple):
 def units_of(config):
     """{kind: how many units of a layer compete in its gate}."""
     return {"attn": config.attn_units, "mlp": 4 * config.n_embd}
-
-
-@torch.no_grad()
-def kept_units(model, idx):
-    """idx (B, T) -> {kind: (B, T, L, k)}, the numbers of the units that win, rising."""
-    hidden, inputs, caches = model.clean_pass(idx)
-    _, masks = model.ablated_pass(hidden, inputs, caches)  # without logits, the most of the work
-    kept = {}
-    for kind, of_layers in zip(KINDS, zip(*masks)):
-        mask = torch.stack(of_layers, 2)  # (B, T, L, N), k ones a row
-        kept[kind] = mask.nonzero()[:, -1].view(*mask.shape[:3], -1)
-    return kept
 
 
 def read_choices(model, text, starts, device, title=None):
@@ -129,15 +119,22 @@ class Joint(NamedTuple):
 
 def count_pairs(a, b, size):
     """The Joint of a (n, i) and b (n, j), numbers under size: every a with every b of its row."""
-    keys = a[:, :, None].astype(np.int64) * size + b[:, None]  # (n, i, j)
-    keys = keys.ravel()
-    if keys.max() < len(keys):  # few possible pairs: count them all
-        counts = np.bincount(keys)
-        keys = counts.nonzero()[0]
-        counts = counts[keys]
-    else:
-        keys, counts = np.unique(keys, return_counts=True)
+    rows = max(1, PAIRS // (a.shape[1] * b.shape[1]))  # at a time: large k have many pairs
+    keys, counts = zip(*(count_keys(a[first : first + rows], b[first : first + rows], size)
+                         for first in range(0, len(a), rows)))
+    keys, place = np.unique(np.concatenate(keys), return_inverse=True)
+    counts = np.bincount(place, np.concatenate(counts)).astype(np.int64)  # exact below 2^53
     return Joint(keys // size, keys % size, counts)
+
+
+def count_keys(a, b, size):
+    """The numbers a * size + b of all these pairs, each once, and how often they come."""
+    keys = (a[:, :, None].astype(np.int64) * size + b[:, None]).ravel()  # (n i j)
+    if keys.max() >= len(keys):
+        return np.unique(keys, return_counts=True)
+    counts = np.bincount(keys)  # few possible pairs: count them all
+    keys = counts.nonzero()[0]
+    return keys, counts[keys]
 
 
 def entropy(counts):
@@ -238,7 +235,7 @@ def overlap_of(ours, theirs, units):
         found = {"overlap": [], "chance": []}
         for A, B in zip(ours.kept[kind], theirs.kept[kind]):  # (n, k) each
             n, k = A.shape
-            common = (A[:, :, None] == B[:, None]).sum()
+            common = sum((unit[:, None] == B).sum() for unit in A.T)
             p, q = (np.bincount(kept.ravel(), minlength=units[kind]) / n for kept in (A, B))  # (N)
             found["overlap"].append(float(common / (n * k)))
             found["chance"].append(float(p @ q / k))
@@ -248,7 +245,6 @@ def overlap_of(ours, theirs, units):
 
 # --------------------------------------------------------------------------- results and pictures
 
-NUMBER, MAYBE = (int, float), (int, float, type(None))
 OF_KIND = {  # of a result, what is printed, drawn and read by others of each kind of units
     "units": int, "kept": int, "rate": [[NUMBER]], "dead": [int], "entropy": [NUMBER],
     "effective": [NUMBER], "mutual_information": [MAYBE], "token_share": [MAYBE],
@@ -336,7 +332,7 @@ def warnings(use):
         for layer, entropy_of_layer in enumerate(found["entropy"]):
             most = entropy_of_layer - math.log2(found["kept"])
             chance = found["shuffled_information"][layer]
-            if chance > SPARSE * most > 0:
+            if chance > SPARSE * most > 1e-9:  # 0, but for rounding: always the same are kept
                 yield (f"{KINDS[kind]} of layer {layer}: so short a text has {chance:.1f} of "
                        f"{most:.1f} bits by chance, so bits and share of the token are uncertain: "
                        f"take more --windows")
@@ -385,13 +381,6 @@ class Inputs(NamedTuple):
 
     text: np.ndarray  # tokens, uint16
     starts: np.ndarray  # where windows begin
-
-
-def untrained(config, seed):
-    """A model of this geometry with the weights that training begins with."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return GPTNeo(config).eval()
 
 
 def measure_use(job, title, device):
@@ -453,7 +442,8 @@ def open_other(path, runs):
     theirs = other.model.config
     for run in runs:
         ours = run.model.config
-        for name in ("ablation", "n_layer", "n_embd", "attn_unit", "n_head", "k_attn", "k_mlp"):
+        for name in ("ablation", "n_layer", "n_embd", "attn_unit", "n_head", "k_attn", "k_mlp",
+                     "block_size"):
             a, b = getattr(ours, name), getattr(theirs, name)
             if a != b and (name != "ablation" or b == "none"):
                 raise UserError(f"--against={path} has {name}={b}, {run.path} {name}={a}: "
@@ -493,14 +483,16 @@ def main():
     device = knobs.pick_device(args.device)
     load = cache(load_tokens)  # once: every byte of it is verified
     runs = gated_runs(args.runs)
-    jobs = [open_job(run, "units", args, load, pictures=[".png"], is_result=is_result)
-            for run in runs]
+    gates = {run.path: gate_fingerprint(run.model) for run in runs}
+    jobs = [open_job(run, "units", args, load, pictures=[".png"], is_result=is_result,
+                     gates=gates[run.path]) for run in runs]
     overlaps = []
     if args.against is not None:
         other = open_other(args.against, runs)
         extra = {"against": fingerprint(other.model)}
-        overlaps = [open_job(run, "units_overlap", args, load, extra, is_result=is_overlap)
-                    for run in runs]
+        theirs = gate_fingerprint(other.model)
+        overlaps = [open_job(run, "units_overlap", args, load, extra, is_result=is_overlap,
+                             gates=f"{gates[run.path]} {theirs}") for run in runs]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     results = results_of(jobs, partial(measure_use, device=device), device)
     print_table(list(table_rows(results, args.layers)), COLUMNS)

@@ -306,7 +306,7 @@ def test_the_table_of_records():
 @pytest.mark.parametrize("units, tokens", [(57, 200), (160, 10**6)])
 def test_entries_do_not_depend_on_batches(units, tokens, monkeypatch):
     expected = explained(meaning_model())
-    monkeypatch.setattr(explain, "UNITS", units)
+    monkeypatch.setattr(explain, "NEURONS_AT_ONCE", units)
     monkeypatch.setattr(activations, "TOKENS", tokens)
     found = explained(meaning_model())
     for ours, theirs in zip(found, expected, strict=True):
@@ -591,7 +591,7 @@ def test_a_control_is_seeded_and_of_the_same_geometry(run, call):
 
 @pytest.mark.parametrize("after", [1, 4, 9])
 def test_stopped_and_gone_on_with_is_uninterrupted(run, call, monkeypatch, after):
-    monkeypatch.setattr(explain, "UNITS", 60)
+    monkeypatch.setattr(explain, "NEURONS_AT_ONCE", 60)
     whole, stopped = copies(run, "whole", "stopped")
     assert call(whole)[0] is None
     reads, check = 0, activations.check_stop

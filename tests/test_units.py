@@ -21,8 +21,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "interp")]
 import interp.activations as activations
 import units
 from eval import open_run
+from interp import tables
 from interp.results import fingerprint
 from model import GPTNeo, load_checkpoint, save_checkpoint
+from prepare import UserError
 from test_eval import EOT, T, V, run, seeds, split, tiny, typed  # noqa: F401
 
 CPU = torch.device("cpu")
@@ -92,8 +94,10 @@ def test_choices_do_not_depend_on_the_batch_size(monkeypatch):
 # ---- the statistics, against brute force
 
 
+@pytest.mark.parametrize("pairs", [1, 100, 2**24])  # at a time
 @pytest.mark.parametrize("n", [7, 400])  # fewer and more pairs than there can be
-def test_pairs_are_counted(n):
+def test_pairs_are_counted(n, pairs, monkeypatch):
+    monkeypatch.setattr(units, "PAIRS", pairs)
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 30, (n, 2)), random_choices(rng, n, 10, 3)
     expected = Counter(pair for row in zip(a.tolist(), b.tolist()) for pair in itertools.product(*row))
@@ -230,6 +234,13 @@ def test_a_gate_that_always_keeps_the_same():
     assert facts["dependence"] == [1.0]
 
 
+def test_a_text_is_not_too_short_for_a_gate_that_always_keeps_the_same():
+    for k in range(1, 40):  # log k is rounded otherwise than an entropy is
+        kept = np.tile(np.arange(k), (1, 100, 1))
+        use = units.use_of_units(units.Choices(np.arange(100) % 7, {"mlp": kept}), {"mlp": 64}, 0)
+        assert not list(units.warnings(use)) and use["mlp"]["token_share"] == [None]
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_layers_that_choose_alike_or_independently(k):
     """Other names for the same choices are the same choices."""
@@ -323,9 +334,36 @@ def test_two_checkpoints_are_compared(run, call, no_pictures):
     assert "units_overlap.json was made with against=" in call(run, "--against", other)[0]
 
 
+def move_gates(path, out):
+    """A checkpoint with other gates, as training with the other weights frozen leaves it."""
+    checkpoint = load_checkpoint(path)
+    for name, weight in checkpoint["model"].items():
+        if "_gate." in name:
+            weight += torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
+    torch.save(checkpoint, out)
+
+
+def test_results_of_gates_that_were_trained_on_are_not_taken_for_theirs(run, call, no_pictures):
+    last = run / "last.pt"
+    move_gates(run / "best.pt", last)
+    assert call(run, "--against", last)[0] is None
+    move_gates(last, last)
+    assert "units_overlap.json was made with gates that are no longer there: --force" in call(run, "--against", last)[0]
+    move_gates(run / "best.pt", run / "best.pt")
+    assert "units.json was made with gates that are no longer there: --force replaces it" in call(run)[0]
+    with pytest.raises(UserError, match="is not of the checkpoint that .* has now"):
+        tables.read_experiment("units", dict, open_run(run))
+    assert call(run, "--against", last, "--force")[0] is None
+    for name in ("units.json", "units_overlap.json"):  # results of earlier versions do not say of which gates they are
+        found = json.loads((run / name).read_text())
+        del found["gates"]
+        (run / name).write_text(json.dumps(found))
+    assert call(run, "--against", last)[0] is None and tables.read_experiment("units", dict, open_run(run))
+
+
 @pytest.mark.parametrize("changes, expected", [
     ({"n_layer": 1}, "has n_layer=1, "), ({"k_mlp": 3}, "has k_mlp=3, "), ({"ablation": "none"}, "has ablation=none, "),
-    ({"attn_unit": "head", "k_attn": 1}, "has attn_unit=head, ")])
+    ({"attn_unit": "head", "k_attn": 1}, "has attn_unit=head, "), ({"block_size": 4}, "has block_size=4, ")])
 def test_only_gates_of_one_geometry_are_compared(run, call, changes, expected):
     other = shutil.copytree(run, run.parent / "other")
     checkpoint = load_checkpoint(run)

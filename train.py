@@ -763,6 +763,8 @@ def train(config):
             # with torch 2.13; see pytorch issue 56297).
             del replica
             dist.destroy_process_group()
+        if config.wandb and rank == 0:
+            wandb.finish()
 
 
 def main():
@@ -782,6 +784,12 @@ def main():
         advice = f"with --resume=True goes on from {last}" if last.exists() else "starts it again"
         raise UserError(f"this run has lost one of its processes: torchrun's report names the "
                         f"first failure; the same command {advice}") from None
+    if "RANK" in os.environ:
+        # One of several processes ends without Python's farewell: a thread of gloo that lets go of
+        # its last tensor meanwhile needs the interpreter, which kills it, and C++ then the process
+        # ("terminate called without an active exception", seen with torch 2.13).
+        print(end="", flush=True)
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -329,6 +329,20 @@ def opened(browser, path, place="", **options):
         context.close()
 
 
+def until(page, condition):
+    """Wait for a condition in JavaScript. The page's own policy forbids to wait for it inside of the page."""
+    from playwright.sync_api import Error
+
+    for _ in range(600):
+        try:
+            if page.evaluate(condition):
+                return
+        except Error:  # what it looks at is not there yet
+            pass
+        page.wait_for_timeout(50)
+    pytest.fail(f"never came true: {condition}")
+
+
 def overflow(page):
     return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
@@ -341,7 +355,7 @@ def test_hostile_text_stays_text(runs, chromium):
         shown = ""
         for story in range(8):
             page.evaluate(f"location.hash = 'S{story}T0'")
-            page.wait_for_function(f"document.getElementById('story-choice').value === '{story}'")
+            until(page, f"document.getElementById('story-choice').value === '{story}'")
             shown += page.text_content("#story-text")
         assert all(piece.replace("\n", "↵\n") in shown for piece in HOSTILE)
         page.fill("#query", "</script>")
@@ -379,22 +393,22 @@ def test_a_unit_by_its_address(runs, chromium):
         assert page.locator(".snippet .kept").count() == kept
         assert page.text_content("dl div:has-text('kept') dd") == page.evaluate(f"percent({arrays['kept'][3, 0]})")
         page.evaluate("location.hash = 'L1A5'")
-        page.wait_for_function("document.querySelector('.unit h3').textContent === 'L1A5'")
+        until(page, "document.querySelector('.unit h3').textContent === 'L1A5'")
         assert page.locator(".near a").count() == 6
         page.locator(".near a").first.click()
         near = int(arrays["near"][40 + 32 + 5, 0])
         name = page.evaluate(f"models[0].name({near})")
-        page.wait_for_function(f"document.querySelector('.unit h3').textContent === '{name}'")
+        until(page, f"document.querySelector('.unit h3').textContent === '{name}'")
         assert page.evaluate("document.activeElement.tagName") == "H3"
         page.evaluate("location.hash = 'L0N2'")
-        page.wait_for_function("document.querySelector('.unit h3').textContent === 'L0N2'")
+        until(page, "document.querySelector('.unit h3').textContent === 'L0N2'")
         page.get_by_label("The next unit").focus()
         for name in ("L0N3", "L0N4"):
             page.keyboard.press("Enter")
-            page.wait_for_function(f"document.querySelector('.unit h3').textContent === '{name}'")
-        page.wait_for_function("document.querySelector('.unit').textContent.includes('It never fires on this text.')")
+            until(page, f"document.querySelector('.unit h3').textContent === '{name}'")
+        until(page, "document.querySelector('.unit').textContent.includes('It never fires on this text.')")
         page.evaluate("location.hash = 'L9N0'")
-        page.wait_for_function("document.querySelector('.unit').textContent === 'This model has no L9N0.'")
+        until(page, "document.querySelector('.unit').textContent === 'This model has no L9N0.'")
 
 
 def test_units_are_picked_in_the_map_by_mouse_and_by_keys(runs, chromium):
@@ -405,7 +419,7 @@ def test_units_are_picked_in_the_map_by_mouse_and_by_keys(runs, chromium):
         canvas.hover(position={"x": x, "y": y})
         assert page.text_content("#tip").startswith("L1A2: kept ")
         canvas.click(position={"x": x, "y": y})
-        page.wait_for_function("location.hash === '#L1A2' && document.querySelector('.unit h3').textContent === 'L1A2'")
+        until(page, "location.hash === '#L1A2' && document.querySelector('.unit h3').textContent === 'L1A2'")
         page.locator("#theme").focus()
         while page.evaluate("document.activeElement.tagName") != "CANVAS":
             page.keyboard.press("Tab")
@@ -414,10 +428,10 @@ def test_units_are_picked_in_the_map_by_mouse_and_by_keys(runs, chromium):
             page.keyboard.press(key)
             assert page.text_content("#tip").startswith(f"{there}: ")
         page.keyboard.press("Enter")
-        page.wait_for_function("document.querySelector('.unit h3').textContent === 'L1A7'")
+        until(page, "document.querySelector('.unit h3').textContent === 'L1A7'")
         assert page.evaluate("document.activeElement.tagName") == "CANVAS"
         page.go_back()
-        page.wait_for_function("document.querySelector('.unit h3').textContent === 'L1A2'")
+        until(page, "document.querySelector('.unit h3').textContent === 'L1A2'")
 
 
 def test_every_unit_of_large_models_has_its_own_place_in_the_map(runs, chromium):
@@ -448,12 +462,12 @@ def test_search_by_token(runs, chromium):
         first = results.locator("li").first
         assert first.text_content() == "L0N38 of 8 snippets"
         page.keyboard.press("Enter")
-        page.wait_for_function("document.querySelector('.unit h3').textContent === 'L0N3'")
+        until(page, "document.querySelector('.unit h3').textContent === 'L0N3'")
         page.fill("#query", "cat")
         assert "L0N3" in results.locator("ul").last.text_content()
         page.fill("#query", "l1a4")
         page.keyboard.press("Enter")
-        page.wait_for_function("document.querySelector('.unit h3').textContent === 'L1A4'")
+        until(page, "document.querySelector('.unit h3').textContent === 'L1A4'")
         page.fill("#query", "nosuchtoken")
         assert "No token begins like that" in results.text_content()
         page.fill("#query", "")
@@ -484,7 +498,7 @@ def test_a_story_token_by_token(runs, chromium):
         page.locator("#T3").hover()
         assert shown() == expected(3)
         page.locator("#T2").click()
-        page.wait_for_function(f"location.hash === '#S{story}T2'")
+        until(page, f"location.hash === '#S{story}T2'")
         page.locator("#T4").hover()  # held: does not move
         assert shown() == expected(2)
         page.locator("#story-text").focus()
@@ -499,10 +513,10 @@ def test_a_story_token_by_token(runs, chromium):
         name = page.locator(".entry .name").first.text_content()
         assert page.locator("#story-text .also").count() == sum(name in expected(token) for token in range(lengths[story]))
         page.locator(".entry").first.click()
-        page.wait_for_function(f"document.querySelector('.unit h3').textContent === '{name}'")
+        until(page, f"document.querySelector('.unit h3').textContent === '{name}'")
         page.locator("#to-story").click()
         page.locator("#story-after").click()
-        page.wait_for_function(f"document.getElementById('story-choice').value === '{(story + 1) % 8}'")
+        until(page, f"document.getElementById('story-choice').value === '{(story + 1) % 8}'")
 
 
 def luminance(colour):
@@ -555,7 +569,7 @@ def test_a_phone_needs_no_scrolling_sideways(runs, chromium, which):
             page.wait_for_timeout(50)
             assert overflow(page) <= 0
         page.locator("#T1").tap()
-        page.wait_for_function(f"location.hash === '#S{story}T1'")
+        until(page, f"location.hash === '#S{story}T1'")
         page.evaluate("location.hash = 'L0N3'")
         page.fill("#query", "dog")
         page.locator("details summary").last.click()
@@ -570,12 +584,12 @@ def test_two_runs_side_by_side(runs, chromium):
         assert left["y"] == right["y"] and left["x"] + left["width"] < right["x"]
         x, y = page.evaluate("columns[1].map.corner(models[1].number('L1N9')).map((at) => at + 3)")
         page.locator("canvas").last.click(position={"x": x, "y": y})
-        page.wait_for_function("[...document.querySelectorAll('.unit h3')].every((node) => node.textContent === 'L1N9')")
+        until(page, "[...document.querySelectorAll('.unit h3')].every((node) => node.textContent === 'L1N9')")
         assert page.locator(".unit h3").count() == 2
         assert "this model has no gate" in page.locator(".legend").first.text_content()
         assert "Kept by the gate" in page.locator(".legend").last.text_content()
         page.evaluate("location.hash = 'S1T0'")
-        page.wait_for_function("document.querySelectorAll('.layers').length === 2")
+        until(page, "document.querySelectorAll('.layers').length === 2")
         assert "writing most" in page.locator(".layers").first.text_content()
         assert "kept by the gate" in page.locator(".layers").last.text_content()
 
@@ -601,7 +615,7 @@ def test_a_page_of_heads(runs, chromium):
     with opened(chromium, folder / "out" / "heads" / "browse.html", "#L1H1") as page:
         assert page.text_content(".unit h3") == "L1H1" and "head of layer 1" in page.text_content(".unit")
         page.evaluate("location.hash = 'L1A1'")
-        page.wait_for_function("document.querySelector('.unit').textContent === 'This model has no L1A1.'")
+        until(page, "document.querySelector('.unit').textContent === 'This model has no L1A1.'")
 
 
 def make_findings(run, checkpoint):
@@ -640,7 +654,7 @@ def test_what_other_experiments_found_is_shown_if_it_is_of_these_weights(runs, c
         rows = page.locator(".usage tr").all_text_contents()
         assert rows == ["mlp entropyattn dead", "L03.250", "L14.5–"]
         page.evaluate("location.hash = 'L0N4'")
-        page.wait_for_function("document.querySelector('.unit').textContent.includes('it never fires')")
+        until(page, "document.querySelector('.unit').textContent.includes('it never fires')")
     make_findings(run, "of other weights")
     write(run)
     with opened(chromium, run / "browse.html", "#L0N3") as page:

@@ -753,9 +753,9 @@ def test_weights_and_biases_get_the_lines_of_metrics(data, tmp_path, monkeypatch
     logged = []
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(
         init=lambda **about: logged.append(about["config"]["seed"]),
-        log=lambda line, step: logged.append((step, line["val_clean"]))))
+        log=lambda line, step: logged.append((step, line["val_clean"])), finish=lambda: logged.append("finished")))
     out = start(data, tmp_path / "run", wandb=True)
-    assert logged == [1337, *((line["step"], line["val_clean"]) for line in metrics(out))]
+    assert logged == [1337, *((line["step"], line["val_clean"]) for line in metrics(out)), "finished"]
 
 
 # ---- stopped and resumed

@@ -454,8 +454,10 @@ COLUMNS = [  # (heading, row -> text)
 def cells(rows, columns):
     """The table as text, a tuple per line, headings first.
 
-    Missing cells, where the row lacks an entry, print -. Columns of nothing else are left out.
+    Missing cells, where the row lacks an entry or it is None, print -. Columns of nothing else are
+    left out.
     """
+    rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
     shown = []
     for heading, show in columns:
         texts = [heading]

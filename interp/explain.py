@@ -11,8 +11,11 @@ within one story and read alone: a neuron's 20 strongest, of different stories, 
 which all neurons share and whose stories hold none of the 20. An explanation is made of 5 strong
 ones. With it, the activations in 5 other strong and 5 random ones are simulated. The score is the
 Pearson correlation of true and simulated activations, all 640 tokens together; what is undefined is
-null with its reason, never 0. Standard errors are over neurons: that these share the random windows
-is not in them.
+null with its reason, never 0. Half of these windows being strong ones, it is higher than in any
+text; that of the random ones alone stands beside it. Means are over the neurons that have a score:
+those that never fire have none, so compare how many were scored as well. Standard errors are over
+neurons: that these share the random windows, and that another training run has other neurons, is
+not in them.
 
 Explainers: lookup, a table of the mean activation at each kind of token (--lookup corpus: over
 training text; records: over the 5 windows), which knows nothing of context, and openai, a language

@@ -24,6 +24,11 @@ Means are over the neurons with a graph, and over all neurons, where one without
 the paper does not say which. Its graphs have self-loops (--self_loops): a token that needs no
 context points to itself. Entropy and diversity grow with the size of a pool, so of several models
 they are printed for equally many tokens drawn from each pool (their exact expectation).
+Density, too, depends on size: graphs of few nodes are dense. So it tells models apart only beside
+the share of neurons with a graph and the out-degree. Precision, recall and F1 are of text around
+strong moments: in any text, where a neuron is mostly silent, precision is lower. Their means are
+over the neurons that have one; where a trie predicts nothing, recall and F1 are 0 and there is no
+precision.
 
 Shape letters: B prompts or windows of T tokens, U neurons of a block, K snippets of each.
 """
@@ -732,15 +737,8 @@ def is_state(state):
 def by_two_means(name, form=".3f"):
     """A column of a metric: its mean over the neurons with a graph, and over all of them."""
     def show(row):
-        means = [row[f"{name}_mean_non_empty"], row[f"{name}_mean_all"]]
+        means = [row.get(f"{name}_mean_non_empty"), row.get(f"{name}_mean_all")]
         return " / ".join("-" if value is None else format(value, form) for value in means)
-    return show
-
-
-def known(name, form):
-    """A column of a number that may be None."""
-    def show(row):
-        return "-" if row[name] is None else format(row[name], form)
     return show
 
 
@@ -758,17 +756,17 @@ COLUMNS = [  # heading, how to print it; a column that no row has is left out
     ("edges to activating", by_two_means("edges_to_activating", ".2f")),
     ("per activating node", by_two_means("edges_per_activating_node", ".2f")),
     ("out-degree", by_two_means("out_degree")),
-    ("pooled", known("out_degree_pooled", ".3f")),
+    ("pooled", column("out_degree_pooled", ".3f")),
 ]
 TOKEN_COLUMNS = [
     ("run", column("run")),
     ("block", column("layer")),
-    ("entropy", known("entropy", ".2f")),
-    ("diversity", known("diversity", ",.0f")),
+    ("entropy", column("entropy", ".2f")),
+    ("diversity", column("diversity", ",.0f")),
     ("of tokens", column("pool_size", ",")),
-    ("precision", known("precision", ".3f")),
-    ("recall", known("recall", ".3f")),
-    ("F1", known("f1", ".3f")),
+    ("precision", column("precision", ".3f")),
+    ("recall", column("recall", ".3f")),
+    ("F1", column("f1", ".3f")),
     ("seconds", column("seconds", ".0f")),
 ]
 
@@ -954,7 +952,7 @@ def parse_arguments():
     if args.substitutes != "distilbert" and args.fill_mask != parser.get_default("fill_mask"):
         raise UserError("--fill_mask has no effect without --substitutes=distilbert: drop it")
     if args.layer is not None:
-        args.layer = parse_list("--layer", args.layer, int)
+        args.layer = sorted(parse_list("--layer", args.layer, int))
     args.draw = parse_neurons(args.draw) if args.draw is not None else []
     if args.plot is not None:
         check_picture(args.plot)

@@ -33,8 +33,9 @@ the less the longer the text is.
 
 Beside each model stands one of the same geometry with random weights (row "untrained"), since
 random gates, too, choose by what they read. It is what training began with only where a run was
-not given other weights to begin with (init_from), and of one seed, so a single draw. Overlaps of two checkpoints stand beside what two gates that keep units as
-often, but independently, have in common: sum over units of both rates, / k.
+not given other weights to begin with (init_from), and of one seed, so a single draw. Overlaps of
+two checkpoints stand beside what two gates that keep units as often, but independently, have in
+common: sum over units of both rates, / k.
 
 Writes units.json and units.png beside the checkpoint, and units_overlap.json with --against. What
 is there already with the same settings is not made again.

@@ -635,6 +635,12 @@ def test_every_knob_has_an_effect_and_its_place_in_the_settings(run, call, words
     assert essence(run)[1] != before[1]
 
 
+def test_neurons_are_sorted_however_blocks_are_named(run, call):
+    assert call(run, "--device=cpu", "--layer=1,0")[0] is None
+    places = [(one["layer"], one["neuron"]) for one in found_in(run)[1]]
+    assert places == sorted(places) and call(run, "--device=cpu")[0] is None  # the same blocks
+
+
 def test_substitutes_come_from_distilbert(run, call, distilbert):
     words = (run, "--device=cpu", "--substitutes=distilbert", f"--fill_mask={distilbert}")
     message, _ = call(*words[:-1], "--fill_mask=nowhere/at/all")

@@ -208,7 +208,7 @@ def measure(form, config, train_tokens, val_tokens, args):
 def parts(bound):
     """A column of the update at which two orders of summation part by more than this."""
     def show(row):
-        update_number = row[f"parts_{bound}"]
+        update_number = row.get(f"parts_{bound}")  # a table's rows have no None
         return "never" if update_number is None else f"{update_number:,}"
     return show
 

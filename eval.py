@@ -457,11 +457,13 @@ def cells(rows, columns):
     Missing cells, where the row lacks an entry or it is None, print -. Columns of nothing else are
     left out.
     """
-    rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
+    known = []
+    for row in rows:
+        known.append({name: value for name, value in row.items() if value is not None})
     shown = []
     for heading, show in columns:
         texts = [heading]
-        for row in rows:
+        for row in known:
             try:
                 texts.append(show(row))
             except KeyError:  # the baseline has no ablated stream

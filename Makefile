@@ -27,9 +27,9 @@ test-lens: .venv-lens/stamp .venv-saelens/stamp
 	OMP_NUM_THREADS=1 .venv-lens/bin/python -m pytest -q tests/test_lens.py
 	OMP_NUM_THREADS=1 .venv-saelens/bin/python -m pytest -q tests/test_lens.py
 
-.venv-%/stamp: requirements-%.txt requirements-dev.txt requirements-interp.txt requirements.txt
+.venv-%/stamp: tests/requirements-%.txt requirements-dev.txt requirements-interp.txt requirements.txt
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install -q -r requirements-$*.txt
+	.venv-$*/bin/python -m pip install -q -r tests/requirements-$*.txt
 	touch $@
 
 .venv/core.stamp: requirements.txt

@@ -604,7 +604,12 @@ def check_range(args, name, low, high=math.inf):
 
 
 def check_picture(path):
-    """Raises UserError when --plot names a file that cannot be written or is no picture."""
+    """Raises UserError when --plot names a file that cannot be written or is no picture.
+
+    None is no picture.
+    """
+    if path is None:
+        return
     if Path(path).suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--plot={path} must end in .png, .pdf or .svg")
     check_writable(path)
@@ -646,8 +651,7 @@ def parse_arguments():
         raise UserError(f"--temperature={args.temperature} must be at least 1e-06, or 0: greedy")
     if args.json and args.sample is not None:
         raise UserError("--json prints numbers and nothing else: drop --sample")
-    if args.plot is not None:
-        check_picture(args.plot)
+    check_picture(args.plot)
     return args
 
 

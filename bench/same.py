@@ -95,8 +95,8 @@ def loss_and_gradient(model, weights, rows):
 
 
 def train_beside(commit, config, updates, tokens, precision):
-    """Train a model by the first so many updates of a run beside the commit's, print how they differ
-    -> the largest relative difference of gradients."""
+    """Train a model by a run's first updates, so many, beside the commit's; print how they differ.
+    -> the largest relative difference of gradients"""
     dtype = getattr(torch, precision)
     before = build(model_at(commit), config, dtype)
     trained, exact = build(new, config, dtype), build(new, config, torch.float64)

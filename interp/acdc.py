@@ -1120,8 +1120,7 @@ def parse_arguments():
     check_range(args, "count", 1, 10_000)
     check_range(args, "orders", 0, 1000)
     check_range(args, "seed", 0, 2**63 - 1)
-    if args.plot is not None:
-        check_picture(args.plot)
+    check_picture(args.plot)
     return args
 
 

@@ -1135,8 +1135,7 @@ def parse_arguments(argv):
         if getattr(args, name) not in (None, False):
             raise UserError(f"--{name} has no effect without --explainer=openai: add that or "
                             f"drop it")
-    if args.plot is not None:
-        check_picture(args.plot)
+    check_picture(args.plot)
     return args
 
 

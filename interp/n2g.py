@@ -954,8 +954,7 @@ def parse_arguments():
     if args.layer is not None:
         args.layer = sorted(parse_list("--layer", args.layer, int))
     args.draw = parse_neurons(args.draw) if args.draw is not None else []
-    if args.plot is not None:
-        check_picture(args.plot)
+    check_picture(args.plot)
     return args
 
 

@@ -1063,8 +1063,7 @@ def parse_arguments(argv):
     for name in ("features", "plot", "force") if args.places else ():
         if getattr(args, name):
             raise UserError(f"--{name} has no effect with --places: drop it")
-    if args.plot is not None:
-        check_picture(args.plot)
+    check_picture(args.plot)
     return args
 
 

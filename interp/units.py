@@ -474,8 +474,7 @@ def parse_arguments():
     args = parser.parse_args()
     check_range(args, "windows", 1, 2**63 - 1)
     check_range(args, "seed", 0, 2**63 - 1)
-    if args.plot is not None:
-        check_picture(args.plot)
+    check_picture(args.plot)
     return args
 
 

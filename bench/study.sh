@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The runs behind "What interpretability costs" in RESULTS.md: every recipe with three seeds, one
-# thread a run. A word goes on where it was stopped; the first two may run at the same time:
+# thread a run. A word goes on where it was stopped; "toy" may run beside the two above it:
 #
 #     bash bench/study.sh stories      real stories (data/tinystories_words, see RESULTS.md)
+#     bash bench/study.sh tuned        baselines of "stories" fine-tuned; as long from scratch
 #     bash bench/study.sh toy          toy stories, on which the models learn to copy names
 #     bash bench/study.sh geometry     real stories, the paper's geometry, one seed
 #     bash bench/study.sh measure      their circuits, autoencoders and tables, when they are there
@@ -20,23 +21,36 @@ sweep() {  # FOLDER CONFIG... --knob=value...: config/CONFIG.py with each of the
 }
 
 RAMP="--ramp_start=0.3 --ramp_end=0.8"
+STORIES="--data=data/tinystories_words --n_layer=4 --n_head=4 --n_embd=64 --block_size=128
+    --batch_size=8"
+LONG="$STORIES --learning_rate=2e-3 --warmup_iters=50 --eval_interval=250"
 
 case ${1:-} in
 stories)
-    SIZE="--data=data/tinystories_words --n_layer=4 --n_head=4 --n_embd=64 --block_size=128
-        --batch_size=8 --learning_rate=2e-3 --warmup_iters=50 --eval_interval=250"
-    FULL="$SIZE --max_iters=1500"
+    FULL="$LONG --max_iters=1500"
     sweep out/stories/plain baseline $FULL
     sweep out/stories/constant_ramp local_k2 global_k2 $FULL --gate=constant $RAMP
     sweep out/stories/paper local_k2 global_k2 $FULL
     sweep out/stories/constant local_k2 global_k2 $FULL --gate=constant
     sweep out/stories/paper_ramp local_k2 global_k2 $FULL $RAMP
-    HALF="$SIZE --max_iters=750"
+    HALF="$LONG --max_iters=750"
     sweep out/stories/half/plain baseline $HALF
     sweep out/stories/half/constant_ramp local_k2 $HALF --gate=constant $RAMP
     sweep out/stories/half/paper local_k2 $HALF
     sweep out/stories/constant_ramp local_k8 global_k8 $FULL --gate=constant $RAMP
     sweep out/stories/sigmoid_ramp local_k2 $FULL --gate=sigmoid $RAMP
+    ;;
+tuned)  # 375 updates from the baselines' 1,500, against 1,875 from scratch
+    FROM="$STORIES --init_from=out/stories/plain/baseline_seed{seed} --max_iters=375
+        --warmup_iters=25 --eval_interval=125"
+    TUNED="$FROM --gate=constant --learning_rate=4e-3 --ramp_end=0.5"
+    sweep out/stories/tuned local_k2 global_k2 $TUNED
+    sweep out/stories/tuned/annealed local_k2 $TUNED --anneal_end=0.5
+    sweep out/stories/tuned/gates local_k2 $FROM --gate=constant --learning_rate=5e-2 --freeze=base
+    sweep out/stories/tuned baseline $FROM --learning_rate=4e-3
+    LONGER="$LONG --max_iters=1875"
+    sweep out/stories/longer baseline $LONGER
+    sweep out/stories/longer local_k2 global_k2 $LONGER --gate=constant $RAMP
     ;;
 toy)
     SIZE="--data=data/toy --n_layer=2 --n_head=4 --n_embd=64 --block_size=64 --batch_size=12
@@ -83,7 +97,7 @@ neurons)
     $PYTHON interp/table2.py $RUNS
     ;;
 *)
-    echo "usage: bash bench/study.sh stories|toy|geometry|measure|neurons" >&2
+    echo "usage: bash bench/study.sh stories|tuned|toy|geometry|measure|neurons" >&2
     exit 1
     ;;
 esac

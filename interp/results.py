@@ -120,9 +120,13 @@ def is_of(result, model):
 
 
 def read_json(path):
-    """What a file holds; None where there is none, or no JSON in it."""
+    """What a file holds; None where there is none, or no JSON in it, which has no NaN."""
+
+    def refuse(word):
+        raise ValueError(word)
+
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
     except (OSError, ValueError, RecursionError):
         return None
 

@@ -194,7 +194,7 @@ HEAD = {"run": "r", "checkpoint": "c", "step": 1, "settings": {}, "command": "c"
 @pytest.mark.parametrize("text", [
     "", "{", "[]", "{}", "null", '"text"', "[" * 100_000, "9" * 6000, "\xff", json.dumps(HEAD)[:-9],
     *(json.dumps({key: value for key, value in HEAD.items() if key != name}) for name in HEAD),
-    json.dumps({**HEAD, "checkpoint": 1}), json.dumps({**HEAD, "settings": []})], ids=lambda text: text[:20])
+    json.dumps({**HEAD, "checkpoint": 1}), json.dumps({**HEAD, "found": float("nan")}), json.dumps({**HEAD, "settings": []})], ids=lambda text: text[:20])
 def test_a_damaged_result_is_refused_and_can_be_replaced(run, text):
     (run / "toy.json").write_text(text, encoding="latin1")
     with pytest.raises(UserError, match="toy.json is damaged: delete it, and make it again"):

@@ -787,7 +787,8 @@ def main():
     if "RANK" in os.environ:
         # One of several processes ends without Python's farewell: a thread of gloo that lets go of
         # its last tensor meanwhile needs the interpreter, which kills it, and C++ then the process
-        # ("terminate called without an active exception", seen with torch 2.13).
+        # ("terminate called without an active exception", seen with torch 2.13; see pytorch pull
+        # request 179291).
         print(end="", flush=True)
         os._exit(0)
 

@@ -3,7 +3,7 @@
 # thread a run. A word goes on where it was stopped; "toy" may run beside the two above it:
 #
 #     bash bench/study.sh stories      real stories (data/tinystories_words, see RESULTS.md)
-#     bash bench/study.sh tuned        baselines fine-tuned, and the same from scratch
+#     bash bench/study.sh tuned        baselines of "stories" fine-tuned, and the same from scratch
 #     bash bench/study.sh toy          toy stories, on which the models learn to copy names
 #     bash bench/study.sh geometry     real stories, the paper's geometry, one seed
 #     bash bench/study.sh measure      their circuits, autoencoders and tables, when they are there
@@ -40,19 +40,18 @@ stories)
     sweep out/stories/constant_ramp local_k8 global_k8 $FULL --gate=constant $RAMP
     sweep out/stories/sigmoid_ramp local_k2 $FULL --gate=sigmoid $RAMP
     ;;
-tuned)  # baselines of 1,500 updates and 375 more, against 1,875 from scratch
-    SCRATCH="$STORIES --learning_rate=4e-3 --warmup_iters=50 --eval_interval=250"
-    FROM="$STORIES --init_from=out/tuned/base/baseline_seed{seed} --max_iters=375
-        --learning_rate=4e-3 --warmup_iters=25 --eval_interval=125"
+tuned)  # 375 updates from the baselines' 1,500, against 1,875 from scratch
+    FROM="$STORIES --init_from=out/stories/plain/baseline_seed{seed} --max_iters=375
+        --learning_rate=2e-3 --warmup_iters=25 --eval_interval=125"
     OURS="--gate=constant --ramp_end=0.5"
-    sweep out/tuned/base baseline $SCRATCH --max_iters=1500
     sweep out/tuned/whole local_k2 $FROM $OURS
     sweep out/tuned/annealed local_k2 $FROM $OURS --anneal_end=0.5
-    sweep out/tuned/gates local_k2 $FROM --gate=constant --freeze=base --gate_lr_multiplier=12.5
+    sweep out/tuned/gates local_k2 $FROM --gate=constant --freeze=base --gate_lr_multiplier=25
     sweep out/tuned/plain baseline $FROM
-    sweep out/tuned/scratch local_k2 $SCRATCH --max_iters=1875 --gate=constant $RAMP
-    sweep out/tuned/scratch baseline $SCRATCH --max_iters=1875
+    sweep out/tuned/scratch local_k2 $LONG --max_iters=1875 --gate=constant $RAMP
+    sweep out/tuned/scratch baseline $LONG --max_iters=1875
     sweep out/tuned/whole global_k2 $FROM $OURS
+    sweep out/tuned/scratch global_k2 $LONG --max_iters=1875 --gate=constant $RAMP
     ;;
 toy)
     SIZE="--data=data/toy --n_layer=2 --n_head=4 --n_embd=64 --block_size=64 --batch_size=12

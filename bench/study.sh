@@ -50,8 +50,6 @@ tuned)  # 375 updates from the baselines' 1,500, against 1,875 from scratch
     sweep out/tuned/plain baseline $FROM
     sweep out/tuned/scratch local_k2 $LONG --max_iters=1875 --gate=constant $RAMP
     sweep out/tuned/scratch baseline $LONG --max_iters=1875
-    sweep out/tuned/whole global_k2 $FROM $OURS
-    sweep out/tuned/scratch global_k2 $LONG --max_iters=1875 --gate=constant $RAMP
     ;;
 toy)
     SIZE="--data=data/toy --n_layer=2 --n_head=4 --n_embd=64 --block_size=64 --batch_size=12
@@ -88,8 +86,10 @@ measure)
     $PYTHON interp/sae.py out/toy/*/*_seed? $SAE
     $PYTHON interp/table1.py out/toy/*/*_seed?
     $PYTHON interp/sae.py out/stories/{paper,constant,constant_ramp}/*_k2_seed? \
-        out/stories/plain/*_seed? $SAE --layer 1 --site mlp_out,resid
+        out/stories/plain/*_seed? $SAE --layer 1,0,2,3 --site mlp_out,resid
+    $PYTHON interp/sae.py out/tuned/{whole,plain,scratch}/*_seed? $SAE --layer 1 --site mlp_out,resid
     $PYTHON eval.py out/stories/*/*_seed? --over_seeds
+    $PYTHON eval.py out/tuned/*/*_seed? --over_seeds
     $PYTHON eval.py out/stories/half/*/*_seed? --over_seeds
     ;;
 neurons)

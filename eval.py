@@ -419,7 +419,7 @@ def name_recipes(rows, configs):
     """
     defaults = {name: field.default for name, field in knobs.FIELDS.items()}
     told = ("ablation", "k_attn", "k_mlp", "attn_unit", "gate", "ramp_start", "ramp_end",
-            "seed")  # or not to be told
+            "seed", "eval_interval", "eval_windows")  # or not to be told
     differing = []
     for name in knobs.decisive(defaults):
         values = {config[name] for config in configs}

@@ -39,10 +39,10 @@ class GPTNeoConfig:
 
     vocab_size: int = 50257  # comes with the data; GPT-2's
     block_size: int = 256  # context: the longest sequence, in tokens
-    n_layer: int = 8
-    n_head: int = 16
-    n_embd: int = 128
-    attention_layers: str = "global"  # or "local", or a pattern to repeat, such as "global,local"
+    n_layer: int = 8  # blocks
+    n_head: int = 16  # in each
+    n_embd: int = 128  # width of the residual stream
+    attention_layers: str = "global"  # global, local, or a pattern to repeat: global,local
     window_size: int = 256  # tokens that a local layer sees, the current one included
     # local: gates in every block read its clean input; global: one pair, after the clean pass
     ablation: Literal["none", "local", "global"] = "local"  # none: plain GPT-Neo, the baseline
@@ -53,7 +53,7 @@ class GPTNeoConfig:
     k_mlp: int = 2  # MLP neurons kept per token and layer
     embd_std: float = 0.02  # token embeddings begin as N(0, embd_std); GPT-Neo's
     clean_coeff: float = 1.0  # loss = clean_coeff * clean + ablated_coeff * ablated cross-entropy
-    ablated_coeff: float = 1.0
+    ablated_coeff: float = 1.0  # see clean_coeff
 
     def __post_init__(self):
         for field in fields(self):  # those of a class that inherits these included

@@ -205,7 +205,8 @@ def batch_at(tokens, step, config, rank=0, world=1, device="cpu"):
 
 def take_weights(model, config):
     """Give a new model the weights that config.init_from names: those of the clean stream, and of
-    gates that fit. Raises UserError where the knobs or the data are of another model."""
+    gates that fit. -> what they were, in words. Raises UserError where the knobs or the data are of
+    another model."""
     source = config.init_from
     if source.endswith(".pt") or os.path.isfile(os.path.join(source, "best.pt")):
         checkpoint = load_checkpoint(source)
@@ -227,17 +228,18 @@ def take_weights(model, config):
         wanted["window_size"] = theirs.window_size
     changes = [f"--{name}={value}" for name, value in wanted.items()
                if getattr(config, name) != value]
+    if config.block_size > theirs.block_size:  # it has positions for fewer tokens
+        changes.append(f"--block_size={theirs.block_size}")
     if changes:
         raise UserError(f"{source} has another geometry: add {' '.join(changes)}")
-    if config.block_size > theirs.block_size:
-        raise UserError(f"{source} has positions for {theirs.block_size} tokens: lower "
-                        f"--block_size={config.block_size}")
     positions = "transformer.wpe.weight"
     weights[positions] = weights[positions][: config.block_size]
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
     fitting = {name: weight for name, weight in weights.items()
                if shapes.get(name) == weight.shape}  # all but gates of another kind
     model.load_state_dict(fitting, strict=False)
+    gates = any("_gate." in name for name in fitting)
+    return f"the weights of {source}, {'its gates' if gates else 'new gates'}"
 
 
 # -------------------------------------------------------------------------------------- optimizer
@@ -249,13 +251,16 @@ def set_learning_rate(optimizer, rate):
 
 
 def first_model(config):
-    """The model that a run begins with, on the CPU: so every device starts from the same."""
+    """The model that a run begins with, and what it is in words. On the CPU: so every device starts
+    from the same."""
     torch.manual_seed(config.seed)
-    model = GPTNeo(config.model)
-    if config.init_from and not config.resume:
-        take_weights(model, config)
+    model, origin = GPTNeo(config.model), "new weights"
+    if config.resume:
+        origin = f"goes on from {config.out}"
+    elif config.init_from:
+        origin = take_weights(model, config)
     freeze(model, config)
-    return model
+    return model, origin
 
 
 def freeze(model, config):
@@ -455,6 +460,8 @@ def speed_line(progress, config, means, speed, updates):
     text = streams_text(clean, ablated if known else None)
     tokens = (config.max_iters - progress.step) * config.batch_size * config.block_size
     minutes, seconds = divmod(round(tokens / speed), 60)
+    if config.anneal_end:  # validation has the k that it falls to
+        text += " | k {}, {}".format(*config.at(progress.step).k)
     return (f"step {progress.step:,}: {text} | grad norm {norm:.2f} | "
             f"lr {config.at(progress.step).learning_rate:.2e} | {speed:,.0f} tokens/s | "
             f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left")
@@ -673,7 +680,7 @@ def train(config):
 
     # ---- model
     folder = RunFolder(config, meta, machine)
-    model = first_model(config)
+    model, origin = first_model(config)
     parameters = sum(p.numel() for p in model.parameters())
 
     with folder:
@@ -702,7 +709,7 @@ def train(config):
         # ---- the first lines
         folder.write_metrics(progress)  # a killed run may have written one line more
         machine.say(json.dumps(dataclasses.asdict(config)))
-        machine.say(f"{config.ablation} ablation, {parameters:,} parameters | "
+        machine.say(f"{config.ablation} ablation, {parameters:,} parameters, {origin} | "
                     f"{meta['train']['tokens']:,} training tokens, vocabulary "
                     f"{meta['vocab_size']:,} | {world} x {device}"
                     f"{' sharded' if config.fsdp else ''}, "
@@ -715,6 +722,9 @@ def train(config):
         # ---- the loop: max_iters updates; evaluations before the first, after the last, between
         stop = knobs.StopRequest(patient=world > 1)
         meter = Meter(config, machine)
+        if progress.evaluated == config.max_iters:
+            machine.say(f"this run was finished at step {progress.step:,}: a longer one begins anew, "
+                        f"or with its weights: --init_from={config.out} and another --out")
         while True:
             due = progress.step % config.eval_interval == 0 or progress.step == config.max_iters
             if due and progress.step > progress.evaluated:

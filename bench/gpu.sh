@@ -17,6 +17,10 @@ if [ -e "$OUT/local_k2" ]; then
     echo "error: $OUT holds results already: name another folder with OUT=" >&2
     exit 1
 fi
+if [ "$device" = cuda ] && ! $PYTHON -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then
+    echo "error: $PYTHON finds no torch or no GPU here: bash bench/gpu.sh --device cpu" >&2
+    exit 1
+fi
 mkdir -p "$OUT" || exit 1
 failed=0
 

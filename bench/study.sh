@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind "What interpretability costs" in RESULTS.md: every recipe with three seeds, one
-# thread a run. A word goes on where it was stopped; "toy" may run beside the two above it:
+# thread a run: hours. A word goes on where it was stopped; "toy" may run beside the two above it:
 #
 #     bash bench/study.sh stories      real stories (data/tinystories_words, see RESULTS.md)
 #     bash bench/study.sh tuned        baselines of "stories" fine-tuned, and the same from scratch
@@ -9,6 +9,7 @@
 #     bash bench/study.sh measure      their circuits, autoencoders and tables, when they are there
 #     bash bench/study.sh neurons      graphs, explanations and use of units of those on real stories
 set -eu
+cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 PYTHON=${PYTHON:-python}
 

@@ -130,7 +130,7 @@ class Run:
     def __init__(self, form, config, precision):
         self.config, self.gate = config, make_gate(form)
         self.dtype = getattr(torch, precision)
-        self.model = first_model(config).to(self.dtype)
+        self.model = first_model(config)[0].to(self.dtype)
         self.optimizer = make_optimizer(self.model, config, CPU.device)
         self.squares = {}  # name of a gate's parameter: squared norm of its gradient
         for name, parameter in self.model.named_parameters():

@@ -22,6 +22,7 @@ import re
 import runpy
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -60,7 +61,7 @@ class Config(GPTNeoConfig):
     ramp_start: float = 0.0  # share of the run; while the coefficient is 0 no gate is computed
     ramp_end: float = 0.0  # share of the run; 0: whole from the first update on, the paper
     # k_attn and k_mlp fall from all units but one, at ramp_start, to their values at anneal_end
-    anneal_end: float = 0.0  # share of the run; 0: they are what they are, the paper
+    anneal_end: float = 0.0  # share of the run; 0: k does not change, the paper
     freeze: Literal["none", "base"] = "none"  # base: train the gates alone
     learning_rate: float = 1.4e-3  # at the top of the cosine
     gate_lr_multiplier: float = 1.0  # the learning rate of the gates is so many times that
@@ -111,8 +112,9 @@ class Config(GPTNeoConfig):
         trains_clean = self.clean_coeff > 0 and self.freeze == "none"
         if not trains_clean and self.at(0).ablated_coeff == 0:
             without = "freeze=base" if self.freeze == "base" else "clean_coeff=0"
-            raise UserError(f"{without} and no ablated stream with a coefficient above 0: "
-                            f"such a run would train nothing, or nothing at first")
+            advice = ": add --ramp_start=0 --ramp_end=0" if self.ramp_end else ""
+            raise UserError(f"{without} and no ablated loss in the first update: such a run would "
+                            f"train nothing, or nothing at first{advice}")
 
     def at(self, step):
         """What changes along the run, at an update, counted from 0: -> Now.
@@ -297,8 +299,8 @@ def device_memory(device):
 class StopRequest:
     """Ctrl-C and SIGTERM raise a flag, so that nothing is cut in half: `if stop.requested: ...`.
 
-    A second signal kills at once, unless patient: of several processes, torchrun may pass on
-    a signal that has come to each of them already.
+    A second signal kills at once, which the first one says, unless patient: of several processes,
+    torchrun may pass on a signal that has come to each of them already.
     """
 
     def __init__(self, patient=False):
@@ -310,6 +312,8 @@ class StopRequest:
         self.requested = True
         if not self.patient:
             signal.signal(number, signal.SIG_DFL)
+            with suppress(OSError):  # print may be at work already
+                os.write(2, b"\nstopping where it can go on; once more: at once\n")
 
 
 def plainly(error):

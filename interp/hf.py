@@ -213,8 +213,9 @@ def check_vocabulary(folder, data):
         del ours[EOT]  # where that is, differs between versions of a file
         same = all(known.get(token) == rank for token, rank in ours.items())
     if not same:
-        raise UserError(f"{folder} has a vocabulary of {size:,} tokens and {data} another one, of "
-                        f"{meta['vocab_size']:,}: give data that are made with its tokens")
+        raise UserError(f"{folder} has a vocabulary of {size:,} tokens and {data} one of "
+                        f"{meta['vocab_size']:,}, which is another: give data that are made with "
+                        f"its tokens")
 
 
 # -------------------------------------------------------------------------------------- reading
@@ -249,6 +250,9 @@ def read_hf_config(folder):
     Where config.json is silent, GPT-Neo's own defaults hold, those of its 1.3B.
     """
     path = Path(folder) / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder} is no folder of Hugging Face's, which has a config.json, and no "
+                        f"run to begin with, which has a best.pt")
     found = {"vocab_size": 50257, "max_position_embeddings": 2048, "hidden_size": 2048,
              "num_layers": 24, "num_heads": 16, "window_size": 256,
              "attention_types": [[["global", "local"], 12]], "intermediate_size": None,

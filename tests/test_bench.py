@@ -343,10 +343,17 @@ def test_the_gpu_script_runs_every_part_and_goes_on_after_a_failure(tmp_path, de
     ended = gpu("--device", device)
     assert ended.returncode == 1 and "!!! check: exit code 3" in ended.stdout
     calls = (tmp_path / "calls").read_text().splitlines()
+    if device == "cuda":  # is there one?
+        assert "is_available" in calls.pop(0)
     assert [re.search(r"(\w+\.py)", call)[1] for call in calls] == [
         "prepare.py", "check.py", "speed.py", "speed.py", "train.py", "eval.py", "train.py", "train.py",
         "alternatives.py", "alternatives.py"]
     assert all(f"--device={device}" in call for call in calls[1:])
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "none").mkdir()
+    environment["OUT"] = str(tmp_path / "none")
+    assert "finds no torch or no GPU here" in gpu().stderr and not list((tmp_path / "none").iterdir())
+    environment["OUT"] = str(out)
     (out / "local_k2").mkdir()
     again = gpu()
     assert again.returncode == 1 and "OUT=" in again.stderr  # results are never overwritten

@@ -327,7 +327,8 @@ def test_a_request_to_stop_is_a_flag_and_a_second_one_kills(patient):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
             print(stop.requested, flush=True)
-    expected = (0, b"True\nTrue\n", "") if patient else (-signal.SIGTERM, b"True\n", "")
+    told = "\nstopping where it can go on; once more: at once\n"
+    expected = (0, b"True\nTrue\n", "") if patient else (-signal.SIGTERM, b"True\n", told)
     assert ended(main) == expected
 
 

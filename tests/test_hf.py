@@ -284,7 +284,7 @@ def test_the_vocabulary_is_looked_at(data, tmp_path):
         (folder / name).write_text(json.dumps(known))
         hf.check_vocabulary(folder, data)
         (folder / name).write_text(json.dumps(known).replace("word7", "other"))
-        with pytest.raises(UserError, match="has a vocabulary of 300 tokens and .*data another one"):
+        with pytest.raises(UserError, match="has a vocabulary of 300 tokens and .*data one of 300, which is another"):
             hf.check_vocabulary(folder, data)
         (folder / name).unlink()
 

@@ -238,8 +238,11 @@ def take_weights(model, config):
     fitting = {name: weight for name, weight in weights.items()
                if shapes.get(name) == weight.shape}  # all but gates of another kind
     model.load_state_dict(fitting, strict=False)
-    gates = any("_gate." in name for name in fitting)
-    return f"the weights of {source}, {'its gates' if gates else 'new gates'}"
+    gates = [name in fitting for name in shapes if "_gate." in name]
+    if not gates:
+        return f"the weights of {source}"
+    share = "its" if all(gates) else "some of its" if any(gates) else "new"
+    return f"the weights of {source}, {share} gates"
 
 
 # -------------------------------------------------------------------------------------- optimizer

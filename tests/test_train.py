@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -544,11 +545,13 @@ def test_k_falls_from_all_units_but_one_in_equal_factors(data, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("ablation", ["local", "global"])
-def test_updates_have_their_own_k_and_evaluations_the_last_one(data, tmp_path, monkeypatch, ablation):
+def test_updates_have_their_own_k_and_evaluations_the_last_one(data, tmp_path, monkeypatch, capsys, ablation):
     seen, gate = {True: [], False: []}, model_file.gate
     monkeypatch.setattr(model_file, "gate", lambda scores, k, form: (
         seen[torch.is_grad_enabled()].append(k), gate(scores, k, form))[1])
     start(data, tmp_path / "run", ablation=ablation, anneal_end=0.5, n_layer=1)
+    spoken = [line for line in capsys.readouterr().out.splitlines() if "grad norm" in line]
+    assert spoken and all(re.search(r" \| k \d+, \d+ \| grad norm", line) for line in spoken)
     config = configured(ablation=ablation, anneal_end=0.5)
     assert seen[True] == [k for step in range(12) for k in config.at(step).k]
     assert set(seen[False]) == {2}
@@ -596,13 +599,17 @@ def first_weights(data, out, **changes):
     return load_checkpoint(start(data, out, max_iters=1, learning_rate=0, **changes) / "last.pt")["model"]
 
 
-def test_a_run_begins_with_another_one_and_gates_that_fit(data, tmp_path):
+def test_a_run_begins_with_another_one_and_gates_that_fit(data, tmp_path, capsys):
     source = start(data, tmp_path / "source", ablation="local")
     theirs, fresh = load_checkpoint(source / "best.pt")["model"], model_of(configured(), seed=7).state_dict()
-    for number, (changes, kept) in enumerate([
-            ({"ablation": "none"}, False), ({"ablation": "local", "k_attn": 8, "k_mlp": 8, "gate": "constant"}, True),
-            ({"ablation": "global"}, False), ({"ablation": "local", "attn_unit": "head", "k_attn": 1}, False)]):
+    assert "parameters, new weights |" in capsys.readouterr().out
+    for number, (changes, kept, told) in enumerate([
+            ({"ablation": "none"}, False, ""),
+            ({"ablation": "local", "k_attn": 8, "k_mlp": 8, "gate": "constant"}, True, ", its gates"),
+            ({"ablation": "global"}, False, ", new gates"),
+            ({"ablation": "local", "attn_unit": "head", "k_attn": 1}, False, ", some of its gates")]):
         ours = first_weights(data, tmp_path / str(number), init_from=source, seed=7, **changes)
+        assert f"parameters, the weights of {source}{told} |" in capsys.readouterr().out
         for name, weight in ours.items():
             if "_gate." not in name or kept:
                 assert torch.equal(weight, theirs[name]), name
@@ -794,9 +801,11 @@ def test_a_run_stopped_after_every_update_equals_the_uninterrupted_one(data, tmp
     assert_same_run(out, undisturbed)
 
 
-def test_resuming_a_finished_run_changes_nothing(data, tmp_path, whole):
+def test_resuming_a_finished_run_changes_nothing(data, tmp_path, whole, capsys):
     out = shutil.copytree(whole, tmp_path / "run")
     start(data, out, resume=True)
+    said = capsys.readouterr().out
+    assert f"goes on from {out} |" in said and f"this run was finished at step {TINY['max_iters']}: " in said
     assert_same_run(out, whole)
 
 

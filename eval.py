@@ -315,14 +315,18 @@ AVERAGED = (
 
 
 def trained_with(run):
-    """{knob: value} of a run; those that it is too old to know had the effect of their default."""
-    return {name: field.default for name, field in knobs.FIELDS.items()} | run.train_config
+    """{knob: value} of a run; those that it is too old to know had the effect of their default.
+
+    The run's own seed in init_from is written {seed}, as bench/sweep.py takes it.
+    """
+    values = {name: field.default for name, field in knobs.FIELDS.items()} | run.train_config
+    own = rf"seed{values['seed']}(?!\d)"
+    return values | {"init_from": re.sub(own, "seed{seed}", values["init_from"])}
 
 
 def group_seeds(tasks):
     """Lists of places in tasks, of the runs that are the same but for seed and machine.
 
-    The same, too, are runs that began with others whose names have their seeds: base_seed1, ...
     Raises UserError where a seed comes twice.
     """
     groups = {}  # what the runs have in common, as text -> {seed: place}
@@ -330,7 +334,6 @@ def group_seeds(tasks):
         run = task.run
         values = knobs.decisive(trained_with(run))
         seed = values.pop("seed")
-        values["init_from"] = re.sub(rf"seed{seed}(?!\d)", "seed", values["init_from"])
         common = [values, run.data_checksum, task.meta["checksum"]]
         group = groups.setdefault(json.dumps(common, sort_keys=True), {})
         if seed in group:

@@ -251,6 +251,7 @@ def test_over_seeds_joins_what_differs_in_seed_and_machine_only(run, call):
                         "--over_seeds", "--json", "--data", run.parents[1] / "data")
     assert message is None
     assert [[one["run"] for one in row["rows"]] for row in json.loads(out)] == [list(map(str, group)) for group in groups]
+    assert "init_from out/base_seed{seed}" in json.loads(out)[4]["recipe"]
 
 
 def test_a_run_is_measured_on_the_data_it_was_trained_on(run, call, tmp_path, monkeypatch):

@@ -68,11 +68,12 @@ toy)
     sweep out/toy/ramp_to_0.1 local_k2 $OURS $RAMP --ablated_coeff=0.1
     sweep out/toy/constant_ramp local_k8 global_k8 $OURS $RAMP
     sweep out/toy/paper local_k8 global_k8 $SIZE
-    sweep out/toy/tuned local_k2 $OURS --init_from=out/toy/plain/baseline_seed{seed} \
-        --max_iters=1100 --ramp_end=0.5
-    SEEDS=4,5,6,7,8,9  # how many edges: what three seeds left open
+    SEEDS=1,2,3,4,5,6,7,8,9  # how many edges: what three seeds left open
     sweep out/toy/plain baseline $SIZE
     sweep out/toy/constant_ramp local_k2 $OURS $RAMP
+    FROM="--init_from=out/toy/plain/baseline_seed{seed} --max_iters=1100"
+    sweep out/toy/tuned local_k2 $OURS $FROM --ramp_end=0.5
+    sweep out/toy/on baseline $SIZE $FROM
     ;;
 geometry)
     SEEDS=1

@@ -238,11 +238,13 @@ def take_weights(model, config):
     fitting = {name: weight for name, weight in weights.items()
                if shapes.get(name) == weight.shape}  # all but gates of another kind
     model.load_state_dict(fitting, strict=False)
-    gates = [name in fitting for name in shapes if "_gate." in name]
+    origin, gates = f"the weights of {source}", [name for name in shapes if "_gate." in name]
+    kept = [name for name in gates if name in fitting]
     if not gates:
-        return f"the weights of {source}"
-    share = "its" if all(gates) else "some of its" if any(gates) else "new"
-    return f"the weights of {source}, {share} gates"
+        return origin
+    if not kept:
+        return f"{origin}, new gates"
+    return f"{origin}, {'its' if kept == gates else 'some of its'} gates"
 
 
 # -------------------------------------------------------------------------------------- optimizer
@@ -726,8 +728,8 @@ def train(config):
         stop = knobs.StopRequest(patient=world > 1)
         meter = Meter(config, machine)
         if progress.evaluated == config.max_iters:
-            machine.say(f"this run was finished at step {progress.step:,}: a longer one begins anew, "
-                        f"or with its weights: --init_from={config.out} and another --out")
+            machine.say(f"this run was finished at step {progress.step:,}: a longer one begins "
+                        f"anew, or with its weights: --init_from={config.out} and another --out")
         while True:
             due = progress.step % config.eval_interval == 0 or progress.step == config.max_iters
             if due and progress.step > progress.evaluated:

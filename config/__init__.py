@@ -112,7 +112,8 @@ class Config(GPTNeoConfig):
         trains_clean = self.clean_coeff > 0 and self.freeze == "none"
         if not trains_clean and self.at(0).ablated_coeff == 0:
             without = "freeze=base" if self.freeze == "base" else "clean_coeff=0"
-            advice = ": add --ramp_start=0 --ramp_end=0" if self.ramp_end else ""
+            ramps = self.ablation != "none" and self.ramp_end > 0
+            advice = ": add --ramp_start=0 --ramp_end=0" if ramps else ""
             raise UserError(f"{without} and no ablated loss in the first update: such a run would "
                             f"train nothing, or nothing at first{advice}")
 

@@ -18,6 +18,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,13 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import config as knobs
 from model import GPTNeo, load_checkpoint, replace_file, save_checkpoint
-from prepare import UserError, load_meta, load_tokenizer, load_tokens
+from prepare import UserError, load_meta, load_tokens
 
 # ---------------------------------------------------------------------------------------- machine
 
 
-@dataclass
-class Machine:
+class Machine(NamedTuple):
     """What this process computes on, and which one it is of all that train together."""
 
     rank: int
@@ -45,13 +45,9 @@ class Machine:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
-    def say(self, text):
-        if self.rank == 0:
-            print(text, flush=True)  # flushed: a log file is read while it grows
-
     def total(self, tensor):
         """A tensor summed over all processes, the same on each: float64, on the CPU."""
-        tensor = tensor.detach().cpu().double()
+        tensor = tensor.cpu().double()
         if self.world > 1:
             tensor = tensor.to(self.device)
             dist.all_reduce(tensor)
@@ -64,26 +60,23 @@ def find_machine(config):
     if config.batch_size % (world * config.grad_accum):
         raise UserError(f"batch_size={config.batch_size} must be a multiple of "
                         f"processes x grad_accum = {world} x {config.grad_accum}")
-    device = knobs.pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
-    cuda, bfloat16 = device.type == "cuda", config.dtype == "bfloat16"
-    if cuda:
-        torch.cuda.set_device(device)  # before nccl looks
-        # before Ampere, GPUs emulate bfloat16, slower than fp32
-        bfloat16 |= config.dtype == "auto" and torch.cuda.get_device_capability() >= (8, 0)
-        if bfloat16:  # TF32 for what stays fp32, the gates: their inputs carry bf16's noise anyway
-            torch.set_float32_matmul_precision("high")
-    # A CUDA graph keeps gradients in memory that its next run overwrites: they cannot be summed.
+    # A CUDA graph's gradients lie in memory that its next run overwrites: they cannot be summed.
     # With several processes it has never been run.
     graphs = world == 1 and config.grad_accum == 1
-    mode = {"False": None, "True": "default"}.get(config.compile, config.compile)
-    if mode == "auto":
-        mode = "default" if cuda else None
-        if cuda and graphs:
-            mode = "reduce-overhead"
-    elif mode == "reduce-overhead" and not graphs:
+    if config.compile == "reduce-overhead" and not graphs:
         raise UserError("--compile=reduce-overhead needs one process and --grad_accum=1: "
                         "take --compile=True")
-    return Machine(rank, world, device, bfloat16, mode)
+    device = knobs.pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    bfloat16, auto_mode = config.dtype == "bfloat16", None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before nccl looks
+        auto_mode = "reduce-overhead" if graphs else "default"
+        if config.dtype == "auto":  # GPUs before Ampere emulate bfloat16, slower than fp32
+            bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
+        if bfloat16:  # TF32 for the gates, which stay fp32: their inputs have bf16's noise anyway
+            torch.set_float32_matmul_precision("high")
+    modes = {"auto": auto_mode, "False": None, "True": "default"}
+    return Machine(rank, world, device, bfloat16, modes.get(config.compile, config.compile))
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -126,53 +119,36 @@ def batch_at(tokens, step, config, rank=0, world=1, device="cpu"):
 
 
 def build_model(config, meta):
-    """The model that a new run begins with, on the CPU so that every device starts from the same
-    weights, and where they come from, in words. Raises UserError."""
+    """The model that a new run begins with, and where its weights come from, in words. It is on the
+    CPU, so that every device starts from the same weights. Raises UserError."""
     torch.manual_seed(config.seed)
     model, source = GPTNeo(config.model), config.init_from
     if not source:
         return model, "new weights"
+    tokenizer = meta["tokenizer"]
     if source.endswith(".pt") or Path(source, "best.pt").is_file():
         checkpoint = load_checkpoint(source)
-        theirs = GPTNeo.from_checkpoint(checkpoint)
-        same_tokens = checkpoint.get("tokenizer") == meta["tokenizer"]
+        theirs, tokenizer = GPTNeo.from_checkpoint(checkpoint), checkpoint["tokenizer"]
     else:
         theirs = GPTNeo.from_pretrained(source)
-        same_tokens = theirs.config.vocab_size == meta["vocab_size"] and has_tokens(source, meta)
-    if not same_tokens:
+    if tokenizer != meta["tokenizer"] or theirs.config.vocab_size != config.vocab_size:
         raise UserError(f"{source} has another tokenizer than {config.data}: prepare data with its")
-    names = ["n_layer", "n_head", "n_embd"]
-    seen = [[min(window, config.block_size) for window in c.windows]
-            for c in (theirs.config, config)]
-    if seen[0] != seen[1]:
-        names += ["attention_layers", "window_size"]
-    if config.block_size > theirs.config.block_size:  # it has positions for fewer tokens
-        names.append("block_size")
-    changes = [f"--{name}={getattr(theirs.config, name)}" for name in names
-               if getattr(config, name) != getattr(theirs.config, name)]
+    T, wanted = config.block_size, ["n_layer", "n_head", "n_embd"]
+    if [min(T, n) for n in theirs.config.windows] != [min(T, n) for n in config.windows]:
+        wanted += ["attention_layers", "window_size"]
+    if T > theirs.config.block_size:  # it has positions for fewer tokens
+        wanted.append("block_size")
+    values = {name: getattr(theirs.config, name) for name in wanted}
+    changes = [f"--{name}={value}" for name, value in values.items()
+               if value != getattr(config, name)]
     if changes:
         raise UserError(f"{source} has another geometry: add {' '.join(changes)}")
-    weights, ours = theirs.state_dict(), model.state_dict()
-    positions = "transformer.wpe.weight"
-    weights[positions] = weights[positions][: config.block_size]
-    fitting = {name: weight for name, weight in weights.items()
-               if name in ours and weight.shape == ours[name].shape}
-    model.load_state_dict(fitting, strict=False)
-    new_gates = ", new gates" if ours.keys() - fitting.keys() else ""
+    weights, shapes = theirs.state_dict(), {n: w.shape for n, w in model.state_dict().items()}
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
+    fitting = {name: w for name, w in weights.items() if shapes.get(name) == w.shape}
+    model.load_state_dict(fitting, strict=False)  # gates of another kind are left out
+    new_gates = "" if shapes.keys() == fitting.keys() else ", new gates"
     return model, f"weights of {source}{new_gates}"
-
-
-def has_tokens(name, meta):
-    """Whether the tokenizer of a Hugging Face model, if it has one, is that of the data."""
-    from transformers import AutoTokenizer
-
-    try:
-        theirs = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):  # it has none: then only the number of tokens is known
-        return True
-    ours = load_tokenizer(meta["tokenizer"])
-    return all(theirs.decode([token]) == ours.decode([token])
-               for token in range(0, ours.eot_token, 101))
 
 
 # -------------------------------------------------------------------------------------- optimizer
@@ -213,9 +189,10 @@ def update(model, optimizer, rows, config, autocast, coeff):
 
 
 def stack_losses(losses):
-    """Loss, clean and ablated loss, (3,); without an ablated pass the clean one stands in for it."""
+    """Loss, clean and ablated loss, (3,); nan for an ablated pass that was left out."""
     loss, clean, ablated = losses
-    return torch.stack((loss.detach(), clean, clean if ablated is None else ablated))
+    ablated = torch.full_like(clean, math.nan) if ablated is None else ablated
+    return torch.stack((loss.detach(), clean, ablated))
 
 
 @torch.no_grad()
@@ -257,7 +234,7 @@ class Progress:
         """Count updates: rows (n, 4) of what update() returned, and the time that they took.
         Raises UserError at the first one that is not finite."""
         for number, row in enumerate(rows.tolist(), self.step - len(rows) + 1):
-            if not all(map(math.isfinite, row)):
+            if not math.isfinite(row[0] + row[3]):
                 raise UserError(
                     f"the loss or its gradient is no longer finite at update {number:,}: start "
                     f"again with another --out and a lower --learning_rate or another --seed")
@@ -269,21 +246,18 @@ class Progress:
     def record(self, config, val_clean, val_ablated):
         """Append an evaluation's line to metrics. -> whether its loss is the lowest so far"""
         *sums, updates = self.sums_since_eval
-        loss, clean, ablated, norm = [total / updates if updates else None for total in sums]
-        if not config.schedule(self.step - updates).ablated_coeff:
-            ablated = None  # some of these updates did not compute it
+        means = [total / updates if updates else math.nan for total in sums]
         val_loss = config.clean_coeff * val_clean
-        if config.ablation == "none":
-            val_ablated = None
-        else:
+        if config.ablation != "none":
             val_loss += config.ablated_coeff * val_ablated
-        now = config.schedule(self.step)
-        self.metrics.append({
-            "step": self.step, "loss": loss, "loss_clean": clean, "loss_ablated": ablated,
-            "val_loss": val_loss, "val_clean": val_clean, "val_ablated": val_ablated,
-            "grad_norm": norm, "lr": now.learning_rate, "ablated_coeff": now.ablated_coeff,
-            "tokens": self.step * config.batch_size * config.block_size,
-            "seconds": round(self.seconds, 3)})
+        rate, coeff = config.schedule(self.step)
+        names = ("loss", "loss_clean", "loss_ablated", "grad_norm", "val_loss", "val_clean",
+                 "val_ablated", "lr", "ablated_coeff", "seconds")
+        values = [*means, val_loss, val_clean, val_ablated, rate, coeff, round(self.seconds, 3)]
+        line = {"step": self.step, "tokens": self.step * config.batch_size * config.block_size}
+        for name, value in zip(names, values):  # JSON has no nan: None is what was not computed
+            line[name] = None if math.isnan(value) else value
+        self.metrics.append(line)
         is_best, self.best = val_loss < self.best, min(val_loss, self.best)
         self.last_eval_step, self.sums_since_eval = self.step, [0.0] * 5
         return is_best
@@ -378,6 +352,10 @@ def train(config):
         model.compile(mode=machine.compile_mode, dynamic=False)
     replica, idle_gates = None, None
 
+    def say(text):
+        if rank == 0:
+            print(text, flush=True)  # flushed: a log file is read while it grows
+
     def save(*names):
         if rank == 0:
             for name in names:
@@ -395,8 +373,8 @@ def train(config):
     # ---- the first lines
     folder.mkdir(parents=True, exist_ok=True)
     write_metrics()  # those of a run killed between checkpoint and metrics
-    machine.say(json.dumps(asdict(config)))
-    machine.say(f"{config.ablation} ablation, {sum(p.numel() for p in model.parameters()):,} "
+    say(json.dumps(asdict(config)))
+    say(f"{config.ablation} ablation, {sum(p.numel() for p in model.parameters()):,} "
                 f"parameters, {origin} | {len(train_tokens):,} training tokens, vocabulary "
                 f"{config.vocab_size:,} | {world} x {device}, "
                 f"{'bfloat16' if machine.bfloat16 else 'float32'}, compile {machine.compile_mode}")
@@ -421,17 +399,16 @@ def train(config):
             rows = machine.total(torch.stack(recent)) / world  # (n, 4): here the loop waits
             progress.add(rows, time.perf_counter() - clock, config)
             if log_due:
-                machine.say(speed_line(rows, time.perf_counter() - clock, step, config))
+                say(speed_line(rows, time.perf_counter() - clock, step, config))
             recent, clock = [], time.perf_counter()
 
         if eval_due:
             val_clean, val_ablated = validate(model, val_tokens, config, machine)
-            if not math.isfinite(val_clean + val_ablated):
+            if not math.isfinite(val_clean) or math.isinf(val_ablated):
                 raise UserError(f"the validation loss is not finite at step {step:,}: start again "
                                 f"with another --out and a lower --learning_rate")
             is_best = progress.record(config, val_clean, val_ablated)
-            text = "" if config.ablation == "none" else f", ablated {val_ablated:.4f}"
-            machine.say(f"step {step:,}: validation clean {val_clean:.4f}{text}")
+            say(f"step {step:,}: validation {streams_text(val_clean, val_ablated)}")
             # best.pt first: killed between the two, the run finds this best again
             save(*["best.pt", "last.pt"] if is_best else ["last.pt"])
             write_metrics()
@@ -439,11 +416,11 @@ def train(config):
                 wandb.log(progress.metrics[-1], step=step)
             clock = time.perf_counter()
         if last:
-            machine.say(f"finished: {config.max_iters:,} updates, in {folder}")
+            say(f"finished: {config.max_iters:,} updates, in {folder}")
             break
         if stops:
             save("last.pt")
-            machine.say(f"stopped after {step:,} updates; the same command with --resume=True goes "
+            say(f"stopped after {step:,} updates; the same command with --resume=True goes "
                         f"on from there")
             break
 
@@ -465,14 +442,16 @@ def train(config):
         dist.destroy_process_group()
 
 
+def streams_text(clean, ablated):
+    return f"clean {clean:.4f}" + ("" if math.isnan(ablated) else f", ablated {ablated:.4f}")
+
+
 def speed_line(rows, seconds, step, config):
     """The console's line about the last updates; rows (n, 4): what update() returned."""
     _, clean, ablated, norm = rows.mean(0).tolist()
-    computed = config.schedule(step - len(rows)).ablated_coeff > 0  # from the first of them on
-    text = f", ablated {ablated:.4f}" if computed else ""
     speed = len(rows) * config.batch_size * config.block_size / seconds
     left = round((config.max_iters - step) * seconds / len(rows))
-    return (f"step {step:,}: clean {clean:.4f}{text} | grad norm {norm:.2f} | "
+    return (f"step {step:,}: {streams_text(clean, ablated)} | grad norm {norm:.2f} | "
             f"lr {config.schedule(step).learning_rate:.2e} | {speed:,.0f} tokens/s | "
             f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
 
@@ -480,9 +459,9 @@ def speed_line(rows, seconds, step, config):
 def main():
     try:
         train(knobs.load(sys.argv[1:]))
-    except (MemoryError, RuntimeError) as error:  # RuntimeError: torch's, on a CPU
-        gpu = isinstance(error, torch.OutOfMemoryError)
-        if not gpu and not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:  # a RuntimeError on a CPU
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
+                "allocate memory" not in str(error)):
             raise
         raise UserError("out of memory: raise --grad_accum, which changes no result, or lower "
                         "--batch_size, --n_embd or --n_layer") from None

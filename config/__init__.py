@@ -54,7 +54,7 @@ class Config(GPTNeoConfig):
     warmup_iters: int = 0  # updates of linear warm-up before the cosine
     weight_decay: float = 0.0  # on matrices only
     beta1: float = 0.9  # the paper names no betas: PyTorch's defaults
-    beta2: float = 0.999
+    beta2: float = 0.999  # see beta1
     grad_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
     seed: int = 1337  # of the weights and of the batches
     # evaluation and logging
@@ -65,7 +65,8 @@ class Config(GPTNeoConfig):
     # machine
     device: str = "auto"  # auto takes cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: bfloat16 on new GPUs
-    compile: Compile = "auto"  # auto: CUDA graphs on one GPU without grad_accum, else True on GPUs
+    # auto on a GPU is reduce-overhead, or True with several processes or grad_accum > 1
+    compile: Compile = "auto"  # reduce-overhead: CUDA graphs, for one process and grad_accum=1
 
     def __post_init__(self):
         def require(good, message):
@@ -142,7 +143,7 @@ def decisive(values):
 
 
 def boolean(text):
-    return {"True": True, "False": False}[text.capitalize()]
+    return bool(("False", "True").index(text.capitalize()))
 
 
 def usage_error(message):
@@ -150,8 +151,11 @@ def usage_error(message):
     raise UserError(message)
 
 
-def knob_parser():
-    """An argparse parser with a flag for every knob. Its help texts are the comments above."""
+def parse(words):
+    """Words such as --n_layer=2 -> {knob: value}, and "config": a path or None. Raises UserError.
+
+    The help texts are the comments beside the knobs.
+    """
     source = inspect.getsource(GPTNeoConfig) + inspect.getsource(Config)
     notes = dict(re.findall(r"^    (\w+): [^#\n]*?  # (.*)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(usage="python train.py [config/NAME.py] [--knob=value ...]",
@@ -160,23 +164,17 @@ def knob_parser():
     parser.error = usage_error
     parser.add_argument("config", nargs="?", help="a config file, such as config/local_k2.py")
     for name, field in FIELDS.items():
-        options, choices = {"type": field.type}, get_args(field.type)
+        choices, options = get_args(field.type), {"type": field.type}
         if choices:
             options = {"choices": choices}
-        if field.type is bool:  # --resume is --resume=True
+        elif field.type is bool:  # --resume is --resume=True
             options = {"type": boolean, "nargs": "?", "const": True}
-        shown = "|".join(choices) or field.type.__name__
-        note = f"{notes.get(name, '')} (default {field.default})".replace("%", "%%")
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=shown, help=note,
-                            **options)
-    return parser
-
-
-def parse(words):
-    """Words such as --n_layer=2 -> {knob: value}; "config" too. Raises UserError."""
-    known, extra = knob_parser().parse_known_args(words)
-    for word in extra:
-        name = word.split("=")[0].lstrip("-")
+        note = f"{notes[name]} (default {field.default})".replace("%", "%%")
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=note, **options,
+                            metavar="|".join(choices) or field.type.__name__)
+    known, extra = parser.parse_known_args(words)
+    if extra:
+        name = extra[0].split("=")[0].lstrip("-")
         near = difflib.get_close_matches(name, FIELDS, n=1)
         advice = f"did you mean --{near[0]}?" if near else "--help lists them"
         raise UserError(f"there is no knob {name}: {advice}")
@@ -195,15 +193,14 @@ def load(argv):
         names = runpy.run_path(path)
     except Exception as error:  # whatever is wrong with the user's Python
         raise UserError(f"{path} does not run: {type(error).__name__}: {error}") from None
-    words = [f"--{name}={value}" for name, value in names.items()
-             if not name.startswith("_") and not inspect.ismodule(value)]
-    try:
-        values = parse(words)  # so a file's values are checked like the command line's
+    names = {name: value for name, value in names.items()
+             if not name.startswith("_") and not inspect.ismodule(value)}
+    try:  # a file's values are checked as those of the command line are
+        values = parse([f"--{name}={value}" for name, value in names.items()])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    values["out"] = names.get("out", f"out/{Path(path).stem}")
     del values["config"]
-    return Config(**values | given)
+    return Config(**{"out": f"out/{Path(path).stem}"} | values | given)
 
 
 # ----------------------------------------------------------------------- what all scripts share
@@ -222,7 +219,7 @@ def pick_device(name="auto", index=0):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--device={name} cannot be used here, try --device=cpu: {reason}") from None
+        raise UserError(f"--device={name} does not work here, try --device=cpu: {reason}") from None
     return device
 
 

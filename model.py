@@ -101,7 +101,6 @@ def gate(scores, k, form="softmax"):
         gamma = (s_k + s_next) / 2  # Eq. 1
         T = (s_k - s_next).clamp_min(floor)  # Eq. 2
         z = (scores - gamma) * (1 / T)  # a product has a faster gradient than a quotient
-        z = z.clamp_min(-50.0)  # exp(-50) is 0 beside 1; less is denormal, and slow on a CPU
         soft = z.softmax(-1)  # Eq. 3; gamma cancels here
         if form == "sigmoid":  # the published code
             soft = k * z.sigmoid() / z.sigmoid().sum(-1, keepdim=True)

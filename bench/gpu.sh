@@ -1,74 +1,76 @@
 #!/usr/bin/env bash
-# Everything worth knowing on a fresh GPU machine, in under 9 minutes: torch >= 2.11, no network.
-#     bash bench/gpu.sh                    the results go into $OUT (default out/gpu)
-#     bash bench/gpu.sh --device cpu       the same parts at toy size, to see that they work
-# Every part writes a .txt and a .err, training also a run folder. The most wanted parts come first:
-# each has a time limit, none gets more than is left of the nine minutes, and a failure ends none of
-# the others. The exit code says whether all went well.
+# What to run first on a new GPU machine, in under 6 minutes: torch >= 2.11, prepared data, no network.
+#     bash bench/gpu.sh                    results go into $OUT (default out/gpu)
+#     bash bench/gpu.sh --device cpu       the same parts at toy size
+# DATA: a prepared data folder (default data/toy); UPDATES: of the training run; LIMIT: seconds for all.
+# Each part writes a .txt and a .err, and has a time limit; a part that fails does not stop the others.
+# The exit code says whether all went well.
 set -u
 cd "$(dirname "$0")/.."
-OUT=${OUT:-out/gpu} PYTHON=${PYTHON:-python3} DATA=${DATA:-data/toy}
+OUT=${OUT:-out/gpu} PYTHON=${PYTHON:-python3} DATA=${DATA:-data/toy} LIMIT=${LIMIT:-350}
 case "$*" in
     "") device=cuda ;;
     "--device cuda" | "--device cpu") device=$2 ;;
     *) echo "error: $* is not understood: bash bench/gpu.sh [--device cpu]" >&2; exit 1 ;;
 esac
 if [ -e "$OUT/local_k2" ]; then
-    echo "error: $OUT holds results already: name another folder with OUT=" >&2
-    exit 1
+    echo "error: $OUT already holds results: name another folder with OUT=" >&2; exit 1
+fi
+if [ ! -f "$DATA/meta.json" ]; then
+    echo "error: no prepared data in $DATA: python prepare.py toy, or name another folder with DATA=" >&2; exit 1
 fi
 if [ "$device" = cuda ] && ! $PYTHON -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then
-    echo "error: $PYTHON finds no torch or no GPU here: bash bench/gpu.sh --device cpu" >&2
-    exit 1
+    echo "error: $PYTHON finds no torch or no GPU here: bash bench/gpu.sh --device cpu" >&2; exit 1
 fi
 mkdir -p "$OUT" || exit 1
 failed=0
 
 part() {  # part NAME SECONDS COMMAND...
-    local name=$1 limit=$2 left=$((520 - SECONDS)) begun=$SECONDS code
+    local name=$1 limit=$2 left=$((LIMIT - SECONDS)) begun=$SECONDS code
     shift 2
     if [ "$limit" -gt "$left" ]; then limit=$left; fi
     echo "=== $name: $*"
     if [ "$limit" -lt 10 ]; then echo "!!! $name: no time left"; failed=1; return; fi
     timeout -s TERM -k 15 "$limit" "$@" > "$OUT/$name.txt" 2> "$OUT/$name.err"
     code=$?
-    tail -n 30 "$OUT/$name.txt"
-    # out of time, training has saved its state, and --resume=True goes on
+    tail -n 45 "$OUT/$name.txt"
+    # training stopped by its time limit has saved its state
     if [ "$name" = train ] && [ $code -eq 124 ]; then code=0; fi
-    if [ $code -eq 124 ]; then echo "!!! $name: its time limit has passed"; fi
     if [ $code -ne 0 ]; then
-        echo "!!! $name: exit code $code"
+        echo "!!! $name: exit code $code (124: its time limit has passed)"
         tail -n 5 "$OUT/$name.err"
         failed=1
     fi
     echo "--- $name took $((SECONDS - begun)) s"
 }
 
-eager=(--dtype=float32 --compile=False) compiled=(--dtype=bfloat16 --compile=True,reduce-overhead)
-check=() size=() few=() graphs=(--compile=reduce-overhead) alternatives=(--dtype=bfloat16 --compile) updates=${UPDATES:-15000}
+updates=${UPDATES:-4000} size=(--eval_windows=192) check=() few=()
+eager=(--dtype=float32 --compile=False) graphs=(--dtype=bfloat16 --compile=reduce-overhead)
+compiled=(--dtype=bfloat16 --compile=True)
 if [ "$device" = cpu ]; then
-    size=(--n_layer=2 --n_head=2 --n_embd=16 --block_size=32 --batch_size=4)
-    few=(--vocab_size=500 --rounds=2)
-    check=(--compile=False) graphs=() compiled=(--dtype=bfloat16) alternatives=(--batch_size=1) updates=40
+    updates=${UPDATES:-40} check=(--compile=False)
+    size=(--eval_windows=16 --n_layer=2 --n_head=2 --n_embd=16 --block_size=32 --batch_size=4)
+    few=(--vocab_size=500 --rounds=2) graphs=(--dtype=bfloat16) compiled=(--dtype=float32)
 fi
-run=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=1 train.py config/local_k2.py
-     --device="$device" --data="$DATA" "${size[@]}")
-speed=("$PYTHON" bench/speed.py --device="$device")
-formulations=("$PYTHON" bench/alternatives.py --device="$device" "${alternatives[@]}" "${few[@]}")
+train=(train.py config/local_k2.py --device="$device" --data="$DATA" "${size[@]}")
+speed=("$PYTHON" bench/speed.py --device="$device" "${size[@]}" "${few[@]}")
+half=("$PYTHON" "${train[@]}" --out="$OUT/stopped" --max_iters=1000 --eval_interval=500 --log_interval=20)
+# sends SIGTERM to the run whose output is the file $0, once it has taken 20 updates
+stop='"$@" & until grep -q "^step 20:" "$0"; do sleep 0.2; kill -0 $! || exit 1; done; kill $!; wait $!'
 
-[ -f "$DATA/meta.json" ] || part data 60 "$PYTHON" prepare.py toy
 part check 120 "$PYTHON" bench/check.py --device="$device" "${check[@]}"
-part speed_eager 90 "${speed[@]}" --parts "${eager[@]}" "${size[@]}" "${few[@]}"
-part speed 180 "${speed[@]}" "${compiled[@]}" "${size[@]}" "${few[@]}" \
-    --variants=baseline,local,global
-part train 120 "${run[@]}" --out="$OUT/local_k2" --max_iters="$updates"
+part speed_graphs 100 "${speed[@]}" "${graphs[@]}"
+part train 90 "$PYTHON" "${train[@]}" --out="$OUT/local_k2" --max_iters="$updates"
 part eval 30 "$PYTHON" eval.py "$OUT/local_k2" --device="$device"
-# the ramp under CUDA graphs: from one stream to both, and another coefficient every update
-part ramp 60 "${run[@]/k2.py/k2_ramp.py}" "${graphs[@]}" --out="$OUT/ramp" --max_iters=40 \
+# from one stream to both, with another coefficient at each update
+part ramp 60 "$PYTHON" "${train[@]/k2.py/k2_ramp.py}" --out="$OUT/ramp" --max_iters=40 \
     --eval_interval=20 --log_interval=5
-part fsdp 60 "${run[@]}" --out="$OUT/fsdp" --fsdp=True --max_iters=20 \
-    --eval_interval=20 --log_interval=10
-part attention_1024 45 "${formulations[@]}" --what=attention --tokens=1024
-part alternatives 60 "${formulations[@]}"
-echo "=== all parts took $SECONDS s"
+part torchrun 60 "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=1 "${train[@]}" \
+    --out="$OUT/torchrun" --max_iters=20 --eval_interval=20 --log_interval=10
+part stop 60 bash -c "$stop" "$OUT/stop.txt" "${half[@]}"
+part resume 60 "${half[@]}" --resume=True
+grep -q "^finished: 1,000 updates" "$OUT/resume.txt" || { echo "!!! resume: it did not finish"; failed=1; }
+part speed_eager 60 "${speed[@]}" "${eager[@]}"
+part speed_compiled 100 "${speed[@]}" "${compiled[@]}"
+echo "=== all parts took $SECONDS s, exit code $failed"
 exit $failed

@@ -11,7 +11,6 @@ every ± is the sample standard deviation over the runs of a row.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -29,13 +28,12 @@ from model import GPTNeo, load_checkpoint, replace_file
 from prepare import UserError, load_meta, load_tokenizer, load_tokens
 
 # knobs that only older checkpoints have, with the value that today's code stands for
-OLD_KNOBS = {"freeze": "none", "gate_lr_multiplier": 1.0, "anneal_end": 0.0, "adam_eps": 1e-8}
+OLD_KNOBS = {"freeze": "none", "gate_lr_multiplier": 1.0, "anneal_end": 0.0, "adam_eps": 1e-8,
+             "fsdp": False}
 DEFAULTS = {name: field.default for name, field in knobs.FIELDS.items()} | OLD_KNOBS
-RECIPE = [name for name in knobs.decisive(DEFAULTS) if name != "seed"]
-SHARED = [*RECIPE, "checksum", "trained_on"]  # by all runs of a row of --over_seeds
 COLUMNS = {  # of the table: entry of a row, its format
-    "run": "", "data": "", "step": ",.0f", "ablation": "", "k_attn": "", "k_mlp": "",
-    "differs": "", "n": "",
+    "run": "", "data": "", "step": ",.0f",
+    "ablation": "", "k_attn": "", "k_mlp": "", "differs": "", "n": "",
     "ppl_clean": ".3f", "ppl_ablated": ".3f",
     "bits_per_byte_clean": ".4f", "bits_per_byte_ablated": ".4f",
     "l1": ".4f", "l1_all": ".4f", "l1_blocks": ".4f",
@@ -84,7 +82,7 @@ def measure_split(model, tokens, eot, text_bytes, batch_size=8, device="cpu"):
 
     losses = defaultdict(list)  # nats per token
     counts = {}  # tokens of each story at which each unit is used
-    for at in filter(torch.numel, [*windows.split(batch_size), rest]):  # (B, T)
+    for at in filter(torch.numel, (*windows.split(batch_size), rest)):
         inputs = text[at].to(device)
         targets = text[at + 1].to(device)
         outputs = model.ablated(inputs) if gated else [model(inputs)]
@@ -131,8 +129,9 @@ def l1_norms(model):
     wte = weights.pop("transformer.wte.weight")  # (V, C)
     wpe = weights.pop("transformer.wpe.weight")  # (block_size, C)
     V, C = wte.shape
+    biases = V + 3 * C * model.config.n_layer  # b_U; b_Q, b_K, b_V of every layer
     lens = [centred(wte, -1), centred(wpe, -1), centred(wte, 0)]  # W_E, W_pos, W_U
-    lens.append(wte.new_zeros(V + 3 * C * model.config.n_layer))  # b_U; b_Q, b_K, b_V of every layer
+    lens.append(wte.new_zeros(biases))
     for name, w in weights.items():
         writes = "out_proj" in name or "c_proj" in name
         lens.append(centred(w, 0) if writes else w)
@@ -171,7 +170,7 @@ def open_run(path):
 def find_data(run, data=None):
     """(folder, its meta.json) of the data to measure a run on: data, or else the run's own.
 
-    A relative folder is looked for here and in every folder above the run. Raises UserError.
+    Looked for here and in every folder above the run. Raises UserError.
     """
     name = run.train_config["data"] if data is None else data
     for parent in (Path(), *Path(run.path).absolute().parents):
@@ -186,7 +185,7 @@ def find_data(run, data=None):
 
 def trained_with(run):
     """{knob: value}. In init_from, the run's own seed is written {seed}, as in bench/sweep.py."""
-    values = DEFAULTS | run.train_config | dataclasses.asdict(run.model.config)
+    values = DEFAULTS | run.train_config | vars(run.model.config)
     if values["ablation"] == "none":
         values |= {"k_attn": 0, "k_mlp": 0}
     own = rf"seed{values['seed']}(?!\d)"
@@ -202,8 +201,7 @@ def describe_run(run, folder, meta):
 def evaluate_run(run, folder, meta, batch_size, device):
     """The row of a run: a dict."""
     model, tokens = run.model.to(device), load_tokens(folder, "val")
-    text_bytes = meta["val"]["bytes"]
-    numbers = measure_split(model, tokens, meta["eot"], text_bytes, batch_size, device)
+    numbers = measure_split(model, tokens, meta["eot"], meta["val"]["bytes"], batch_size, device)
     return describe_run(run, folder, meta) | numbers | l1_norms(model)
 
 
@@ -211,26 +209,23 @@ def common_name(paths):
     return os.path.commonprefix([*paths]) + ("*" if len(paths) > 1 else "")
 
 
-def over_seeds(frame):
-    """A DataFrame with a row for runs that differ only in the seed.
-
-    Of every number x: x, the mean; x_sd, the sample standard deviation.
-    """
-    groups = frame.groupby(SHARED, sort=False)
+def over_seeds(frame, shared):
+    """One row for runs with the same shared entries. Every number x: its mean; x_sd, deviation."""
+    groups = frame.groupby(shared, sort=False, dropna=False)
     table = groups.agg(run=("run", common_name), n=("seed", "size"), seeds=("seed", list),
                        data=("data", "first"))
-    for name in frame.select_dtypes("number").columns.difference([*SHARED, "seed"], sort=False):
+    for name in frame.select_dtypes("number").columns.difference([*shared, "seed"], sort=False):
         table[[name, f"{name}_sd"]] = groups[name].agg(["mean", "std"])
     return table.reset_index()
 
 
-def differences(frame):
-    """For every row a text: the knobs in which rows differ and that are not at their default."""
+def differences(frame, names):
+    """For every row a text: those of the knobs in which rows differ and its is not the default."""
     texts = frame["run"].str[:0]
-    for name in frame.columns.intersection([*RECIPE, "seed"], sort=False):
+    for name in frame.columns.intersection(names, sort=False):
         if frame[name].nunique() > 1 and name not in ("ablation", "k_attn", "k_mlp"):
             words = f" {name}=" + frame[name].astype(str)
-            texts += words.where(frame[name] != DEFAULTS[name], "")
+            texts += words.where(frame[name] != DEFAULTS.get(name), "")
     return texts.str.strip()
 
 
@@ -255,7 +250,7 @@ def to_text(frame):
     return table.rename_axis(index=None, columns="run").to_string()
 
 
-# --------------------------------------------------------------------------------- samples, plots
+# ---------------------------------------------------------------- samples, plots, command line
 
 
 def print_samples(run, args):
@@ -293,16 +288,15 @@ def draw_runs(path, rows):
         color = f"C{place}"
         metrics = Path(row["run"], "metrics.jsonl")
         if metrics.exists():
-            lines = pd.read_json(metrics, lines=True).query("step > 0")  # step 0 is far above
+            lines = pd.read_json(metrics, lines=True)[1:]  # step 0 is far above
             losses = lines[["val_clean", "val_ablated"]].astype(float)
-            name = plain(row["run"]) if place < 6 else "_"  # at most six in the legend
-            loss.plot(lines["step"], losses, color=color, label=[name, "_"])
+            loss.plot(lines["step"], losses, color=color, label=plain(row["run"]))
         for axes, kind in zip(panels, ("attn", "mlp")):
             rates = np.array(row.get(f"{kind}_rate", []))  # (L, N)
             axes.semilogy(-np.sort(-rates).T, color=color)
             axes.set(title=f"share of tokens at which {kind} units fire, a line for each layer",
                      xlabel="units, the busiest first")
-    loss.legend()
+    loss.legend(handles=loss.lines[:12:2])  # six names at most
     with replace_file(path) as file:  # whole or not there
         figure.savefig(file, format=Path(path).suffix[1:], dpi=120)
 
@@ -333,23 +327,22 @@ def main():
     add("--top_k", type=positive, help="sample from the k likeliest tokens only")
     add("--seed", type=int, default=1337, help="of the samples")
     args = parser.parse_args()
-    if args.plot is not None and not args.plot.endswith((".png", ".pdf", ".svg")):
-        raise UserError(f"--plot={args.plot} must end in .png, .pdf or .svg")
-    device = knobs.pick_device(args.device)
     import pandas as pd  # here: it takes 0.7 s
 
+    device = knobs.pick_device(args.device)
     runs = [open_run(path) for path in run_paths(args.runs)]
     tasks = [(run, *find_data(run, args.data)) for run in runs]
     frame = pd.DataFrame([describe_run(*task) for task in tasks])
-    repeated = frame["run"][frame.duplicated([*SHARED, "seed"], keep=False)]
+    shared = [*frame.columns.difference(["run", "step", "seed", "data"], sort=False)]
+    repeated = frame["run"][frame.duplicated([*shared, "seed"], keep=False)]
     if args.over_seeds and len(repeated):
         raise UserError(f"{' and '.join(repeated)} are the same run with the same seed: "
                         f"give one of them")
     rows = [evaluate_run(*task, args.batch_size, device) for task in tasks]
     frame = pd.DataFrame(rows)
     if args.over_seeds:
-        frame = over_seeds(frame)
-    frame["differs"] = differences(frame)
+        frame = over_seeds(frame, shared)
+    frame["differs"] = differences(frame, [*shared, "seed"])
     if args.json:  # null for what a row lacks
         whole = frame.astype(object).where(frame.notna(), None)
         print(json.dumps(whole.to_dict("records"), indent=1))

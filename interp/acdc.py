@@ -44,9 +44,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python puts interp/ there
 import config as knobs
-from eval import open_run, run_parser, run_paths, save_figure
+from eval import open_run, run_paths
 from interp.common import (
-    averages, check_picture, check_range, column, number, parse_list, print_table)
+    averages, check_picture, check_range, column, number, parse_list, print_table, run_parser,
+    save_figure)
 from interp.results import MAYBE, NUMBER, Job, fits, gate_fingerprint, results_of
 from prepare import UserError, load_tokenizer, word_lists
 

@@ -44,8 +44,8 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # python puts interp/ there
 import config as knobs
-from eval import centred, run_parser, trained_with
-from interp.common import ablation, check_range, check_writable, open_tasks
+from eval import centred, trained_with
+from interp.common import ablation, check_range, check_writable, open_tasks, run_parser
 from interp.activations import (
     TOKENS, UNITS, Site, Strongest, Text, kept_units, read_sites, read_windows, windows_at)
 from interp.results import check_finite, fits, is_of, read_json, result_path, write_text

@@ -1,5 +1,7 @@
 """What the programs of interp/ share: the runs of a table, means over seeds, printing, flags."""
 
+import argparse
+import json
 import math
 import os
 from pathlib import Path
@@ -8,9 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 import config as knobs
-from eval import (
-    DEFAULTS, Run, describe_run, evaluate_run, find_data, open_run, refuse_repeats, run_parser,
-    run_paths)
+from eval import DEFAULTS, Run, describe_run, evaluate_run, find_data, open_run, run_paths
+from model import replace_file
 from prepare import UserError, load_tokens
 
 # what the runs of a group have in common, and what is averaged over them
@@ -52,16 +53,21 @@ def evaluate_task(task, batch_size, device):
 
 
 def group_seeds(tasks):
-    """Lists of places in tasks, of the runs that are the same but for seed and machine.
+    """Lists of places in tasks, of the runs that differ only in the seed.
 
     Raises UserError where a seed comes twice.
     """
-    rows = [describe_task(task) for task in tasks]
-    refuse_repeats(rows)
-    groups = {}
-    for place, row in enumerate(rows):
-        groups.setdefault(row["recipe"], []).append(place)
-    return list(groups.values())
+    groups = {}  # what the runs have in common, as text -> {seed: place}
+    for place, task in enumerate(tasks):
+        row = describe_task(task)
+        own = {name: row.pop(name) for name in ("run", "step", "seed", "data")}
+        group = groups.setdefault(json.dumps(row, sort_keys=True), {})
+        if own["seed"] in group:
+            other = tasks[group[own["seed"]]].run
+            raise UserError(f"{other.path} and {task.run.path} are the same run with the same "
+                            f"seed: give one of them")
+        group[own["seed"]] = place
+    return [list(group.values()) for group in groups.values()]
 
 
 def averages(rows, names):
@@ -180,6 +186,12 @@ def print_table(rows, columns):
         print("  ".join([first.ljust(widths[0]), *padded]))
 
 
+def save_figure(path, figure):
+    """A matplotlib figure, atomically, in the format that path ends in."""
+    with replace_file(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:], dpi=120)
+
+
 def check_writable(path):
     """Raises UserError when path cannot be written: now, before the work whose result it is."""
     try:
@@ -190,6 +202,16 @@ def check_writable(path):
         os.remove(f"{path}.tmp")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def run_parser(description):
+    """An argparse parser for a program that works on runs: which ones, and on which device."""
+    parser = argparse.ArgumentParser(description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = knobs.usage_error
+    parser.add_argument("runs", nargs="+", help="run folders (their best.pt) or .pt files")
+    parser.add_argument("--device", default="auto", help="auto takes a GPU if there is one")
+    return parser
 
 
 def measuring_parser(description):

@@ -58,8 +58,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python puts interp/ there
 import config as knobs
-from eval import find_data, open_run, run_parser, run_paths, save_figure
-from interp.common import check_picture, check_range, check_writable, column, number, print_table
+from eval import find_data, open_run, run_paths
+from interp.common import (
+    check_picture, check_range, check_writable, column, number, print_table, run_parser,
+    save_figure)
 from interp.activations import (
     Site, Stopped, Strongest, Text, check_stop, read_sites, untrained, windows_at)
 from interp.results import (

@@ -475,9 +475,9 @@ def model_card(run, row):
     if row:
         lines += ["## Figures", "", f"On all {row['tokens']:,} validation tokens of "
                   f"`{row['data']}` (checksum {row['checksum']}).", "", "| | |", "|---|---|"]
-        for heading, name, form in COLUMNS[2:]:
-            if name in row:
-                lines.append(f"| {heading} | {cell(row, name, form)} |")
+        for name, form in COLUMNS.items():
+            if name in row and name not in ("run", "data"):
+                lines.append(f"| {name} | {cell(row, name, form)} |")
         lines += [""]
     lines += ["## Training", "", f"On `{trained['data']}` (checksum {run.data_checksum}).", "",
               "| | |", "|---|---|"]

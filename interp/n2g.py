@@ -51,9 +51,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # python puts interp/ there
 import config as knobs
-from eval import find_data, open_run, run_parser, run_paths, save_figure
+from eval import find_data, open_run, run_paths
 from interp.common import (
-    check_picture, check_range, check_writable, column, parse_list, print_table)
+    check_picture, check_range, check_writable, column, parse_list, print_table, run_parser,
+    save_figure)
 from interp.activations import TOKENS, Site, Stopped, Strongest, Text, check_stop, read_sites
 from interp.results import MAYBE, NUMBER, Job, fits, read_neurons, results_of
 from prepare import EOT, UserError, load_tokenizer, load_tokens

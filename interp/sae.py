@@ -53,9 +53,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # python puts interp/ there
 import config as knobs
-from eval import find_data, open_run, run_parser, run_paths, save_figure
+from eval import find_data, open_run, run_paths
 from interp.common import (
-    averages, check_picture, check_range, check_writable, column, number, parse_list, print_table)
+    averages, check_picture, check_range, check_writable, column, number, parse_list, print_table,
+    run_parser, save_figure)
 from interp.activations import (
     SITES, Site, Stopped, Strongest, Text, check_stop, held_out_windows, read_windows, windows_at)
 from interp.results import MAYBE, NUMBER, Job, fits, results_of, write_text, write_torch

@@ -55,8 +55,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python puts interp/ there
 import config as knobs
-from eval import find_data, open_run, run_parser, run_paths, save_figure
-from interp.common import averages, check_picture, check_range, column, print_table
+from eval import find_data, open_run, run_paths
+from interp.common import (
+    averages, check_picture, check_range, column, print_table, run_parser, save_figure)
 from interp.activations import (
     held_out_windows, kept_units, read_windows, untrained, windows_at)
 from interp.results import (

@@ -168,10 +168,7 @@ def open_run(path):
 
 
 def find_data(run, data=None):
-    """(folder, its meta.json) of the data to measure a run on: data, or else the run's own.
-
-    Looked for here and in every folder above the run. Raises UserError.
-    """
+    """(folder, its meta.json) of data or else of the run's own, here or in a folder above it."""
     name = run.train_config["data"] if data is None else data
     for parent in (Path(), *Path(run.path).absolute().parents):
         folder = parent / name
@@ -220,7 +217,7 @@ def over_seeds(frame, shared):
 
 
 def differences(frame, names):
-    """For every row a text: those of the knobs in which rows differ and its is not the default."""
+    """A text for every row: the knobs that are not the same in all rows, without defaults."""
     texts = frame["run"].str[:0]
     for name in frame.columns.intersection(names, sort=False):
         if frame[name].nunique() > 1 and name not in ("ablation", "k_attn", "k_mlp"):
@@ -257,12 +254,11 @@ def print_samples(run, args):
     """Continue the prompt once from each stream, with the same random numbers."""
     tokenizer = load_tokenizer(run.tokenizer)
     eot = tokenizer.eot_token
-    device = run.model.lm_head.weight.device
     gated = run.model.config.ablation != "none"
     prompt = tokenizer.encode_ordinary(args.sample) or [eot]
-    idx = torch.tensor([prompt], device=device)  # (1, T)
+    idx = torch.tensor([prompt]).to(run.model.lm_head.weight.device)  # (1, T)
     for stream in ("clean", "ablated")[: 1 + gated]:
-        generator = torch.Generator(device).manual_seed(args.seed)
+        generator = torch.Generator(idx.device).manual_seed(args.seed)
         story = run.model.generate(
             idx, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
             generator=generator, stream=stream, stop_token=eot)  # (1, T + new)
@@ -294,8 +290,7 @@ def draw_runs(path, rows):
         for axes, kind in zip(panels, ("attn", "mlp")):
             rates = np.array(row.get(f"{kind}_rate", []))  # (L, N)
             axes.semilogy(-np.sort(-rates).T, color=color)
-            axes.set(title=f"share of tokens at which {kind} units fire, a line for each layer",
-                     xlabel="units, the busiest first")
+            axes.set(title=f"firing rate of {kind} units in each layer", xlabel="rank of the unit")
     loss.legend(handles=loss.lines[:12:2])  # six names at most
     with replace_file(path) as file:  # whole or not there
         figure.savefig(file, format=Path(path).suffix[1:], dpi=120)

@@ -220,7 +220,7 @@ def differences(frame, names):
     """A text for every row: the knobs that are not the same in all rows, without defaults."""
     texts = frame["run"].str[:0]
     for name in frame.columns.intersection(names, sort=False):
-        if frame[name].nunique() > 1 and name not in ("ablation", "k_attn", "k_mlp"):
+        if frame[name].nunique(dropna=False) > 1 and name not in ("ablation", "k_attn", "k_mlp", "checksum"):
             words = f" {name}=" + frame[name].astype(str)
             texts += words.where(frame[name] != DEFAULTS.get(name), "")
     return texts.str.strip()
@@ -238,7 +238,8 @@ def cell(row, name, form):
 
 def to_text(frame):
     """COLUMNS, without those in which no row has anything. The runs are aligned to the left."""
-    rows, texts = frame.to_dict("records"), {}
+    rows = frame.assign(data=frame["data"].map(os.path.basename)).to_dict("records")
+    texts = {}
     for name, form in COLUMNS.items():
         column = [cell(row, name, form) for row in rows]
         if set(column) - {"-", ""}:

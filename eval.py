@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import config as knobs
-from model import GPTNeo, load_checkpoint, replace_file
+from model import GPTNeo, ModelError, load_checkpoint, replace_file
 from prepare import UserError, load_meta, load_tokenizer, load_tokens
 
 # knobs that only older checkpoints have, with the value that today's code stands for
@@ -136,10 +136,8 @@ def l1_norms(model):
         writes = "out_proj" in name or "c_proj" in name
         lens.append(centred(w, 0) if writes else w)
     blocks = list(weights.values())
-    return {
-        "l1": mean_abs(lens),
-        "l1_all": mean_abs([wte, wpe, *blocks]),
-        "l1_blocks": mean_abs(blocks)}
+    return {"l1": mean_abs(lens), "l1_blocks": mean_abs(blocks),
+            "l1_all": mean_abs([wte, wpe, *blocks])}
 
 
 # ------------------------------------------------------------------------------------ runs as rows
@@ -161,10 +159,13 @@ def run_paths(paths):
 
 
 def open_run(path):
-    """The Run of a folder's best.pt or of a .pt file. Raises ModelError."""
+    """The Run of a folder's best.pt or of a .pt file. Raises ModelError or UserError."""
     found = load_checkpoint(path)
-    model = GPTNeo.from_checkpoint(found).eval()
-    return Run(path, model, found["step"], found["train_config"], found["tokenizer"], found["data"])
+    try:
+        return Run(path, GPTNeo.from_checkpoint(found).eval(), found["step"],
+                   found["train_config"], found["tokenizer"], found["data"])
+    except (ModelError, KeyError) as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def find_data(run, data=None):
@@ -192,7 +193,8 @@ def trained_with(run):
 def describe_run(run, folder, meta):
     """The row of a run before it is measured: a dict with every knob that decides the result."""
     return {"run": str(run.path), "step": run.step, **knobs.decisive(trained_with(run)),
-            "data": folder, "checksum": meta["checksum"], "trained_on": run.data_checksum}
+            "data": Path(folder).name, "checksum": meta["checksum"],
+            "trained_on": run.data_checksum}
 
 
 def evaluate_run(run, folder, meta, batch_size, device):
@@ -219,9 +221,9 @@ def over_seeds(frame, shared):
 def differences(frame, names):
     """A text for every row: the knobs that are not the same in all rows, without defaults."""
     texts = frame["run"].str[:0]
-    for name in frame.columns.intersection(names, sort=False):
-        if frame[name].nunique(dropna=False) > 1 and name not in ("ablation", "k_attn", "k_mlp", "checksum"):
-            words = f" {name}=" + frame[name].astype(str)
+    for name in frame.columns.intersection([*names], sort=False):
+        if frame[name].nunique(dropna=False) > 1:
+            words = f" {name}=" + frame[name].map(str)
             texts += words.where(frame[name] != DEFAULTS.get(name), "")
     return texts.str.strip()
 
@@ -238,8 +240,7 @@ def cell(row, name, form):
 
 def to_text(frame):
     """COLUMNS, without those in which no row has anything. The runs are aligned to the left."""
-    rows = frame.assign(data=frame["data"].map(os.path.basename)).to_dict("records")
-    texts = {}
+    rows, texts = frame.to_dict("records"), {}
     for name, form in COLUMNS.items():
         column = [cell(row, name, form) for row in rows]
         if set(column) - {"-", ""}:
@@ -263,8 +264,8 @@ def print_samples(run, args):
         story = run.model.generate(
             idx, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
             generator=generator, stream=stream, stop_token=eot)  # (1, T + new)
-        print(f"\n--- {run.path}, {stream} stream, seed {args.seed}")
-        print(tokenizer.decode(story[story != eot].tolist()))
+        text = tokenizer.decode(story[story != eot].tolist())
+        print(f"\n--- {run.path}, {stream} stream\n{text}")
 
 
 def plain(text):
@@ -338,7 +339,8 @@ def main():
     frame = pd.DataFrame(rows)
     if args.over_seeds:
         frame = over_seeds(frame, shared)
-    frame["differs"] = differences(frame, [*shared, "seed"])
+    unseen = {*shared, "seed"} - {"ablation", "k_attn", "k_mlp", "checksum"}  # no column of theirs
+    frame["differs"] = differences(frame, unseen)
     if args.json:  # null for what a row lacks
         whole = frame.astype(object).where(frame.notna(), None)
         print(json.dumps(whole.to_dict("records"), indent=1))

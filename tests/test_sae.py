@@ -737,7 +737,7 @@ def test_mistakes_get_one_line(run, call, tmp_path):
     save_checkpoint(tmp_path / "bare.pt", tiny().config, tiny().state_dict())
     for words, expected in [
         ((tmp_path / "nowhere",), "no checkpoint at"), ((tmp_path / "not.pt",), "no file of this project"),
-        ((tmp_path / "other.pt",), "holds no 'config'"), ((tmp_path / "bare.pt",), "was not written by train.py"),
+        ((tmp_path / "other.pt",), "holds no 'config'"), ((tmp_path / "bare.pt",), "bare.pt: 'step'"),
         ((run, "--data", tmp_path / "nowhere"), "no prepared data"), ((run, "--layer=3"), "--layer=3: the blocks"),
         ((run, "--layer=-1"), "--layer=-1"), ((run, "--l1=abc"), "--l1=abc"), ((run, "--l1=2,2"), "--l1=2,2"),
         ((run, "--l1=nan"), "--l1=nan"), ((run, "--site=mlp"), "--site"), ((run, "--k=3"), "--k has no effect"),

@@ -325,7 +325,6 @@ def main():
     add("--seed", type=int, default=1337, help="of the samples")
     args = parser.parse_args()
     import pandas as pd  # here: it takes 0.7 s
-
     device = knobs.pick_device(args.device)
     runs = [open_run(path) for path in run_paths(args.runs)]
     tasks = [(run, *find_data(run, args.data)) for run in runs]

@@ -171,14 +171,15 @@ def open_run(path):
 def find_data(run, data=None):
     """(folder, its meta.json) of data or else of the run's own, here or in a folder above it."""
     name = run.train_config["data"] if data is None else data
-    for parent in (Path(), *Path(run.path).absolute().parents):
-        folder = parent / name
-        meta = load_meta(folder) if os.path.isfile(folder / "meta.json") else {}
-        fits = meta.get("tokenizer") == run.tokenizer
+    places = [parent / name for parent in (Path(), *Path(run.path).absolute().parents)]
+    folders = [place for place in places if os.path.isfile(place / "meta.json")]
+    for folder in folders or [name]:
+        meta = load_meta(folder)
+        fits = meta["tokenizer"] == run.tokenizer
         if fits and (data is not None or meta["checksum"] == run.data_checksum):
             return str(folder), meta
-    raise UserError(f"no data for {run.path}: {name} is not there, has another tokenizer, or has "
-                    f"changed since training. Name data of the same tokenizer with --data")
+    raise UserError(f"{folder} has another tokenizer than {run.path}, or has changed since "
+                    f"training: give data of the same tokenizer with --data")
 
 
 def trained_with(run):
@@ -245,8 +246,8 @@ def to_text(frame):
         column = [cell(row, name, form) for row in rows]
         if set(column) - {"-", ""}:
             texts[name] = column
-    table = frame.from_dict(texts).set_index("run")
-    return table.rename_axis(index=None, columns="run").to_string()
+    table = frame.from_dict(texts).set_index("run").rename_axis(index=None, columns="run")
+    return table.to_string()
 
 
 # ---------------------------------------------------------------- samples, plots, command line
@@ -257,15 +258,15 @@ def print_samples(run, args):
     tokenizer = load_tokenizer(run.tokenizer)
     eot = tokenizer.eot_token
     gated = run.model.config.ablation != "none"
-    prompt = tokenizer.encode_ordinary(args.sample) or [eot]
-    idx = torch.tensor([prompt]).to(run.model.lm_head.weight.device)  # (1, T)
+    idx = torch.tensor([tokenizer.encode_ordinary(args.sample) or [eot]])  # (1, T)
+    idx = idx.to(run.model.lm_head.weight.device)
     for stream in ("clean", "ablated")[: 1 + gated]:
         generator = torch.Generator(idx.device).manual_seed(args.seed)
         story = run.model.generate(
             idx, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
             generator=generator, stream=stream, stop_token=eot)  # (1, T + new)
-        text = tokenizer.decode(story[story != eot].tolist())
-        print(f"\n--- {run.path}, {stream} stream\n{text}")
+        print(f"\n--- {run.path}, {stream} stream")
+        print(tokenizer.decode(story[story != eot].tolist()))
 
 
 def plain(text):

@@ -2,7 +2,7 @@
 
     runs = open_runs(TABLE, paths, data)                         every mistake shows here
     found, notes = read_experiments(EXPERIMENTS, runs)           or here
-    rows = [describe_task(task) for task in runs.tasks]          or evaluate_task, which takes longer
+    rows = [describe_task(task) for task in runs.tasks]        or evaluate_task, which takes longer
     publish(TABLE, over_seeds(runs, rows, found), notes, runs.folder)
 
 Runs that differ only in the seed are one row: the mean ± the sample standard deviation. What an

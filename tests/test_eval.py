@@ -287,7 +287,7 @@ def test_plot_names_runs_of_any_name(run, call, monkeypatch):
     (["nowhere"], "no checkpoint at nowhere", None),
     ([".."], "no checkpoint at ../best.pt", None),
     (["best.pt"], "is damaged", lambda run: (run / "best.pt").write_text("hello")),
-    ([".", "--data=nowhere"], "nowhere is not there", None),
+    ([".", "--data=nowhere"], "no prepared data in nowhere", None),
     (["."], "has another tokenizer", lambda run: change(run, tokenizer={"name": "gpt2"})),
     (["."], "has changed since training", lambda run: change(run, data="def")),
     (["."], "ln_f.bias", lambda run: change(run, model={

@@ -79,7 +79,6 @@ def measure_split(model, tokens, eot, text_bytes, batch_size=8, device="cpu"):
     story = (text[:-1] == eot).cumsum(0) - 1  # (n): the story of each target, counted from 0
     windows = torch.arange(n - n % T).view(n // T, T)  # positions
     rest = torch.arange(n - n % T, n)[None]  # (1, less than T)
-
     losses = defaultdict(list)  # nats per token
     counts = {}  # tokens of each story at which each unit is used
     for at in filter(torch.numel, (*windows.split(batch_size), rest)):

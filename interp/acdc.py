@@ -24,17 +24,12 @@ Shape letters: B prompts, T positions, C channels, H heads, D = C / H, V vocabul
 K circuits tried at a time.
 """
 
-import signal
-
-if __name__ == "__main__":
-    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import hashlib
 import json
 import math
 import os
 import random
+import signal
 import statistics
 import sys
 import time
@@ -49,9 +44,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python puts interp/ there
 import config as knobs
-from eval import (
-    averages, check_picture, check_range, column, number, open_run, parse_list, print_table,
-    run_parser, run_paths, save_figure)
+from eval import open_run, run_paths
+from interp.common import (
+    averages, check_picture, check_range, column, number, parse_list, print_table, run_parser,
+    save_figure)
 from interp.results import MAYBE, NUMBER, Job, fits, gate_fingerprint, results_of
 from prepare import UserError, load_tokenizer, word_lists
 

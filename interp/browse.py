@@ -27,12 +27,6 @@ its U units in this order, N = L U, k units kept of a layer, K snippets of a uni
 tokens of a batch or of all stories, C channels of the residual stream, H heads, D = C / H, V.
 """
 
-import signal
-
-if __name__ == "__main__":
-    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import base64
 import hashlib
 import json
@@ -50,8 +44,8 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # python puts interp/ there
 import config as knobs
-from eval import (
-    ablation, centred, check_range, check_writable, open_tasks, run_parser, trained_with)
+from eval import centred, trained_with
+from interp.common import ablation, check_range, check_writable, open_tasks, run_parser
 from interp.activations import (
     TOKENS, UNITS, Site, Strongest, Text, kept_units, read_sites, read_windows, windows_at)
 from interp.results import check_finite, fits, is_of, read_json, result_path, write_text

@@ -35,12 +35,6 @@ paper's model and 5,000 kinds of token, 16 KB for each kind more (GPT-2's 50,257
 Shape letters: B windows of T tokens, U neurons at a time, V vocabulary, n tokens of a batch.
 """
 
-import signal
-
-if __name__ == "__main__":
-    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import email.utils
 import hashlib
 import json
@@ -64,9 +58,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python puts interp/ there
 import config as knobs
-from eval import (
-    check_picture, check_range, check_writable, column, find_data, number, open_run, print_table,
-    run_parser, run_paths, save_figure)
+from eval import find_data, open_run, run_paths
+from interp.common import (
+    check_picture, check_range, check_writable, column, number, print_table, run_parser,
+    save_figure)
 from interp.activations import (
     Site, Stopped, Strongest, Text, check_stop, read_sites, untrained, windows_at)
 from interp.results import (

@@ -16,12 +16,6 @@ A folder to write must not be there yet, and is there only when it is whole.
 Shape letters: d inputs and F features of an autoencoder.
 """
 
-import signal
-
-if __name__ == "__main__":
-    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import hashlib
 import json
@@ -36,12 +30,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python puts interp/ there
 import config as knobs
-from eval import (
-    COLUMNS, Task, cells, check_range, evaluate_run, find_data, name_recipes, open_run,
-    trained_with)
+from eval import COLUMNS, cell, evaluate_run, find_data, open_run, trained_with
+from interp.common import check_range
 from interp.results import fingerprint, fits, result_path, write_json, write_text
 from model import GPTNeo, GPTNeoConfig, ModelError, load_torch, replace_file, save_checkpoint
-from prepare import EOT, PIECE, UserError, load_meta, load_tokenizer, load_tokens, one_line
+from prepare import EOT, PIECE, UserError, load_meta, load_tokenizer
 
 try:
     import safetensors.torch
@@ -54,6 +47,12 @@ TRAINING = {"config": dict, "train_config": dict, "tokenizer": dict, "data": str
 
 
 # --------------------------------------------------------------------------- files and folders
+
+
+def one_line(error):
+    """An exception's reason. Without a path, where the system gives one: our messages name it."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return " ".join(reason.split())[:300] or type(error).__name__
 
 
 @contextmanager
@@ -404,6 +403,16 @@ def training_of(folder, geometry, data, out):
 # -------------------------------------------------------------------------------------- writing
 
 
+def hf_config(config):
+    """Keyword arguments of the transformers.GPTNeoConfig that describes the clean stream."""
+    pattern = config.attention_pattern
+    dropouts = ("embed_dropout", "attention_dropout", "resid_dropout")
+    return dict(vocab_size=config.vocab_size, max_position_embeddings=config.block_size,
+                hidden_size=config.n_embd, num_layers=config.n_layer, num_heads=config.n_head,
+                attention_types=[[pattern, config.n_layer // len(pattern)]],
+                window_size=config.window_size, **dict.fromkeys(dropouts, 0.0))
+
+
 def export_run(run, out, row=None):
     """Writes an eval.Run as a Hugging Face folder. row: its figures for the card, eval.py's.
 
@@ -417,7 +426,7 @@ def export_run(run, out, row=None):
     del clean["lm_head.weight"]  # tied: it is the token embedding
     ends = {"bos_token_id": eot, "eos_token_id": eot}
     config = {
-        "architectures": ["GPTNeoForCausalLM"], "model_type": "gpt_neo", **model.hf_config(),
+        "architectures": ["GPTNeoForCausalLM"], "model_type": "gpt_neo", **hf_config(model.config),
         "intermediate_size": 4 * C, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": True, "dtype": "float32", **ends}
     # past its positions the model cannot write: a story ends there at the latest
@@ -464,11 +473,11 @@ def model_card(run, row):
         lines += ["`model.safetensors` is the clean stream, which inference uses. The gates are in "
                   "`gates.safetensors`, for the code that trained them.", ""]
     if row:
-        name_recipes([row], [trained])
-        headings, figures = cells([row], [entry for entry in COLUMNS if entry[0] != "run"])
         lines += ["## Figures", "", f"On all {row['tokens']:,} validation tokens of "
                   f"`{row['data']}` (checksum {row['checksum']}).", "", "| | |", "|---|---|"]
-        lines += [f"| {heading} | {figure} |" for heading, figure in zip(headings, figures)]
+        for name, form in COLUMNS.items():
+            if name in row and name not in ("run", "data"):
+                lines.append(f"| {name} | {cell(row, name, form)} |")
         lines += [""]
     lines += ["## Training", "", f"On `{trained['data']}` (checksum {run.data_checksum}).", "",
               "| | |", "|---|---|"]
@@ -579,10 +588,9 @@ def measure(run, args):
     device = knobs.pick_device(args.device)
     try:
         folder, meta = find_data(run, args.data)
-        task = Task(run, folder, meta, load_tokens(folder, "val"))
+        row = evaluate_run(run, folder, meta, args.batch_size, device)
     except UserError as error:
         raise UserError(f"{error}; or leave figures out with --no_figures") from None
-    row = evaluate_run(task, args.batch_size, device)
     run.model.cpu()
     return row
 

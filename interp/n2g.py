@@ -33,12 +33,6 @@ precision.
 Shape letters: B prompts or windows of T tokens, U neurons of a block, K snippets of each.
 """
 
-import signal
-
-if __name__ == "__main__":
-    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import json
 import sys
 import time
@@ -57,9 +51,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # python puts interp/ there
 import config as knobs
-from eval import (
-    check_picture, check_range, check_writable, column, find_data, open_run, parse_list,
-    print_table, run_parser, run_paths, save_figure)
+from eval import find_data, open_run, run_paths
+from interp.common import (
+    check_picture, check_range, check_writable, column, parse_list, print_table, run_parser,
+    save_figure)
 from interp.activations import TOKENS, Site, Stopped, Strongest, Text, check_stop, read_sites
 from interp.results import MAYBE, NUMBER, Job, fits, read_neurons, results_of
 from prepare import EOT, UserError, load_tokenizer, load_tokens

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from eval import check_writable
+from interp.common import check_writable
 from model import load_torch, replace_file
 from prepare import UserError
 

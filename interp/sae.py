@@ -32,12 +32,6 @@ token or on average, in place of l1.
 Shape letters: n activations, d their size, F features; B windows of T tokens, V vocabulary.
 """
 
-import signal
-
-if __name__ == "__main__":
-    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import html
 import math
 import os
@@ -59,9 +53,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # python puts interp/ there
 import config as knobs
-from eval import (
-    averages, check_picture, check_range, check_writable, column, find_data, number, open_run,
-    parse_list, print_table, run_parser, run_paths, save_figure)
+from eval import find_data, open_run, run_paths
+from interp.common import (
+    averages, check_picture, check_range, check_writable, column, number, parse_list, print_table,
+    run_parser, save_figure)
 from interp.activations import (
     SITES, Site, Stopped, Strongest, Text, check_stop, held_out_windows, read_windows, windows_at)
 from interp.results import MAYBE, NUMBER, Job, fits, results_of, write_text, write_torch
@@ -884,31 +879,12 @@ class Inputs(NamedTuple):
     val: np.ndarray
 
 
-def check_memory(settings, sites, plan, device):
-    """Raises UserError when training would take more memory than there is."""
-    d, batch = max(site.d for site in sites), settings["batch_size"]
-    F = settings["expansion"] * d
-    saes = len(settings["l1"] or settings["k"])
-    weights = 2 * d * F + F + d
-    # the weights of all places and seeds; of those in training the gradient, Adam's two moments
-    numbers = saes * weights * (len(sites) * len(settings["seeds"]) + 3)
-    numbers += 3 * batch * F + 2 * saes * F  # features, their gradient, a product; silent, int64
-    # a buffer that does not hold all has half of it read, put together and scaled beside it
-    numbers += plan.size * (d + 2) * (1 if plan.cached else 2)
-    needed, there = 4 * numbers, knobs.device_memory(device)  # bytes of float32
-    if needed > there:
-        raise UserError(
-            f"{F:,} features in each of {saes}, batches of {batch:,} and a buffer of {plan.size:,} "
-            f"need {needed / 2**30:,.0f} GiB of memory, and there are {there / 2**30:,.0f}: "
-            f"give a smaller --expansion, --batch_size or --buffer")
-
-
 def places_of(model, layers, args):
     """The Sites of every one of these layers with every --site."""
     return [Site(model, *place, not args.raw) for place in product(layers, args.site)]
 
 
-def open_job(path, args, load, device):
+def open_job(path, args, load):
     """A run as a Job with its Inputs, looked over. Raises UserError or ModelError.
 
     load: load_tokens or the like.
@@ -931,8 +907,6 @@ def open_job(path, args, load, device):
         check_writable(job.path("_features.html"))
     elif job.result:
         return job  # it reads nothing more
-    plan = plan_of(settings, meta["train"]["tokens"], config.block_size)
-    check_memory(settings, sites, plan, device)
     train, val = load(folder, "train"), load(folder, "val")
     held_out_windows(val, config.block_size, 1)  # or it is too short
     job.inputs = Inputs(sites, meta["eot"], train, val)
@@ -1084,7 +1058,7 @@ def main():
     if args.places:
         return print_places(args, device)
     load = cache(load_tokens)  # each split once: every byte of it is verified
-    jobs = [open_job(path, args, load, device) for path in run_paths(args.runs)]
+    jobs = [open_job(path, args, load) for path in run_paths(args.runs)]
     stop = knobs.StopRequest()
     try:
         results = results_of(jobs, partial(train_saes, device=device, stop=stop), device)

@@ -15,12 +15,6 @@ the runs. Beside them bargain.png draws what interpretability costs: clean perpl
 up, fewer edges, a better autoencoder, a better ablated stream; what no run has is left out.
 """
 
-import signal
-
-if __name__ == "__main__":
-    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import math
 import sys
 from pathlib import Path
@@ -28,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import config as knobs
-from eval import averages, check_range, evaluate_run, measuring_parser, number
 from interp.acdc import EDGES_FOR, edges_at_equal_kl
+from interp.common import averages, check_range, evaluate_task, measuring_parser, number
 from interp.sae import AT_L0, coefficient, place, score_at_l0
 from interp.tables import (
     Experiment, Table, as_png, draw_seeds, open_runs, over_seeds, publish, read_experiments,
@@ -249,7 +243,7 @@ def main():
     device = knobs.pick_device(args.device)
     runs = open_runs(TABLE1, args.runs, args.data)
     found, notes = read_experiments(EXPERIMENTS, runs)
-    rows = [evaluate_run(task, args.batch_size, device) for task in runs.tasks]
+    rows = [evaluate_task(task, args.batch_size, device) for task in runs.tasks]
     publish(TABLE1, over_seeds(runs, rows, found), notes, runs.folder, args.json)
 
 

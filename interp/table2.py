@@ -15,12 +15,6 @@ The table is printed, and saved as table2.md, table2.csv and table2.png, or with
 table2_layers.md and so on, in the folder that holds all the runs.
 """
 
-import signal
-
-if __name__ == "__main__":
-    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import sys
 from collections import Counter
@@ -31,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import config as knobs
-from eval import describe_run, number
+from interp.common import describe_task, number
 from interp.n2g import equal_pools
 from interp.tables import (
     Experiment, Table, as_png, draw_seeds, entry, open_runs, over_seeds, publish,
@@ -211,7 +205,7 @@ def rows_of(runs, layer=None):
     """A row for every recipe, of all layers or of one, and notes."""
     found, notes = read_experiments(experiments(layer), runs)
     level_pools(found)
-    rows = over_seeds(runs, [describe_run(task) for task in runs.tasks], found)
+    rows = over_seeds(runs, [describe_task(task) for task in runs.tasks], found)
     if layer is not None:
         rows = [row | {"layer": layer} for row in rows]
     return rows, notes

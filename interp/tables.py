@@ -2,7 +2,7 @@
 
     runs = open_runs(TABLE, paths, data)                         every mistake shows here
     found, notes = read_experiments(EXPERIMENTS, runs)           or here
-    rows = [describe_run(task) for task in runs.tasks]           or evaluate_run, which takes longer
+    rows = [describe_task(task) for task in runs.tasks]        or evaluate_task, which takes longer
     publish(TABLE, over_seeds(runs, rows, found), notes, runs.folder)
 
 Runs that differ only in the seed are one row: the mean ± the sample standard deviation. What an
@@ -19,9 +19,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from eval import (
+from eval import trained_with
+from interp.common import (
     AVERAGED, cells, check_writable, column, group_seeds, join_seeds, name_recipes, open_tasks,
-    print_table, trained_with)
+    print_table)
 from interp.results import is_of, read_result, refuse_mixed, result_path
 from model import replace_file
 from prepare import UserError
@@ -129,7 +130,7 @@ def open_runs(table, paths, data=None):
 def over_seeds(runs, rows, found):
     """A row for every group of runs, called after its recipe; see eval.join_seeds.
 
-    rows: of every run what eval.describe_run says, and what was measured; found: what experiments
+    rows: of every run what describe_task says, and what was measured; found: what experiments
     found.
     """
     rows = [row | numbers for row, numbers in zip(rows, found)]

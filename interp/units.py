@@ -43,13 +43,8 @@ is there already with the same settings is not made again.
 Shape letters: n tokens of the text, V vocabulary, L layers, N units of a layer, k kept of them.
 """
 
-import signal
-
-if __name__ == "__main__":
-    # torch takes seconds to import: until main() begins, Ctrl-C just ends the program
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import math
+import signal
 import sys
 from functools import cache, partial
 from itertools import combinations
@@ -60,9 +55,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python puts interp/ there
 import config as knobs
-from eval import (
-    averages, check_picture, check_range, column, find_data, open_run, print_table, run_parser,
-    run_paths, save_figure)
+from eval import find_data, open_run, run_paths
+from interp.common import (
+    averages, check_picture, check_range, column, print_table, run_parser, save_figure)
 from interp.activations import (
     held_out_windows, kept_units, read_windows, untrained, windows_at)
 from interp.results import (

@@ -482,7 +482,7 @@ def test_the_command_as_a_user_types_it(call, run):
     (run.parent / "table1.csv").write_text("what interp/table1.py leaves")
     (run.parent / "notes").mkdir()
     message, out = call(*sorted(run.parent.glob("*")), "--count=4", "--tau=0.01,0.2", "--orders=2")
-    assert message is None and "already" in out and "notes is no run" in out
+    assert message is None and "already" in out
     assert (run / "acdc.json").read_text() == before
     message, _ = call(other, run, "--count=4", "--tau=0.5")
     assert "tau=[0.01, 0.2], not [0.5]: --force" in message and (run / "acdc.json").read_text() == before
@@ -599,8 +599,6 @@ def test_prompts_of_ones_own(call, run, tmp_path):
 
 def test_runs_that_cannot_be_compared_or_saved(call, run, tmp_path, monkeypatch):
     assert "no checkpoint" in call(tmp_path / "nothing")[0]
-    torch.save({"config": {}, "model": {}}, tmp_path / "foreign.pt")
-    assert "not written by train.py" in call(tmp_path / "foreign.pt")[0]
     # a run with another tokenizer has other prompts: refused before anything is computed
     other = save_run(tmp_path / "other", {"name": "words", "pieces": WORDS["pieces"] + [" Jack"]})
     message, _ = call(run, other, "--force")

@@ -159,8 +159,8 @@ def test_the_card_has_the_figures_of_eval(data, tmp_path, typed, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path / "run"), "--json", "--device=cpu"])
     eval.main()
     row, = json.loads(capsys.readouterr().out)
-    assert f"| ppl clean | {row['ppl_clean']:.3f} ± {row['ppl_clean_se']:.3f} |" in card
-    assert f"| ppl ablated | {row['ppl_ablated']:.3f} ±" in card and "| step | 7 |" in card
+    assert f"| ppl_clean | {row['ppl_clean']:.3f} ± {row['ppl_clean_se']:.3f} |" in card
+    assert f"| ppl_ablated | {row['ppl_ablated']:.3f} ±" in card and "| step | 7 |" in card
     assert "| k_mlp | 2 |" in card and "| learning_rate | 0.0014 |" in card and load_meta(data)["checksum"] in card
 
 

@@ -299,7 +299,7 @@ def test_what_cannot_be_written_is_found_out_at_once(run, name, monkeypatch):
             raise PermissionError(13, "Permission denied")
         return open(path, mode, *words, **more)
 
-    monkeypatch.setattr(sys.modules["eval"], "open", read_only, raising=False)
+    monkeypatch.setattr(sys.modules["interp.common"], "open", read_only, raising=False)
     refused(run, f"cannot write {run}/toy.", "Permission denied", files=FILES)
 
 

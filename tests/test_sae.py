@@ -671,18 +671,6 @@ def test_each_split_is_read_once(run, call, monkeypatch):
     assert call(*runs, *QUICK, "--seeds=1,2", "--features=2")[0] is None and read == ["train", "val"] * 2
 
 
-def test_memory_is_estimated_before_the_work(run, call, monkeypatch):
-    """4 d F floats and a buffer: twice what it takes is enough, half is not."""
-    monkeypatch.setattr(sae, "draw_saes", lambda *_: None)
-    monkeypatch.setattr(knobs, "device_memory", lambda device: 2**20)
-    assert call(run, *QUICK, "--expansion=16")[0] is None  # 4 x 2 x 8 x 128 floats are 32 KB, the buffer 20 KB
-    assert "need 0 GiB" in call(run, *QUICK, "--expansion=800", "--force")[0]
-    assert "need 0 GiB" in call(run, *QUICK, "--expansion=160", "--l1=1,2,3,4,5", "--force")[0]
-    assert call(run, *QUICK, "--expansion=160", "--force")[0] is None
-    monkeypatch.undo()
-    assert 2**28 < knobs.device_memory(torch.device("cpu")) < 2**50
-
-
 def test_the_readme_loads_them_from_the_project_root(run, call, monkeypatch):
     monkeypatch.setattr(sae, "draw_saes", lambda *_: None)
     assert call(run, *QUICK, "--seeds=1,2")[0] is None
@@ -749,7 +737,7 @@ def test_mistakes_get_one_line(run, call, tmp_path):
     save_checkpoint(tmp_path / "bare.pt", tiny().config, tiny().state_dict())
     for words, expected in [
         ((tmp_path / "nowhere",), "no checkpoint at"), ((tmp_path / "not.pt",), "no file of this project"),
-        ((tmp_path / "other.pt",), "holds no 'config'"), ((tmp_path / "bare.pt",), "was not written by train.py"),
+        ((tmp_path / "other.pt",), "holds no 'config'"), ((tmp_path / "bare.pt",), "bare.pt: 'step'"),
         ((run, "--data", tmp_path / "nowhere"), "no prepared data"), ((run, "--layer=3"), "--layer=3: the blocks"),
         ((run, "--layer=-1"), "--layer=-1"), ((run, "--l1=abc"), "--l1=abc"), ((run, "--l1=2,2"), "--l1=2,2"),
         ((run, "--l1=nan"), "--l1=nan"), ((run, "--site=mlp"), "--site"), ((run, "--k=3"), "--k has no effect"),

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "interp")]
 import config
 import table1
-from eval import averages, name_recipes, open_run
+from eval import open_run
+from interp.common import averages, name_recipes
 from interp.results import fingerprint, write_json
 from model import load_checkpoint
 from test_eval import run, seeds, tiny, typed  # noqa: F401
@@ -34,7 +35,7 @@ def call(typed):
 
 @pytest.fixture
 def no_measuring(monkeypatch):
-    monkeypatch.setattr(table1, "evaluate_run", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(table1, "evaluate_task", lambda *_: pytest.fail("too late"))
 
 
 def found(run, experiment, settings=0, warnings=(), **facts):

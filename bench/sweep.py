@@ -5,9 +5,8 @@
 
 Other --name=value words are knobs of train.py and apply to every run; {seed} in them is the run's
 own seed, as in --init_from=out/sweep/baseline_seed{seed}. CONFIG with seed S is trained in
-out/sweep/CONFIG_seedS (another parent folder: --out=FOLDER), and prints into CONFIG_seedS.log
-beside it, its evaluations here too. The same command again skips finished runs and continues the
-others. Ctrl-C and SIGTERM stop all runs; a run that fails stops no other.
+out/sweep/CONFIG_seedS (parent: --out=FOLDER), its output is in CONFIG_seedS.log beside it. The same
+command again continues what is not finished. Ctrl-C stops all runs; a failing run stops no other.
 """
 
 import argparse

@@ -1,7 +1,4 @@
-"""bench/: the check of a device can fail, speed.py's arithmetic is right, gpu.sh runs every part.
-
-    python -m pytest tests/test_bench.py
-"""
+"""bench/: the check of a device can fail, speed.py's arithmetic is right, gpu.sh runs every part."""
 
 import os
 import re

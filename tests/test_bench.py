@@ -1,4 +1,4 @@
-"""bench/: the check of a device can fail, speed.py's arithmetic is right, gpu.sh runs every part."""
+"""bench/: check.py can fail, the arithmetic of speed.py is right, gpu.sh runs every part."""
 
 import os
 import re

@@ -94,17 +94,16 @@ def differences(reference, model, tokens, dtype):
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             for _ in range(3):  # a CUDA graph is recorded in the second call, replayed in the third
                 found = step(model, tokens, coeff)
-        off = torch.stack([(a - b).norm() for a, b in zip(found, wanted)])
-        size = torch.stack([b.norm() for b in wanted])
-        size[0] = 1.0  # the loss: nats
-        rows.append(off / size.clamp_min(1e-30))  # a baseline has no gates: 0 / 0
-    return torch.stack(rows).amax(0)  # NaN stays NaN
+        off = torch.stack([(a - b).norm() for a, b in zip(found, wanted)])  # (3,)
+        sizes = torch.stack([torch.ones(()), wanted[1].norm(), wanted[2].norm()])
+        rows.append(off / sizes.clamp_min(1e-30))  # a baseline has no gates: 0 / 0
+    return torch.stack(rows).amax(0)  # NaN stays NaN, and fails
 
 
 def check_step(device, dtype, mode, form):
     """Print the line of a case. -> whether it is right"""
-    precision = "high" if dtype == "bfloat16" else "highest"  # as train.py has it
-    torch.set_float32_matmul_precision(precision)
+    if device.type == "cuda":  # as train.py has it
+        torch.set_float32_matmul_precision("high" if dtype == "bfloat16" else "highest")
     reference, tokens = reference_model(form)
     model = copy_here(reference, device, mode)
     with mock.patch.object(model_file, "MIN_GAP", GAP[dtype]):

@@ -1,27 +1,25 @@
 #!/usr/bin/env bash
-# What to run first on a new GPU machine, in under 6 minutes: torch >= 2.11, prepared data, no network.
+# What to run first on a new GPU machine, in under 6 minutes. Needs torch >= 2.11, and no network.
 #     bash bench/gpu.sh                    results go into $OUT (default out/gpu)
 #     bash bench/gpu.sh --device cpu       the same parts at toy size
-# DATA: a prepared data folder (default data/toy); UPDATES: of the training run; LIMIT: seconds for all.
-# Each part writes a .txt and a .err, and has a time limit; a part that fails does not stop the others.
-# The exit code says whether all went well.
+# DATA: a prepared folder (default data/toy). UPDATES: of the training run. LIMIT: seconds for all.
+# Each part writes a .txt and a .err and has a time limit. A part that fails does not stop the
+# others. The exit code says whether all went well.
 set -u
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/gpu} PYTHON=${PYTHON:-python3} DATA=${DATA:-data/toy} LIMIT=${LIMIT:-350}
 case "$*" in
     "") device=cuda ;;
     "--device cuda" | "--device cpu") device=$2 ;;
-    *) echo "error: $* is not understood: bash bench/gpu.sh [--device cpu]" >&2; exit 1 ;;
+    *) echo "error: unknown words $*: bash bench/gpu.sh [--device cpu]" >&2; exit 1 ;;
 esac
-if [ -e "$OUT/local_k2" ]; then
-    echo "error: $OUT already holds results: name another folder with OUT=" >&2; exit 1
-fi
-if [ ! -f "$DATA/meta.json" ]; then
-    echo "error: no prepared data in $DATA: python prepare.py toy, or name another folder with DATA=" >&2; exit 1
-fi
-if [ "$device" = cuda ] && ! $PYTHON -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then
-    echo "error: $PYTHON finds no torch or no GPU here: bash bench/gpu.sh --device cpu" >&2; exit 1
-fi
+stop() { echo "error: $1" >&2; exit 1; }
+[ ! -e "$OUT/local_k2" ] || stop "$OUT already holds results: name another folder with OUT="
+[ -f "$DATA/meta.json" ] ||
+    stop "no prepared data in $DATA: python prepare.py toy, or name another folder with DATA="
+finds_gpu='import sys, torch; sys.exit(not torch.cuda.is_available())'
+[ "$device" = cpu ] || "$PYTHON" -c "$finds_gpu" 2> /dev/null ||
+    stop "$PYTHON finds no torch or no GPU here: bash bench/gpu.sh --device cpu"
 mkdir -p "$OUT" || exit 1
 failed=0
 
@@ -54,9 +52,13 @@ if [ "$device" = cpu ]; then
 fi
 train=(train.py config/local_k2.py --device="$device" --data="$DATA" "${size[@]}")
 speed=("$PYTHON" bench/speed.py --device="$device" "${size[@]}" "${few[@]}")
-half=("$PYTHON" "${train[@]}" --out="$OUT/stopped" --max_iters=1000 --eval_interval=500 --log_interval=20)
+half=("$PYTHON" "${train[@]}" --out="$OUT/stopped" --max_iters=1000 --eval_interval=500
+      --log_interval=20)
 # sends SIGTERM to the run whose output is the file $0, once it has taken 20 updates
-stop='"$@" & until grep -q "^step 20:" "$0"; do sleep 0.2; kill -0 $! || exit 1; done; kill $!; wait $!'
+interrupt='"$@" &
+until grep -q "^step 20:" "$0"; do kill -0 $! || exit 1; sleep 0.2; done
+kill $!
+wait $!'
 
 part check 120 "$PYTHON" bench/check.py --device="$device" "${check[@]}"
 part speed_graphs 100 "${speed[@]}" "${graphs[@]}"
@@ -67,9 +69,12 @@ part ramp 60 "$PYTHON" "${train[@]/k2.py/k2_ramp.py}" --out="$OUT/ramp" --max_it
     --eval_interval=20 --log_interval=5
 part torchrun 60 "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=1 "${train[@]}" \
     --out="$OUT/torchrun" --max_iters=20 --eval_interval=20 --log_interval=10
-part stop 60 bash -c "$stop" "$OUT/stop.txt" "${half[@]}"
+part stop 60 bash -c "$interrupt" "$OUT/stop.txt" "${half[@]}"
 part resume 60 "${half[@]}" --resume=True
-grep -q "^finished: 1,000 updates" "$OUT/resume.txt" || { echo "!!! resume: it did not finish"; failed=1; }
+if ! grep -q "^finished: 1,000 updates" "$OUT/resume.txt"; then
+    echo "!!! resume: it did not finish"
+    failed=1
+fi
 part speed_eager 60 "${speed[@]}" "${eager[@]}"
 part speed_compiled 100 "${speed[@]}" "${compiled[@]}"
 echo "=== all parts took $SECONDS s, exit code $failed"

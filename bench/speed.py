@@ -1,7 +1,7 @@
 """Time a training step as train.py takes it: batch, forward, backward, clipping, optimizer.
 
     python bench/speed.py                           the paper's model and batch, GPT-2's vocabulary
-    python bench/speed.py --batch_size=4 --parts    1,024 tokens a step, and where their time goes
+    python bench/speed.py --batch_size=4            1,024 tokens per step
     python bench/speed.py --dtype=float32,bfloat16 --compile=False,True,reduce-overhead
     python bench/speed.py config/demo.py --vocab_size=580         any knob of train.py
 
@@ -12,8 +12,8 @@ round, so that a busy machine slows all of them. Tokens are random: no data are 
 ms/step      the median of the rounds, and the fastest and the slowest of them
 x baseline   the median over that of the baseline with the same knobs
 of floor     the time of the step's matrix products at the rate of a large one, over the time taken
-peak MB      the most memory that a step needs, weights and optimizer included; on a CPU the resident
-             memory of a process of its own, on Linux and without --compile only
+peak MB      the most memory that a step needs, weights and optimizer included; on a CPU it is the
+             resident memory of a separate process, on Linux and without --compile only
 h / 400,000  hours for the paper's 400,000 updates
 """
 
@@ -25,7 +25,6 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python puts bench/ there
 import config as knobs
-from model import GPTNeo, cross_entropy, gate
+from model import GPTNeo
 from prepare import UserError
 from train import batch_at, find_machine, make_optimizer, update
 
@@ -85,19 +84,18 @@ class Row:
             self.tokens = torch.from_numpy(self.tokens.view(np.int16)).to(self.device)
         self.time(steps)
 
-    def batch(self):
-        return batch_at(self.tokens, self.steps, self.config, device=self.device)
-
     def step(self):
-        autocast = self.machine.autocast
-        update(self.model, self.optimizer, self.batch(), self.config, autocast, self.coeff)
+        config, autocast = self.config, self.machine.autocast
+        batch = batch_at(self.tokens, self.steps, config, device=self.device)
+        update(self.model, self.optimizer, batch, config, autocast, self.coeff)
         self.steps += 1
 
     def time(self, steps):
         """Seconds per step."""
         # find_machine set this for all rows, and only bfloat16 ones use TF32
-        precision = "high" if self.machine.bfloat16 else "highest"
-        torch.set_float32_matmul_precision(precision)
+        if self.device.type == "cuda":
+            precision = "high" if self.machine.bfloat16 else "highest"
+            torch.set_float32_matmul_precision(precision)
         self.step()  # in a run, the step before is of the same model
         return clock(self.step, self.device, steps)
 
@@ -145,63 +143,6 @@ def build(row):
     print(f"  {words}: warm after {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
 
 
-# -------------------------------------------------------------------------------------------- parts
-
-
-def part_functions(row):
-    """{part of a step: function that returns a scalar}, with inputs like those in the step."""
-    model, config = row.model, row.config
-    batch = row.batch()
-    idx, targets = batch[:, :-1], batch[:, 1:]  # (B, T)
-    with row.machine.autocast:
-        hidden, inputs, caches = model.clean_pass(idx)
-    # a backward pass ends here: what comes before is another part
-    hidden = hidden.detach().requires_grad_()  # (B, T, C)
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    caches = [[x.detach().requires_grad_() for x in kv] for kv in caches]
-
-    def gates():
-        scores = []
-        if config.ablation == "global":
-            for layer, k in (model.attn_gate, config.k_attn), (model.mlp_gate, config.k_mlp):
-                scores += [(x, k) for x in layer(hidden).chunk(config.n_layer, -1)]
-        else:
-            for block, x in zip(model.transformer["h"], inputs):
-                scores += [(block.attn_gate(x), config.k_attn), (block.mlp_gate(x), config.k_mlp)]
-        return sum(gate(x, k, config.gate).square().sum() for x, k in scores)
-
-    def ablated_pass():
-        return model.ablated_pass(hidden, inputs, caches)[0].square().sum()
-
-    parts = {"clean pass": lambda: model.clean_pass(idx)[0].square().sum(),
-             "loss of one stream": lambda: cross_entropy(hidden, model.lm_head.weight, targets)}
-    if config.ablation != "none":
-        parts |= {"gates": gates, "ablated pass and gates": ablated_pass}
-    return parts
-
-
-def time_parts(row, rounds):
-    """{part of a step: median ms}, each forward and backward on its own."""
-    def run(part):
-        with row.machine.autocast:
-            loss = part()
-        loss.backward()
-
-    def optimize():
-        torch.nn.utils.clip_grad_norm_(row.model.parameters(), 1.0)
-        row.optimizer.step()
-
-    compiled = row.machine.compile_mode is not None
-    work = {name: partial(run, torch.compile(part, dynamic=False) if compiled else part)
-            for name, part in part_functions(row).items()}
-    work |= {"batch": row.batch, "clipping and optimizer": optimize}
-    seconds = {name: [] for name in work}
-    for _ in range(rounds + 1):
-        for name, function in work.items():
-            seconds[name].append(clock(function, row.device))
-    return {name: 1e3 * statistics.median(values[1:]) for name, values in seconds.items()}
-
-
 # -------------------------------------------------------------------------------------------- table
 
 
@@ -231,7 +172,8 @@ def numbers(row, rows, rates):
 
 
 def print_table(lines):
-    cells = [list(lines[0]), *[list(line.values()) for line in lines]]
+    cells = [list(lines[0])]
+    cells += [list(line.values()) for line in lines]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for row in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
@@ -248,7 +190,6 @@ def parse(argv):
     add("--variants", default=",".join(VARIANTS), help="which, with commas (default %(default)s)")
     add("--rounds", type=int, default=7, help="of timing everything once (default 7)")
     add("--steps", type=int, default=0, help="per row and round (default 1; on a GPU 10)")
-    add("--parts", action="store_true", help="also the time of each part of a step")
     args, words = parser.parse_known_args(argv)
     variants, sizes = args.variants.split(","), args.vocab_size.split(",")
     if set(variants) - VARIANTS.keys():
@@ -275,18 +216,15 @@ def main():
     for _ in range(args.rounds):
         for row in rows:
             row.seconds.append(row.time(steps))
-    rates = {name: product_rate(device, getattr(torch, name))
-             for name in {row.setting["dtype"] for row in rows}}
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    dtypes = {row.setting["dtype"] for row in rows}
+    rates = {name: product_rate(device, getattr(torch, name)) for name in dtypes}
+    where = f"{device.type}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name()
     print(f"{where}, torch {torch.__version__}; {args.rounds} rounds of {steps} steps")
     for dtype, rate in rates.items():
         print(f"{dtype}: {rate / 1e12:.2f} TFLOP/s in a large matrix product")
     print_table([numbers(row, rows, rates) for row in rows])
-    if args.parts:
-        for row in rows:
-            times = time_parts(row, args.rounds)
-            listed = ", ".join(f"{name} {ms:.2f}" for name, ms in times.items())
-            print(f"{row.variant} {' '.join(row.setting.values())}, ms: {listed}")
 
 
 if __name__ == "__main__":

@@ -44,10 +44,7 @@ stories)
 tuned)  # 375 updates from the baselines' 1,500, against 1,875 from scratch
     FROM="$STORIES --init_from=out/stories/plain/baseline_seed{seed} --max_iters=375
         --learning_rate=2e-3 --warmup_iters=25 --eval_interval=125"
-    OURS="--gate=constant --ramp_end=0.5"
-    sweep out/tuned/whole local_k2 $FROM $OURS
-    sweep out/tuned/annealed local_k2 $FROM $OURS --anneal_end=0.5
-    sweep out/tuned/gates local_k2 $FROM --gate=constant --freeze=base --gate_lr_multiplier=25
+    sweep out/tuned/whole local_k2 $FROM --gate=constant --ramp_end=0.5
     sweep out/tuned/plain baseline $FROM
     sweep out/tuned/scratch local_k2 $LONG --max_iters=1875 --gate=constant $RAMP
     sweep out/tuned/scratch baseline $LONG --max_iters=1875

@@ -168,7 +168,7 @@ def read_files(paths, column):
             encoding = next(MARKS[mark] for mark in MARKS if error.object.startswith(mark))
             raise UserError(f"{path} is not UTF-8: convert it, for example with "
                             f"iconv -f {encoding} -t utf-8") from error
-        except (OSError, EOFError, ValueError) as error:  # what gzip, json, pandas, pyarrow raise
+        except (OSError, EOFError, ValueError, AttributeError) as error:
             raise UserError(f"cannot read {path}: {first_line(error)}") from error
 
 
@@ -196,7 +196,8 @@ def read_jsonl(path):
     with open_text(path) as file:
         for line in file:
             if line.strip():
-                yield {name: [value] for name, value in json.loads(line).items()}
+                row = json.loads(line)
+                yield {name: [value] for name, value in row.items()}
 
 
 def read_table(path, kind):
@@ -488,7 +489,7 @@ def main(argv=None):
 
 
 def stop(number, frame):
-    """Ctrl-C and SIGTERM end the program. Worker processes inherit this and end without a word."""
+    """Ctrl-C ends the program. Worker processes inherit this and end without a word."""
     if os.getpid() != MAIN_PROCESS:
         os._exit(1)
     raise KeyboardInterrupt
@@ -497,7 +498,6 @@ def stop(number, frame):
 if __name__ == "__main__":
     logging.disable()  # libraries log in many lines what we report in one
     signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
     try:
         main()
     except UserError as error:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 EOT = "<|endoftext|>"
 SPLITS = ("train", "val")
-META = ("tokenizer", "vocab_size", "eot", *SPLITS, "source", "checksum")  # the fields of meta.json
+FIELDS = ("tokenizer", "vocab_size", "eot", "source", "checksum", *SPLITS)  # of meta.json
 # how GPT-2 cuts text before it merges bytes: words with their leading space, numbers, white space
 PIECE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 JOB = 128  # stories that a worker process tokenizes at a time, about 0.1 MB of TinyStories
@@ -51,9 +51,6 @@ class UserError(ValueError):
     """A mistake that the user can fix. Scripts print its message, one line, without a traceback."""
 
 
-# ---- what the other programs import
-
-
 def load_meta(folder):
     """meta.json of a prepared folder. Raises UserError if it is missing or damaged.
 
@@ -67,10 +64,9 @@ def load_meta(folder):
                         "with --data, or make some, see python prepare.py --help")
     try:
         meta = json.loads(path.read_bytes())
-        return {name: meta[name] for name in META}
+        return {name: meta[name] for name in FIELDS}
     except (ValueError, KeyError, TypeError) as error:
-        advice = f"run prepare.py again with --out {folder} --force"
-        raise UserError(f"{path} is damaged: {advice}") from error
+        raise UserError(f"{path} is damaged: run prepare.py again with --force") from error
 
 
 def load_tokens(folder, split):
@@ -82,8 +78,7 @@ def load_tokens(folder, split):
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if (path.stat().st_size, digest) != (2 * expected["tokens"], expected["sha256"]):
-        raise UserError(f"{path} is damaged, it is not the file that meta.json describes: "
-                        f"run prepare.py again with --out {folder} --force")
+        raise UserError(f"{path} is damaged (size or sha256): run prepare.py again with --force")
     return np.memmap(path, dtype="<u2", mode="r")
 
 
@@ -100,8 +95,8 @@ def load_tokenizer(spec):
         return tiktoken.get_encoding(spec["name"])
     except Exception as error:  # no network, a proxy's error page, a damaged cache: one advice
         raise UserError(f"cannot load the tokenizer {spec['name']} ({type(error).__name__}): set "
-                        "TIKTOKEN_CACHE_DIR to a folder with the two files of GPT-2's, or use "
-                        "--tokenizer words, which needs no download") from error
+                        "TIKTOKEN_CACHE_DIR to a folder with its files, or use --tokenizer words, "
+                        "which needs no download") from error
 
 
 def word_lists():
@@ -169,7 +164,7 @@ def read_files(paths, column):
             raise UserError(f"{path} is not UTF-8: convert it, for example with "
                             f"iconv -f {encoding} -t utf-8") from error
         except (OSError, EOFError, ValueError, AttributeError) as error:
-            raise UserError(f"cannot read {path}: {first_line(error)}") from error
+            raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
 
 
 def open_text(path):
@@ -192,7 +187,7 @@ def read_txt(path):
 
 
 def read_jsonl(path):
-    """Batches of one row. The JSON of `datasets` refuses half of a surrogate pair, Python's not."""
+    """Batches of one row. Python's json, not that of `datasets`, reads half of a surrogate pair."""
     with open_text(path) as file:
         for line in file:
             if line.strip():
@@ -217,8 +212,9 @@ def load_hub(name, config, column):
         data = load_dataset(name, config)
         splits = {"train": data["train"]}
     except Exception as error:  # a dozen kinds from four libraries, one advice
-        raise UserError(f"cannot load the dataset {name!r}: {first_line(error)}. Without a network:"
-                        " python prepare.py --train FILE or python prepare.py toy") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"cannot load the dataset {name!r}: {reason}. Without a network: "
+                        "python prepare.py --train FILE or python prepare.py toy") from error
     if "validation" in data:
         splits["val"] = data["validation"]
     return {split: texts_in(splits[split].iter(1000), column, name) for split in splits}
@@ -226,51 +222,12 @@ def load_hub(name, config, column):
 
 def texts_in(batches, column, where):
     """The texts of batches {column: [value, ...]}. Raises UserError if there are none."""
-    advice = "name the column of texts with --text_column"
     for batch in batches:
-        if column not in batch:
-            raise UserError(f"{where} has no column {column!r}, only {', '.join(batch)}: {advice}")
-        for text in batch[column]:
-            if not isinstance(text, str | None):
-                raise UserError(f"{where}: {type(text).__name__} where text should be: {advice}")
-            yield text or ""
-
-
-def first_line(error):
-    return f"{type(error).__name__}: {error}".split("\n")[0]
-
-
-# ---- texts to stories
-
-
-def clean(texts, notes):
-    """Yields the stories that are not empty. Counts in notes what a user may not expect."""
-    for text in texts:
-        story = text.strip()
-        while story.startswith(EOT) or story.endswith(EOT):
-            story = story.removeprefix(EOT).removesuffix(EOT).strip()
-        notes["separators"] += story.count(EOT)
-        notes["line ends"] += story.count("\r")
-        story = story.replace("\r\n", "\n").replace("\r", "\n")
-        if story:  # half of a surrogate pair, which UTF-8 cannot spell, becomes U+FFFD
-            yield story.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def split_off(stories, share, seed):
-    """Yields (split, story), a share of them "val".
-
-    The hash of a story decides, so equal stories go to the same split and no list is kept. But the
-    first story always trains and the next different one always validates: no split is empty.
-    """
-    first = second = None
-    for story in stories:
-        digest = hashlib.blake2b(story.encode(), digest_size=8, key=str(seed).encode()).digest()
-        if first is None:
-            first = digest
-        elif second is None and digest != first:
-            second = digest
-        drawn = int.from_bytes(digest, "little") < share * 2**64
-        yield "val" if digest == second or (drawn and digest != first) else "train", story
+        values = batch.get(column, [0])
+        if not all(isinstance(value, str | None) for value in values):
+            raise UserError(f"{where} has no texts in a column {column!r}, its columns are "
+                            f"{', '.join(batch)}: name the column of texts with --text_column")
+        yield from filter(None, values)
 
 
 def stories_of(texts, args, notes):
@@ -283,6 +240,34 @@ def stories_of(texts, args, notes):
             yield split, story
 
 
+def clean(texts, notes):
+    """Yields the stories that are not empty. Counts in notes what a user may not expect."""
+    for text in texts:
+        story = text.strip()
+        while story.startswith(EOT) or story.endswith(EOT):
+            story = story.removeprefix(EOT).removesuffix(EOT).strip()
+        notes["separators"] += story.count(EOT)
+        notes["line_ends"] += story.count("\r")
+        story = story.replace("\r\n", "\n").replace("\r", "\n")
+        if story:  # half of a surrogate pair, which UTF-8 cannot spell, becomes U+FFFD
+            yield story.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def split_off(stories, share, seed):
+    """Yields (split, story), a share of them "val".
+
+    The hash of a story decides, so equal stories go to the same split and no list is kept. But the
+    first story always trains and the next different one always validates: no split is empty.
+    """
+    fixed = {}  # digest: split
+    for story in stories:
+        digest = hashlib.blake2b(story.encode(), digest_size=8, key=str(seed).encode()).digest()
+        if len(fixed) < 2:
+            fixed.setdefault(digest, SPLITS[len(fixed)])
+        drawn = "val" if int.from_bytes(digest, "little") < share * 2**64 else "train"
+        yield fixed.get(digest, drawn), story
+
+
 def write_stories(path, stories):
     """Writes an Arrow file with JOB stories a row, {"train": [story, ...], "val": [story, ...]}.
 
@@ -291,7 +276,7 @@ def write_stories(path, stories):
     import datasets
     import pyarrow
 
-    facts = {split: Counter() for split in SPLITS}
+    facts = {split: {"stories": 0, "bytes": 0} for split in SPLITS}
     schema = pyarrow.schema({split: pyarrow.list_(pyarrow.string()) for split in SPLITS})
     stories = iter(tqdm(stories, desc="reading", unit=" stories", unit_scale=True))
     with pyarrow.ipc.new_stream(path, schema) as file:
@@ -299,10 +284,11 @@ def write_stories(path, stories):
             job = {"train": [], "val": []}
             for split, story in batch:
                 job[split].append(story)
-                facts[split].update(stories=1, bytes=len(story.encode()))
+                facts[split]["stories"] += 1
+                facts[split]["bytes"] += len(story.encode())
             file.write_batch(pyarrow.RecordBatch.from_pylist([job], schema))
     for split in SPLITS:
-        if not facts[split]:
+        if not facts[split]["stories"]:
             raise UserError(f"no story for the {split} split: give files with text in them, or at "
                             f"least two different stories; in .txt files {EOT} separates them")
     return datasets.Dataset.from_file(str(path)), facts
@@ -344,7 +330,6 @@ def frequent_pieces(rows, count):
 
 
 def encode_job(job, encoding):
-    """{split: uint16 tokens of its stories, as bytes}"""
     return {split: encode(job[split], encoding).astype("<u2").tobytes() for split in SPLITS}
 
 
@@ -422,15 +407,6 @@ def parse_arguments(argv):
     return args
 
 
-def check_output(out):
-    """Raises UserError if there are data already."""
-    # .bin files without meta.json are another program's, unless a killed run was moving its files
-    killed = out.with_name(out.name + ".tmp").exists()
-    if (out / "meta.json").exists() or ((out / "train.bin").exists() and not killed):
-        raise UserError(f"{out} already holds data: add --force to replace it or choose another "
-                        "--out")
-
-
 def write_data(args, folder, notes):
     """Writes the three files into folder. -> meta"""
     if args.source == "toy":
@@ -461,11 +437,13 @@ def write_data(args, folder, notes):
 
 def main(argv=None):
     args, notes = parse_arguments(argv), Counter()
-    if not args.force:
-        check_output(args.out)
     if args.tokenizer == "gpt2":
         load_tokenizer({"name": "gpt2"})  # a failed download is reported before the text is read
     folder = args.out.with_name(args.out.name + ".tmp")
+    # .bin files without meta.json are another program's, unless a killed run was moving its files
+    has_tokens = (args.out / "train.bin").exists() and not folder.exists()
+    if not args.force and (has_tokens or (args.out / "meta.json").exists()):
+        raise UserError(f"{args.out} already holds data: add --force or choose another --out")
     shutil.rmtree(folder, ignore_errors=True)  # of a killed run
     folder.mkdir(parents=True)
     try:
@@ -476,8 +454,8 @@ def main(argv=None):
             os.replace(folder / name, args.out / name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if notes["line ends"]:
-        print(f"{notes['line ends']:,} line ends CRLF or CR became LF")
+    if notes["line_ends"]:
+        print(f"{notes['line_ends']:,} line ends CRLF or CR became LF")
     if notes["separators"]:
         print(f"warning: {notes['separators']:,} times {EOT} stands inside a text; there it is "
               "ordinary text and separates nothing")

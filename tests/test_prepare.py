@@ -317,12 +317,12 @@ MISTAKES = [
     (f"{PREPARE} a.jsonl", {"a.jsonl": b'{"text": "\xe9"}'}, "a.jsonl is not UTF-8.*latin1"),
     *((f"{PREPARE} a.{kind}", {f"a.{kind}": "text\nx".encode(encoding)}, f"iconv -f {encoding} -t utf-8")
       for kind in ("txt", "jsonl", "csv") for encoding in ("utf-16", "utf-32")),
-    (f"{PREPARE} a.jsonl", {"a.jsonl": b'{"text": \n'}, "cannot read a.jsonl: JSONDecodeError"),
+    (f"{PREPARE} a.jsonl", {"a.jsonl": b'{"text": \n'}, "cannot read a.jsonl: Expecting value"),
     (f"{PREPARE} a.jsonl", {"a.jsonl": b'["a"]\n'}, "cannot read a.jsonl"),
-    (f"{PREPARE} a.jsonl", {"a.jsonl": b'{"b": "x", "n": 1}'}, "no column 'text', only b, n.*--text_c"),
-    (f"{PREPARE} a.jsonl", {"a.jsonl": b'{"text": ["x"]}'}, "list where text should be.*--text_column"),
-    (f"{PREPARE} a.csv", {"a.csv": b"text\n1\n2\n"}, "int where text should be"),
-    (f"{PREPARE} a.csv", {"a.csv": b"b,n\nx,1\n"}, "no column 'text', only b, n"),
+    (f"{PREPARE} a.jsonl", {"a.jsonl": b'{"b": "x", "n": 1}'}, "no texts in a column .text., its columns are b, n"),
+    (f"{PREPARE} a.jsonl", {"a.jsonl": b'{"text": ["x"]}'}, "no texts in a column .text."),
+    (f"{PREPARE} a.csv", {"a.csv": b"text\n1\n2\n"}, "no texts in a column .text., its columns are text"),
+    (f"{PREPARE} a.csv", {"a.csv": b"b,n\nx,1\n"}, "no texts in a column .text., its columns are b, n"),
     (f"{PREPARE} a.parquet", {"a.parquet": b"no parquet"}, "cannot read a.parquet"),
     (f"{PREPARE} a.txt.gz", {"a.txt.gz": b"no gzip"}, "cannot read a.txt.gz"),
     (f"{PREPARE} a.txt.gz", {"a.txt.gz": gzip.compress(b"cut off " * 999)[:-9]}, "cannot read a.txt.gz"),
@@ -368,7 +368,7 @@ def test_dataset_folder_with_and_without_validation(tmp_path, monkeypatch):
     prepare.main([*argv, str(tmp_path / "two")])
     both = stories_in(tmp_path / "two", "train") + stories_in(tmp_path / "two", "val")
     assert sorted(both) == sorted(STORIES)
-    with pytest.raises(prepare.UserError, match="no column 'body', only id, text: .*--text_column"):
+    with pytest.raises(prepare.UserError, match="no texts in a column .body., its columns are id, text: .*--text_column"):
         prepare.main([*argv, str(tmp_path / "three"), "--text_column", "body"])
 
 

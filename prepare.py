@@ -37,7 +37,7 @@ PIECE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+
 JOB = 128  # stories that a worker process tokenizes at a time, about 0.1 MB of TinyStories
 LONG_SPACE = 100_000  # characters of white space in a row; tiktoken fails at a million
 MAX_PIECES = 4_000_000  # different pieces counted before the rarest are dropped, about 0.5 GB
-KINDS = ("txt", "jsonl", "json", "csv", "parquet")
+KINDS = ("txt", "jsonl", "csv", "parquet")
 MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32",  # bytes at the start of a file
          b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"": "latin1"}
 # the flags that have an effect, for each kind of source and for each tokenizer
@@ -196,7 +196,7 @@ def read_jsonl(path):
 
 
 def read_table(path, kind):
-    """Batches of 1000 rows, {column: [value, ...]}."""
+    """Batches {column: [value, ...]} of 1000 rows."""
     from datasets import load_dataset
 
     options = {"keep_default_na": False} if kind == "csv" else {}  # there "NA" is text, too

@@ -114,9 +114,6 @@ def read_asset(name):
     return texts
 
 
-# ---- sources: generators of texts
-
-
 def toy_texts(count, seed):
     rng, grammar, words = random.Random(seed), read_asset("toy.txt"), word_lists()
     for _ in range(count):
@@ -154,9 +151,14 @@ def read_files(paths, column):
         try:
             if kind == "txt":
                 yield from read_txt(path)
+            elif kind == "jsonl":
+                yield from texts_in(read_jsonl(path), column, path)
             else:
-                rows = read_jsonl(path) if kind == "jsonl" else read_table(path, kind)
-                yield from texts_in(rows, column, path)
+                from datasets import load_dataset
+
+                options = {"keep_default_na": False} if kind == "csv" else {}  # "NA" is text, too
+                rows = load_dataset(kind, data_files=str(path), streaming=True, **options)["train"]
+                yield from texts_in(rows.iter(1000), column, path)
         except UserError:
             raise
         except UnicodeDecodeError as error:
@@ -193,15 +195,6 @@ def read_jsonl(path):
             if line.strip():
                 row = json.loads(line)
                 yield {name: [value] for name, value in row.items()}
-
-
-def read_table(path, kind):
-    """Batches {column: [value, ...]} of 1000 rows."""
-    from datasets import load_dataset
-
-    options = {"keep_default_na": False} if kind == "csv" else {}  # there "NA" is text, too
-    rows = load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
-    return rows.iter(1000)
 
 
 def load_hub(name, config, column):
@@ -294,11 +287,8 @@ def write_stories(path, stories):
     return datasets.Dataset.from_file(str(path)), facts
 
 
-# ---- stories to tokens
-
-
 def on_all_cores(jobs, work, workers, path, **arguments):
-    """The Dataset of work(job, **arguments) for every job, in order. It is kept at path."""
+    """The Dataset of work(job, **arguments) for every job, in order, as Arrow files at path."""
     from multiprocess import TimeoutError
 
     processes = min(workers, len(jobs))
@@ -350,20 +340,15 @@ def encode(stories, encoding):
 
 
 def write_tokens(folder, rows, facts):
-    """Writes train.bin and val.bin. -> {split: its facts, with "tokens" and "sha256"}"""
-    written = {}
+    """Writes train.bin and val.bin. Adds "tokens" and "sha256" to the facts of each split."""
     for split in SPLITS:
         digest = hashlib.sha256()
         with open(folder / f"{split}.bin", "wb") as file:
             for row in rows.select_columns([split]):
                 file.write(row[split])
                 digest.update(row[split])
-            count = file.tell() // 2
-        written[split] = {"tokens": count, **facts[split], "sha256": digest.hexdigest()}
-    return written
-
-
-# ---- the command line
+            tokens = file.tell() // 2
+        facts[split] = {"tokens": tokens, **facts[split], "sha256": digest.hexdigest()}
 
 
 def parse_arguments(argv):
@@ -425,7 +410,7 @@ def write_data(args, folder, notes):
     encoding = load_tokenizer(spec)
     rows = on_all_cores(jobs, encode_job, args.workers, folder / "tokenizing.arrow",
                         encoding=encoding)
-    facts = write_tokens(folder, rows, facts)
+    write_tokens(folder, rows, facts)
     identity = json.dumps([spec, facts["train"]["sha256"], facts["val"]["sha256"]])
     flags = [*FLAGS[args.source], "val_share", "seed"]
     source = {"kind": args.source, **{name: getattr(args, name) for name in flags}}

@@ -166,7 +166,8 @@ def read_files(paths, column):
             raise UserError(f"{path} is not UTF-8: convert it, for example with "
                             f"iconv -f {encoding} -t utf-8") from error
         except (OSError, EOFError, ValueError, AttributeError) as error:
-            raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"cannot read {path}: {reason}") from error
 
 
 def open_text(path):

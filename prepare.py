@@ -1,77 +1,58 @@
-"""Turns text into tokens; the one writer and reader of data/<name>/{train.bin, val.bin, meta.json}.
+"""Turns text into tokens: writes and reads data/<name>/{train.bin, val.bin, meta.json}.
 
 python prepare.py                                            # TinyStories from the Hugging Face hub
-python prepare.py --tokenizer words --vocab_size 10000       # the same with whole words as tokens
+python prepare.py --tokenizer words --vocab_size 10000       # the same, with whole words as tokens
 python prepare.py --dataset Skylion007/openwebtext           # another hub dataset, or a folder
-python prepare.py --train a.txt b.jsonl.gz --val c.parquet   # local files; --val or a share of them
-python prepare.py toy                                        # stories by assets/toy.txt, no network
+python prepare.py --train a.txt b.jsonl.gz --val c.parquet   # local files
+python prepare.py toy                                        # stories from assets/toy.txt, offline
 
-In a .txt file lines that say <|endoftext|> separate the stories. A .bin file is flat little-endian
-uint16, every story followed by the end-of-text token. meta.json is written last: where it is, the
-data are complete.
+In a .txt file <|endoftext|> separates stories; elsewhere each row is one story. White space around
+a story is dropped, line ends CRLF and CR become LF. A .bin file holds little-endian uint16 tokens,
+end-of-text after every story. meta.json is written last: a folder that has one is complete.
 """
-
-import signal
-
-if __name__ == "__main__":  # until script() takes over Ctrl-C just ends: nothing to tidy up yet
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import gzip
 import hashlib
 import itertools
 import json
-import multiprocessing
+import logging
 import os
 import random
 import shutil
-import sys
-import threading
-import zlib
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
-from functools import partial
+import signal
+from collections import Counter
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows: there two of these programs writing one folder are not kept apart
-    fcntl = None
-
 import numpy as np
+import regex
 import tiktoken
 from tqdm import tqdm
 
 EOT = "<|endoftext|>"
 SPLITS = ("train", "val")
-JOB = 128  # stories: 0.1 MB of TinyStories, 0.6 MB of web pages; sending that costs next to nothing
-MAX_PIECES = 4_000_000  # different pieces counted before the rarest are forgotten: about half a GB
-# how GPT-2 cuts text before merging: contractions, words with their leading space, numbers, ...
+FIELDS = ("tokenizer", "vocab_size", "eot", "source", "checksum", *SPLITS)  # of meta.json
+# how GPT-2 cuts text before it merges bytes: words with their leading space, numbers, white space
 PIECE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+JOB = 128  # stories that a worker process tokenizes at a time, about 0.1 MB of TinyStories
+LONG_SPACE = 100_000  # characters of white space in a row; tiktoken fails at a million
+MAX_PIECES = 4_000_000  # different pieces counted before the rarest are dropped, about 0.5 GB
+KINDS = ("txt", "jsonl", "csv", "parquet")
+MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32",  # bytes at the start of a file
+         b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"": "latin1"}
+# the flags that have an effect, for each kind of source and for each tokenizer
+FLAGS = {"toy": ["stories"], "files": ["train", "val", "text_column"],
+         "dataset": ["dataset", "config", "text_column"], "words": ["vocab_size"], "gpt2": []}
 ASSETS = Path(__file__).resolve().parent / "assets"
-STOPS = (signal.SIGINT, signal.SIGTERM)
+MAIN_PROCESS = os.getpid()
 
 
 class UserError(ValueError):
-    """Something that the user can mend: scripts print its message, one line, and no traceback.
-
-    It stands here because prepare.py needs it too, and must not wait for torch in every worker.
-    """
-
-
-def one_line(error):
-    """An exception's reason; without a path, where the system gives one: our messages name it."""
-    reason = getattr(error, "strerror", None) or str(error)
-    return " ".join(reason.split())[:300] or type(error).__name__
-
-
-# ------------------------------------------------------------------ what every other program uses
+    """A mistake that the user can fix. Scripts print its message, one line, without a traceback."""
 
 
 def load_meta(folder):
-    """meta.json of a prepared folder, every field there and of its type. Raises UserError.
+    """meta.json of a prepared folder. Raises UserError if it is missing or damaged.
 
     {"tokenizer": {"name": "gpt2"} or {"name": "words", "pieces": [str, ...]}, "vocab_size": int,
      "eot": int, the id of the end-of-text token, "source": dict, "checksum": str, of all tokens,
@@ -83,31 +64,9 @@ def load_meta(folder):
                         "with --data, or make some, see python prepare.py --help")
     try:
         meta = json.loads(path.read_bytes())
-        complete = has_all_fields(meta)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {one_line(error)}") from error
-    except (ValueError, RecursionError, KeyError, TypeError):  # no JSON, or other JSON than ours
-        complete = False
-    if not complete:
-        raise UserError(f"{path} is damaged: run prepare.py again with --out {folder} --force")
-    return meta
-
-
-def has_all_fields(meta):
-    """Whether all fields hold what `write` puts there; KeyError or TypeError: they do not."""
-    spec, size = meta["tokenizer"], 50_257  # GPT-2's; end-of-text is always the last token
-    texts, counts = [spec["name"], meta["checksum"]], []
-    if spec["name"] == "words":  # the 256 bytes, the pieces, end-of-text
-        size = 257 + len(spec["pieces"])
-        texts += spec["pieces"]
-    for split in SPLITS:
-        texts.append(meta[split]["sha256"])
-        counts += [meta[split][name] for name in ("tokens", "stories", "bytes")]
-    counts += [meta["vocab_size"], meta["eot"]]
-    return (spec["name"] in ("gpt2", "words") and isinstance(meta["source"], dict)
-            and counts[-2:] == [size, size - 1] and size <= 65_536
-            and all(isinstance(text, str) for text in texts)
-            and all(type(count) is int and 0 < count < 2**63 for count in counts))  # no bool
+        return {name: meta[name] for name in FIELDS}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: run prepare.py again with --force") from error
 
 
 def load_tokens(folder, split):
@@ -115,275 +74,67 @@ def load_tokens(folder, split):
 
     Reads the file once, a second a gigabyte. Raises UserError if it is not the one in meta.json.
     """
-    path, promised = Path(folder) / f"{split}.bin", load_meta(folder)[split]
-    advice = f"run prepare.py again with --out {folder} --force"
-    try:
-        size, expected = path.stat().st_size if path.exists() else 0, 2 * promised["tokens"]
-        if size != expected:
-            raise UserError(f"{path} has {size:,} bytes where meta.json promises {expected:,}: "
-                            f"{advice}")
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != promised["sha256"]:
-            raise UserError(f"{path} is damaged, its sha256 is not that of meta.json: {advice}")
-        return np.memmap(path, dtype="<u2", mode="r")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+    path, expected = Path(folder) / f"{split}.bin", load_meta(folder)[split]
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if (path.stat().st_size, digest) != (2 * expected["tokens"], expected["sha256"]):
+        raise UserError(f"{path} is damaged (size or sha256): run prepare.py again with --force")
+    return np.memmap(path, dtype="<u2", mode="r")
 
 
 def load_tokenizer(spec):
-    """The tiktoken.Encoding of a spec: meta["tokenizer"], or a checkpoint's copy of it.
-
-    Raises UserError if it is no such spec, or if the files of GPT-2's tokenizer cannot be had.
-    """
-    name = spec.get("name") if isinstance(spec, dict) else None
-    if name == "words":
-        # ids: the 256 bytes, then the pieces from frequent to rare, then end-of-text. tiktoken
-        # looks a piece up whole and otherwise merges its bytes into what there is, lowest id first,
-        # so that any text can be written.
-        try:
-            tokens = [bytes([byte]) for byte in range(256)]
-            tokens += [piece.encode() for piece in spec["pieces"]]
-        except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
-            raise UserError(f"the words of the tokenizer are damaged: {one_line(error)}") from error
+    """The tiktoken.Encoding of meta["tokenizer"]. Raises UserError if it cannot be loaded."""
+    if spec["name"] == "words":
+        # Ids: the 256 bytes, the pieces from frequent to rare, end-of-text. tiktoken looks up the
+        # whole piece, or else merges its bytes, lowest id first: every text can be encoded.
+        tokens = [bytes([byte]) for byte in range(256)] + [p.encode() for p in spec["pieces"]]
         ranks = {token: rank for rank, token in enumerate(tokens)}
         return tiktoken.Encoding("words", pat_str=PIECE, mergeable_ranks=ranks,
                                  special_tokens={EOT: len(ranks)})
-    if name != "gpt2":
-        raise UserError(f"unknown tokenizer {name!r}: "
-                        "run prepare.py with --tokenizer gpt2 or words")
     try:
-        return tiktoken.get_encoding("gpt2")
+        return tiktoken.get_encoding(spec["name"])
     except Exception as error:  # no network, a proxy's error page, a damaged cache: one advice
-        raise UserError(f"cannot get the GPT-2 tokenizer ({type(error).__name__}): set "
-                        "TIKTOKEN_CACHE_DIR to a folder with its two BPE files, or use "
-                        "--tokenizer words, which needs no download") from error
+        raise UserError(f"cannot load the tokenizer {spec['name']} ({type(error).__name__}): set "
+                        "TIKTOKEN_CACHE_DIR to a folder with its files, or use --tokenizer words, "
+                        "which needs no download") from error
 
 
 def word_lists():
-    """The lists of assets/words.txt, {name: [word, ...]}. Raises UserError if one is missing."""
-    lists = {name: " ".join(rows).split() for name, rows in read_asset("words.txt").items()}
-    for name in ("girls", "boys", "more_girls", "more_boys", "places", "objects"):
-        if name not in lists:
-            raise UserError(f"{ASSETS / 'words.txt'} is damaged: it has no {name}")
-    return lists
+    """The lists of assets/words.txt, {name: [word, ...]}."""
+    return {name: " ".join(rows).split() for name, rows in read_asset("words.txt").items()}
 
 
 def read_asset(name):
-    """{slot: [ways to write it]} of a file that has a slot and a way to write it in every row.
-
-    A # begins a comment, | separates two ways, ¶ is a new line. Raises UserError.
-    """
-    path, ways = ASSETS / name, {}
-    try:
-        for row in path.read_text(encoding="utf-8-sig").splitlines():
-            if row.strip() and not row.startswith("#"):
-                slot, text = row.split(maxsplit=1)
-                ways.setdefault(slot, []).extend(text.replace("¶", "\n").split("|"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged: {one_line(error)}") from error
-    return ways
-
-
-def lock_folder(folder, busy):
-    """Makes a folder, parents too, and locks it. -> file descriptor, or None on Windows.
-
-    The system releases the lock when the descriptor is closed, or when its owner dies. Raises
-    UserError(busy) if another process holds it, and UserError if the folder cannot be made.
-    """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)  # it is there after a run that was killed
-        if fcntl is None:
-            return None
-        lock = os.open(folder, os.O_RDONLY)
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        raise UserError(f"cannot write {folder} ({one_line(error)}): "
-                        "choose another --out") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise UserError(busy) from None
-    except OSError:
-        pass  # some network file systems cannot lock: there nobody is kept apart
-    return lock
-
-
-# ------------- where texts come from: every source yields (where it stands, text) and keeps nothing
-
-
-def read_files(paths, column):
-    """.txt, .jsonl and .parquet files, each also .gz. Raises UserError on what cannot be read."""
-    for path in paths:
-        kind = path.name.removesuffix(".gz").rpartition(".")[2]
-        try:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                if kind == "parquet":
-                    yield from read_parquet(file, path, column)
-                elif kind == "jsonl":
-                    yield from read_jsonl(file, path, column)
-                else:
-                    yield from read_txt(file, path)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"cannot read {path}: {one_line(error)}") from error
-
-
-def read_txt(file, path):
-    story = []
-    for number, line in read_lines(file, path):
-        if line.strip() == EOT:
-            yield f"{path}: line {number}", "".join(story)
-            story = []
-        else:
-            story.append(line)
-    yield f"{path}: its end", "".join(story)
-
-
-def read_jsonl(file, path, column):
-    for number, line in read_lines(file, path):
-        if not line.strip():
-            continue
-        where = f"{path}: line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # no JSON, 6,000 digits, 200,000 brackets
-            raise UserError(f"{where} is not a JSON object that can be read ({one_line(error)}): "
-                            "mend it or take it out") from error
-        if not isinstance(row, dict) or column not in row:
-            raise UserError(f"{where} is not a JSON object with {column!r} in it: "
-                            "name the field of the text with --text_column")
-        yield where, row[column]
-
-
-def read_lines(file, path):
-    """Yields (number, line). Decodes bytes: line ends stay, and a bad byte can be located."""
-    offset = 0
-    for number, raw in enumerate(file, 1):
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise not_utf8(path, number, offset + error.start) from error
-        yield number, line
-        offset += len(raw)
-
-
-def read_parquet(file, path, column):
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-        check_column(path, column, table.schema_arrow.names)
-        for batch in table.iter_batches(batch_size=1000, columns=[column]):
-            for number, value in enumerate(batch.column(0), number + 1):
-                yield f"{path}: row {number}", value.as_py()
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, number, error.start) from error
-    except pyarrow.ArrowException as error:
-        raise UserError(f"cannot read {path}: {one_line(error)}") from error
-
-
-def not_utf8(path, number, byte):
-    return UserError(f"{path}: line or row {number} is not UTF-8 (byte {byte:,}): convert the "
-                     "file, for example with iconv -f latin1 -t utf-8")
-
-
-def load_hub(dataset, config, column):
-    """{split: function that starts an iterator over its texts}; `datasets` keeps them on disk.
-
-    Raises UserError if the dataset cannot be had, or has no train split or no such column.
-    """
-    import datasets
-    import huggingface_hub
-
-    datasets.logging.set_verbosity_error()  # a failed download is one line, not one line a retry
-    huggingface_hub.logging.set_verbosity_error()
-    try:
-        data = datasets.load_dataset(dataset, config)
-    except Exception as error:  # a dozen kinds from four libraries; the advice is the same
-        raise UserError(f"cannot load the dataset {dataset!r}: {one_line(error)}. "
-                        "Without a network: python prepare.py --train FILE or "
-                        "python prepare.py toy") from error
-    if "train" not in data:
-        raise UserError(f"{dataset} has no train split, only {', '.join(data)}: "
-                        "give files with --train FILE instead")
+    """{slot: [text, ...]} of a file with rows "slot text|text": ¶ is a new line, # a comment."""
     texts = {}
-    for split, name in (("train", "train"), ("val", "validation")):
-        if name in data:
-            check_column(dataset, column, data[name].column_names)
-            rows = data[name].select_columns([column])
-            texts[split] = partial(read_hub, rows, column, f"{dataset}, split {name}")
+    for row in (ASSETS / name).read_text(encoding="utf-8").splitlines():
+        if row.strip() and not row.startswith("#"):
+            slot, text = row.split(maxsplit=1)
+            texts.setdefault(slot, []).extend(text.replace("¶", "\n").split("|"))
     return texts
 
 
-def read_hub(rows, column, where):
-    number = 0
-    for batch in rows.iter(1000):
-        for number, value in enumerate(batch[column], number + 1):
-            yield f"{where}: row {number}", value
-
-
-def check_column(where, column, names):
-    if column not in names:
-        raise UserError(f"{where} has no column {column!r}, only {', '.join(names)}: "
-                        "name the text with --text_column")
-
-
-def stories_of(texts, val_share, seed):
-    """Yields (split, story). If val has no texts of its own, it gets a share of train's."""
-    if "val" not in texts:
-        yield from split_off(cleaned(texts["train"]()), val_share, seed)
-        return
-    for split in texts:
-        for story in cleaned(texts[split]()):
-            yield split, story
-
-
-def cleaned(texts):
-    """(where, text) -> stories: stripped, UTF-8, not empty. Raises UserError if a text is none."""
-    for where, text in texts:
-        if not isinstance(text, str | None):
-            raise UserError(f"{where}: {type(text).__name__} where text should be: "
-                            "name the column of texts with --text_column")
-        # half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes U+FFFD
-        pairs = (text or "").strip().encode("utf-16", "surrogatepass")
-        story = pairs.decode("utf-16", "replace")
-        if story:
-            yield story
-
-
-def split_off(stories, share, seed):
-    """Yields (split, story), a share of them "val".
-
-    A story's own hash decides, so its duplicates go the same way and no list is kept; but the first
-    always trains and the next that differs always validates, so that neither side is ever empty.
-    """
-    first = second = None
-    for story in stories:
-        digest = hashlib.blake2b(story.encode(), digest_size=8, key=str(seed).encode()).digest()
-        if first is None:
-            first = digest
-        elif second is None and digest != first:
-            second = digest
-        drawn = int.from_bytes(digest, "little") < share * 2**64
-        yield "val" if digest == second or (drawn and digest != first) else "train", story
+def toy_texts(count, seed):
+    rng, grammar, words = random.Random(seed), read_asset("toy.txt"), word_lists()
+    for _ in range(count):
+        yield Story(rng, grammar, words)["story"]
 
 
 class Story(dict):
     """{slot: text} of one toy story. Slots of the grammar are filled when they are asked for."""
 
     def __init__(self, rng, grammar, words):
-        """Casts who, where, what. Who comes first and who gives are drawn apart: the names tell."""
+        """Draws who, where, what. Who comes first and who gives are drawn apart: the names tell."""
         self.rng, self.grammar = rng, grammar
         friends = rng.sample(words["girls"] + words["boys"], 2)
         cast = friends + rng.sample(friends, 2) + rng.sample(friends, 2)
         cast.append(rng.choice(["mom", "grandma", "dad", "grandpa"]))
-        female = {*words["girls"], "mom", "grandma"}
         for slot, name in zip("ABXYGRM", cast):
+            female = name in [*words["girls"], "mom", "grandma"]
             self[slot] = name
-            for he, she in (("he", "she"), ("him", "her"), ("his", "her"), ("boy", "girl")):
-                word = she if name in female else he
-                self[f"{slot}_{he}"], self[f"{slot}_{he.title()}"] = word, word.title()
+            for pair in ("he", "she"), ("him", "her"), ("his", "her"), ("boy", "girl"):
+                self[f"{slot}_{pair[0]}"] = pair[female]
+                self[f"{slot}_{pair[0].title()}"] = pair[female].title()
         self["place"], self["other_place"] = rng.sample(words["places"], 2)
         self["gift"], self["toy"] = rng.sample(words["objects"], 2)
         self["spot"], self["other_spot"] = rng.sample(grammar["spot"], 2)
@@ -393,344 +144,327 @@ class Story(dict):
         return self[slot]
 
 
-def toy_texts(count, seed):
-    """Stories of assets/toy.txt. Raises UserError if that file or assets/words.txt is damaged."""
-    rng, grammar, words = random.Random(seed), read_asset("toy.txt"), word_lists()
-    for number in range(1, count + 1):
+def read_files(paths, column):
+    """The texts of local files. Raises UserError if a file cannot be read."""
+    for path in paths:
+        kind = path.name.removesuffix(".gz").rpartition(".")[2]
         try:
-            text = Story(rng, grammar, words)["story"]
-        except (ValueError, LookupError, AttributeError, RecursionError) as error:
-            raise UserError(f"{ASSETS / 'toy.txt'} or words.txt is damaged: "
-                            f"{type(error).__name__}: {one_line(error)}") from error
-        yield f"toy story {number}", text
+            if kind == "txt":
+                yield from read_txt(path)
+            elif kind == "jsonl":
+                yield from texts_in(read_jsonl(path), column, path)
+            else:
+                from datasets import load_dataset
+
+                options = {"keep_default_na": False} if kind == "csv" else {}  # "NA" is text, too
+                rows = load_dataset(kind, data_files=str(path), streaming=True, **options)["train"]
+                yield from texts_in(rows.iter(1000), column, path)
+        except UserError:
+            raise
+        except UnicodeDecodeError as error:
+            encoding = next(MARKS[mark] for mark in MARKS if error.object.startswith(mark))
+            raise UserError(f"{path} is not UTF-8: convert it, for example with "
+                            f"iconv -f {encoding} -t utf-8") from error
+        except (OSError, EOFError, ValueError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"cannot read {path}: {reason}") from error
 
 
-# ------- stories -> jobs -> all cores -> results in the order of the jobs, however many workers
+def open_text(path):
+    opener = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig", newline="")
 
 
-def start_worker(spec):
-    global encoding
-    encoding = spec and load_tokenizer(spec)
-    if multiprocessing.parent_process():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, and stops its workers
-        threading.Thread(target=end_with_parent, daemon=True).start()
+def read_txt(path):
+    """The stories of a .txt file. Holds one story at a time, and a block of 1 MB."""
+    parts, end = [], ""
+    with open_text(path) as file:
+        while block := file.read(2**20):
+            *stories, end = (end + block).split(EOT)
+            for story in stories:
+                yield "".join([*parts, story])
+                parts = []
+            parts.append(end[: 1 - len(EOT)])
+            end = end[1 - len(EOT) :]  # a separator may begin here and end in the next block
+    yield "".join([*parts, end])
 
 
-def end_with_parent():
-    """A parent that was killed cannot stop its workers: they wait for its end themselves."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+def read_jsonl(path):
+    """Batches of one row. Python's json, not that of `datasets`, reads half of a surrogate pair."""
+    with open_text(path) as file:
+        for line in file:
+            if line.strip():
+                row = json.loads(line)
+                yield {name: [value] for name, value in row.items()}
+
+
+def load_hub(name, config, column):
+    """{split: texts}. Raises UserError if the dataset cannot be loaded or has no train split."""
+    from datasets import load_dataset
+
+    try:
+        data = load_dataset(name, config)
+        splits = {"train": data["train"]}
+    except Exception as error:  # a dozen kinds from four libraries, one advice
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"cannot load the dataset {name!r}: {reason}. Without a network: "
+                        "python prepare.py --train FILE or python prepare.py toy") from error
+    if "validation" in data:
+        splits["val"] = data["validation"]
+    return {split: texts_in(splits[split].iter(1000), column, name) for split in splits}
+
+
+def texts_in(batches, column, where):
+    """The texts of batches {column: [value, ...]}. Raises UserError if there are none."""
+    for batch in batches:
+        values = batch.get(column, [0])
+        if not all(isinstance(value, str | None) for value in values):
+            raise UserError(f"{where} has no texts in a column {column!r}, its columns are "
+                            f"{', '.join(batch)}: name the column of texts with --text_column")
+        yield from filter(None, values)
+
+
+def stories_of(texts, args, notes):
+    """Yields (split, story). Without "val" in texts a share of train is held out for it."""
+    if "val" not in texts:
+        yield from split_off(clean(texts["train"], notes), args.val_share, args.seed)
+        return
+    for split in SPLITS:
+        for story in clean(texts[split], notes):
+            yield split, story
+
+
+def clean(texts, notes):
+    """Yields the stories that are not empty. Counts in notes what a user may not expect."""
+    for text in texts:
+        story = text.strip()
+        while story.startswith(EOT) or story.endswith(EOT):
+            story = story.removeprefix(EOT).removesuffix(EOT).strip()
+        notes["separators"] += story.count(EOT)
+        notes["line_ends"] += story.count("\r")
+        story = story.replace("\r\n", "\n").replace("\r", "\n")
+        if story:  # half of a surrogate pair, which UTF-8 cannot spell, becomes U+FFFD
+            yield story.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def split_off(stories, share, seed):
+    """Yields (split, story), a share of them "val".
+
+    The hash of a story decides, so equal stories go to the same split and no list is kept. But the
+    first story always trains and the next different one always validates: no split is empty.
+    """
+    fixed = {}  # digest: split
+    for story in stories:
+        digest = hashlib.blake2b(story.encode(), digest_size=8, key=str(seed).encode()).digest()
+        if len(fixed) < 2:
+            fixed.setdefault(digest, SPLITS[len(fixed)])
+        drawn = "val" if int.from_bytes(digest, "little") < share * 2**64 else "train"
+        yield fixed.get(digest, drawn), story
+
+
+def write_stories(path, stories):
+    """Writes an Arrow file with JOB stories a row, {"train": [story, ...], "val": [story, ...]}.
+
+    -> (Dataset, {split: {"stories": int, "bytes": int}}). Raises UserError if a split is empty.
+    """
+    import datasets
+    import pyarrow
+
+    facts = {split: {"stories": 0, "bytes": 0} for split in SPLITS}
+    schema = pyarrow.schema({split: pyarrow.list_(pyarrow.string()) for split in SPLITS})
+    stories = iter(tqdm(stories, desc="reading", unit=" stories", unit_scale=True))
+    with pyarrow.ipc.new_stream(path, schema) as file:
+        while batch := list(itertools.islice(stories, JOB)):
+            job = {"train": [], "val": []}
+            for split, story in batch:
+                job[split].append(story)
+                facts[split]["stories"] += 1
+                facts[split]["bytes"] += len(story.encode())
+            file.write_batch(pyarrow.RecordBatch.from_pylist([job], schema))
+    for split in SPLITS:
+        if not facts[split]["stories"]:
+            raise UserError(f"no story for the {split} split: give files with text in them, or at "
+                            f"least two different stories; in .txt files {EOT} separates them")
+    return datasets.Dataset.from_file(str(path)), facts
+
+
+def on_all_cores(jobs, work, workers, path, **arguments):
+    """The Dataset of work(job, **arguments) for every job, in order, as Arrow files at path."""
+    from multiprocess import TimeoutError
+
+    processes = min(workers, len(jobs))
+    try:
+        return jobs.map(work, fn_kwargs=arguments, remove_columns=jobs.column_names, desc=path.stem,
+                        num_proc=processes if processes > 1 else None, writer_batch_size=16,
+                        cache_file_name=str(path), new_fingerprint=path.stem)
+    except TimeoutError as error:  # what Ctrl-C becomes inside of map
+        raise KeyboardInterrupt from error
 
 
 def count_pieces(job):
-    """[(split, story), ...] -> Counter of the pieces of its training stories."""
-    import regex
-
-    pattern, counts = regex.compile(PIECE), Counter()
-    for split, story in job:
-        if split == "train":
-            counts.update(pattern.findall(story))
-    return counts
+    counts = Counter()
+    for story in job["train"]:
+        counts.update(regex.findall(PIECE, story))
+    return {"counts": json.dumps(counts)}
 
 
-def encode_stories(job):
-    """[(split, story), ...] -> {split: (uint16 tokens as bytes, stories, UTF-8 bytes of text)}."""
-    encoded = {}
-    for split in SPLITS:
-        stories = [story for chosen, story in job if chosen == split]
-        text = "".join(story + EOT for story in stories)
-        if text.count(EOT) == len(stories):  # one call for all: a quarter faster, the same tokens
-            tokens = encoding.encode_to_numpy(text, allowed_special="all")
-        else:  # a story that itself says <|endoftext|>: there it is ordinary text
-            parts = [[*encoding.encode_ordinary(story), encoding.eot_token] for story in stories]
-            tokens = np.concatenate(parts)
-        size = len(text.encode()) - len(EOT) * len(stories)
-        encoded[split] = tokens.astype("<u2").tobytes(), len(stories), size
-    return encoded
-
-
-def on_all_cores(work, corpus, spec, workers, title):
-    """Yields work(job) in order. Reads a few jobs ahead; Pool.imap would read the whole corpus.
-
-    Whoever stops early must close it, then its workers end. Raises UserError if one is killed.
-    """
-    with tqdm(corpus(), desc=title, unit=" stories", unit_scale=True) as bar:
-        stories = iter(bar)
-        jobs = iter(lambda: list(itertools.islice(stories, JOB)), [])
-        first = list(itertools.islice(jobs, 2))
-        jobs = itertools.chain(first, jobs)
-        if workers == 1 or len(first) < 2:  # not worth starting processes
-            start_worker(spec)
-            yield from map(work, jobs)
-            return
-        # "spawn": a fork copies whatever locks the threads of pyarrow and tqdm hold at that moment
-        spawn = multiprocessing.get_context("spawn")
-        pool, waiting = ProcessPoolExecutor(workers, spawn, start_worker, (spec,)), deque()
-        try:
-            for job in jobs:
-                with uninterrupted():  # the first ones start the processes
-                    waiting.append(pool.submit(work, job))
-                if len(waiting) == 4 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise UserError("a worker process was killed, probably for lack of memory: "
-                            f"use fewer, for example --workers {workers // 2}") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def uninterrupted():
-    """A stop signal that comes in this block takes effect after it, and no process that is started
-    in it gets a Ctrl-C."""
-    came, handlers = [], [signal.getsignal(number) for number in STOPS]
-    for number in STOPS:
-        signal.signal(number, lambda number, frame: came.append(number))
-    masks = hasattr(signal, "pthread_sigmask")  # not on Windows
-    if masks:  # for new processes, which inherit it; in this one another thread may take the signal
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        if masks:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in zip(STOPS, handlers):
-            signal.signal(number, handler)
-    for number in came[:1]:
-        signal.raise_signal(number)
-
-
-def frequent_pieces(corpus, count, workers):
-    """The `count` most frequent pieces of train longer than a byte, the most frequent first."""
+def frequent_pieces(rows, count):
+    """The `count` most frequent pieces longer than a byte, the most frequent first."""
     counts, rare = Counter(), 0
-    with closing(on_all_cores(count_pieces, corpus, None, workers, "counting words")) as results:
-        for found in results:
-            counts.update(found)
-            while len(counts) > MAX_PIECES:
-                rare += 1
-                counts = Counter({piece: n for piece, n in counts.items() if n > rare})
+    for row in rows:
+        counts.update(json.loads(row["counts"]))
+        while len(counts) > MAX_PIECES:
+            rare += 1
+            counts = Counter({piece: n for piece, n in counts.items() if n > rare})
     pieces = [piece for piece in counts if len(piece.encode()) > 1]
     return sorted(pieces, key=lambda piece: (-counts[piece], piece))[:count]
 
 
-@contextmanager
-def unfinished(out):
-    """A folder beside out, of this process alone, for what is not complete. It is removed again."""
-    folder = out.with_name(out.name + ".tmp")
-    busy = f"another prepare.py is at work in {folder}: wait for it or choose another --out"
-    lock = lock_folder(folder, busy)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+def encode_job(job, encoding):
+    return {split: encode(job[split], encoding).astype("<u2").tobytes() for split in SPLITS}
 
 
-def write(folder, out, corpus, spec, workers, source):
-    """Writes the three files into folder and, when all are complete, moves them to out. -> meta
-
-    Raises UserError if a split has no stories, and if the disk takes no more.
-    """
-    tokenizer = load_tokenizer(spec)
-    meta = {"tokenizer": spec, "vocab_size": tokenizer.n_vocab, "eot": tokenizer.eot_token}
-    try:
-        meta |= write_tokens(folder, corpus, spec, workers)
-        identity = json.dumps([spec, meta["train"]["sha256"], meta["val"]["sha256"]])
-        checksum = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        meta |= {"source": source, "checksum": checksum}
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1, default=str))
-        with uninterrupted():
-            out.mkdir(exist_ok=True)
-            (out / "meta.json").unlink(missing_ok=True)  # a reader shall find nothing, no mixture
-            for name in ("train.bin", "val.bin", "meta.json"):
-                os.replace(folder / name, out / name)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {one_line(error)}: "
-                        "free some space or choose another --out") from error
-    return meta
+def encode(stories, encoding):
+    """The tokens of stories, each with end-of-text after it: (tokens,)."""
+    if all(len(story) < LONG_SPACE and EOT not in story for story in stories):
+        # one call for all stories: 8 % faster
+        return encoding.encode_to_numpy("".join(s + EOT for s in stories), allowed_special="all")
+    tokens = []
+    for story in stories:
+        # PIECE ends a piece before the last character of white space: a cut there changes no token
+        spaces = regex.finditer(rf"(?<!\s)\s{{{LONG_SPACE},}}", story)
+        cuts = [0, *(space.end() - 1 for space in spaces), len(story)]
+        for start, end in itertools.pairwise(cuts):
+            tokens.append(encoding.encode_to_numpy(story[start:end], disallowed_special=()))
+        tokens.append([encoding.eot_token])
+    return np.concatenate(tokens)
 
 
-def write_tokens(folder, corpus, spec, workers):
-    """Writes train.bin and val.bin. -> {split: {"tokens", "stories", "bytes", "sha256"}}"""
-    facts = {split: {"tokens": 0, "stories": 0, "bytes": 0} for split in SPLITS}
-    digests = {split: hashlib.sha256() for split in SPLITS}
-    with (open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val,
-          closing(on_all_cores(encode_stories, corpus, spec, workers, "tokenizing")) as results):
-        for encoded in results:
-            for split, file in (("train", train), ("val", val)):
-                tokens, stories, size = encoded[split]
-                file.write(tokens)
-                digests[split].update(tokens)
-                facts[split]["tokens"] += len(tokens) // 2
-                facts[split]["stories"] += stories
-                facts[split]["bytes"] += size
+def write_tokens(folder, rows, facts):
+    """Writes train.bin and val.bin. Adds "tokens" and "sha256" to the facts of each split."""
     for split in SPLITS:
-        if not facts[split]["stories"]:
-            raise UserError(f"no story for the {split} split: give --train and --val files with "
-                            "text in them, or at least two different stories; in .txt files lines "
-                            f"that say {EOT} separate them")
-        facts[split]["sha256"] = digests[split].hexdigest()
-    return facts
-
-
-# --------------------------------------------------------------------------------- the command line
-
-KNOBS = {"toy": ("stories",), "files": ("train", "val", "text_column"),
-         "dataset": ("dataset", "config", "text_column")}  # flags that fit each kind of source
-
-
-def main(argv=None):
-    args = parse_arguments(argv)
-    out = output_folder(args)
-    if args.tokenizer == "gpt2":
-        load_tokenizer({"name": "gpt2"})  # if this download fails, then before that of the text
-
-    with unfinished(out) as folder:
-        # called, it gives a fresh iterator over (split, story): the words tokenizer needs two
-        corpus = partial(stories_of, texts_of(args), args.val_share, args.seed)
-        spec = {"name": args.tokenizer}
-        if args.tokenizer == "words":
-            spec["pieces"] = frequent_pieces(corpus, args.vocab_size - 257, args.workers)
-        knobs = (*KNOBS[args.source], "val_share", "seed")
-        source = {"kind": args.source, **{name: getattr(args, name) for name in knobs}}
-        meta = write(folder, out, corpus, spec, args.workers, source)
-    print_summary(meta, out, args)
+        digest = hashlib.sha256()
+        with open(folder / f"{split}.bin", "wb") as file:
+            for row in rows.select_columns([split]):
+                file.write(row[split])
+                digest.update(row[split])
+            tokens = file.tell() // 2
+        facts[split] = {"tokens": tokens, **facts[split], "sha256": digest.hexdigest()}
 
 
 def parse_arguments(argv):
-    """The command line, and in args.source which kind of source it asks for. Raises UserError."""
+    """The command line and, in args.source, the kind of source. Raises UserError."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = usage_error
     add = parser.add_argument
     add("toy", nargs="?", choices=["toy"], help="write stories from the grammar in assets/toy.txt")
-    add("--stories", type=int, default=50_000, help="toy: how many, those of val included (50000)")
-    add("--dataset", default="roneneldan/TinyStories", help="on the Hugging Face hub, or a folder")
+    add("--stories", type=int, default=50_000, help="toy: stories in both splits (50000)")
+    add("--dataset", default="roneneldan/TinyStories", help="name on the hub, or a folder")
     add("--config", help="configuration of the dataset, where it has several")
-    add("--train", nargs="+", type=Path, metavar="FILE", help=".txt, .jsonl, .parquet, also .gz")
+    add("--train", nargs="+", type=Path, metavar="FILE", help=f"{', '.join(KINDS)}, also .gz")
     add("--val", nargs="+", type=Path, metavar="FILE", help="validation files (a share of --train)")
     add("--text_column", default="text", help="column or JSON field that holds the text (text)")
     add("--val_share", type=float, default=0.01, help="share for val if it has no files (0.01)")
     add("--seed", type=int, default=0, help="of the toy stories and of the share for val (0)")
     add("--tokenizer", choices=["gpt2", "words"], help="(gpt2; words for toy)")
-    add("--vocab_size", type=int, default=10_000, help="words: with 256 bytes, end-of-text (10000)")
-    add("--out", help="folder to write (data/<name of the source>)")
-    add("--force", action="store_true", help="replace what is there, once the new is complete")
+    add("--vocab_size", type=int, default=10_000, help="words: bytes and end-of-text too (10000)")
+    add("--out", type=Path, help="folder to write (data/<name of the source>)")
+    add("--force", action="store_true", help="replace existing data, once the new are complete")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (one per core)")
     args = parser.parse_args(argv)
-
-    args.source = "files" if args.train else "dataset"
-    if args.toy:
-        args.source = "toy"
-    for flag in itertools.chain.from_iterable(KNOBS.values()):
-        if getattr(args, flag) != parser.get_default(flag) and flag not in KNOBS[args.source]:
-            raise UserError(f"--{flag} has no effect here: drop it, or see what goes together with "
-                            "python prepare.py --help")
+    args.source = args.toy or ("files" if args.train else "dataset")
     args.tokenizer = args.tokenizer or ("words" if args.toy else "gpt2")
-    if args.tokenizer == "gpt2" and args.vocab_size != parser.get_default("vocab_size"):
-        raise UserError("--vocab_size has no effect on the GPT-2 tokenizer: "
-                        "drop it or add --tokenizer words")
-    check_values(args)
+    for flag in itertools.chain(*FLAGS.values()):
+        used = flag in FLAGS[args.source] + FLAGS[args.tokenizer]
+        if not used and getattr(args, flag) != parser.get_default(flag):
+            raise UserError(f"--{flag} has no effect here: see python prepare.py --help")
+    if not 258 <= args.vocab_size <= 65_536:  # at least a word; a token is a uint16
+        raise UserError(f"--vocab_size must be between 258 and 65,536, not {args.vocab_size:,}")
+    if not 0 < args.val_share < 1:
+        raise UserError(f"--val_share must be between 0 and 1, not {args.val_share}: try 0.01")
+    files = (args.train or []) + (args.val or [])
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"no file {path}: check the path after --train or --val")
+        if path.name.removesuffix(".gz").rpartition(".")[2] not in KINDS:
+            raise UserError(f"{path}: unknown kind of file, known are {', '.join(KINDS)}")
+    name = args.toy or [*files, Path(args.dataset.lower())][0].name.split(".")[0]
+    args.out = (args.out or Path("data", name)).absolute()
     return args
 
 
-def usage_error(message):
-    raise UserError(f"{message}: see python prepare.py --help")
-
-
-def check_values(args):
-    ranges = {"stories": (2, 10**12), "seed": (-2**63, 2**63 - 1), "workers": (1, 1024),
-              "vocab_size": (258, 65_536)}  # ids are uint16
-    for flag, (low, high) in ranges.items():
-        value = getattr(args, flag)
-        if not low <= value <= high:
-            raise UserError(f"--{flag} must lie between {low:,} and {high:,}, not {value:,}")
-    if not 0 < args.val_share < 1:
-        raise UserError(f"--val_share must lie between 0 and 1, not {args.val_share}: try 0.01")
-    for path in (args.train or []) + (args.val or []):
-        if not os.path.isfile(path):
-            raise UserError(f"no file {path}: check the path after --train or --val")
-        if Path(path.name.removesuffix(".gz")).suffix not in (".txt", ".jsonl", ".parquet"):
-            raise UserError(f"{path}: unknown kind of file: rename it to .txt, .jsonl or .parquet, "
-                            "each also with .gz")
-
-
-def output_folder(args):
-    """The folder to write, absolute. Raises UserError if there is none or it holds data already."""
-    name = args.source  # of the default folder
-    if args.source == "files":
-        name = args.train[0].name.split(".")[0] or name
-    if args.source == "dataset":
-        name = Path(os.path.abspath(args.dataset)).name.lower() or name
-    chosen = os.path.join("data", name) if args.out is None else args.out
-    out = Path(os.path.abspath(chosen))
-    here = Path.cwd()
-    if not chosen or out in (here, *here.parents):  # the files would lie among others
-        raise UserError(f"--out {chosen!r} names no folder of its own: "
-                        "choose one, such as data/mine")
-    if os.path.exists(out) and not out.is_dir():
-        raise UserError(f"{out} is a file: choose another --out")
-    # token files without meta.json are somebody else's, unless a run of ours was killed moving them
-    killed = os.path.exists(out.with_name(out.name + ".tmp"))
-    has_tokens = os.path.exists(out / "train.bin") and not killed
-    if not args.force and (has_tokens or os.path.exists(out / "meta.json")):
-        raise UserError(f"{out} already holds data: "
-                        "add --force to replace it or choose another --out")
-    return out
-
-
-def texts_of(args):
-    """{split: function that starts an iterator over its texts}; no "val" means a share of train."""
+def write_data(args, folder, notes):
+    """Writes the three files into folder. -> meta"""
     if args.source == "toy":
-        return {"train": partial(toy_texts, args.stories, args.seed)}
-    if args.source == "dataset":
-        return load_hub(args.dataset, args.config, args.text_column)
-    texts = {"train": partial(read_files, args.train, args.text_column)}
-    if args.val:
-        texts["val"] = partial(read_files, args.val, args.text_column)
-    return texts
+        texts = {"train": toy_texts(args.stories, args.seed)}
+    elif args.source == "dataset":
+        texts = load_hub(args.dataset, args.config, args.text_column)
+    else:
+        texts = {"train": read_files(args.train, args.text_column)}
+        if args.val:
+            texts["val"] = read_files(args.val, args.text_column)
+    jobs, facts = write_stories(folder / "stories.arrow", stories_of(texts, args, notes))
+    spec = {"name": args.tokenizer}
+    if args.tokenizer == "words":
+        rows = on_all_cores(jobs, count_pieces, args.workers, folder / "counting.arrow")
+        spec["pieces"] = frequent_pieces(rows, args.vocab_size - 257)
+    encoding = load_tokenizer(spec)
+    rows = on_all_cores(jobs, encode_job, args.workers, folder / "tokenizing.arrow",
+                        encoding=encoding)
+    write_tokens(folder, rows, facts)
+    identity = json.dumps([spec, facts["train"]["sha256"], facts["val"]["sha256"]])
+    flags = [*FLAGS[args.source], "val_share", "seed"]
+    source = {"kind": args.source, **{name: getattr(args, name) for name in flags}}
+    meta = {"tokenizer": spec, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, **facts,
+            "source": source, "checksum": hashlib.sha256(identity.encode()).hexdigest()[:16]}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1, default=str))
+    return meta
 
 
-def print_summary(meta, out, args):
-    lines = []
-    if args.tokenizer == "words" and meta["vocab_size"] < args.vocab_size:
-        lines.append(f"the text has only {meta['vocab_size'] - 257:,} different words and marks: "
-                     "a smaller vocabulary than asked for")
-    form = "{0:6}{stories:,} stories, {tokens:,} tokens, {bytes:,} bytes of text"
-    lines += [form.format(split, **meta[split]) for split in SPLITS]
-    lines.append(f"vocabulary of {meta['vocab_size']:,} ({args.tokenizer}), "
-                 f"checksum {meta['checksum']}, in {out}")
+def main(argv=None):
+    args, notes = parse_arguments(argv), Counter()
+    if args.tokenizer == "gpt2":
+        load_tokenizer({"name": "gpt2"})  # a failed download is reported before the text is read
+    folder = args.out.with_name(args.out.name + ".tmp")
+    # .bin files without meta.json are another program's, unless a killed run was moving its files
+    has_tokens = (args.out / "train.bin").exists() and not folder.exists()
+    if not args.force and (has_tokens or (args.out / "meta.json").exists()):
+        raise UserError(f"{args.out} already holds data: add --force or choose another --out")
+    shutil.rmtree(folder, ignore_errors=True)  # of a killed run
+    folder.mkdir(parents=True)
     try:
-        print(*lines, sep="\n", flush=True)
-    except OSError as error:  # a closed pipe, a full disk; what is left in the buffer goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise UserError(f"cannot write the output ({one_line(error)}), but the data in {out} are "
-                        "complete") from error
+        meta = write_data(args, folder, notes)
+        args.out.mkdir(exist_ok=True)
+        (args.out / "meta.json").unlink(missing_ok=True)  # a reader never finds a mixture
+        for name in ("train.bin", "val.bin", "meta.json"):
+            os.replace(folder / name, args.out / name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if notes["line_ends"]:
+        print(f"{notes['line_ends']:,} line ends CRLF or CR became LF")
+    if notes["separators"]:
+        print(f"warning: {notes['separators']:,} times {EOT} stands inside a text; there it is "
+              "ordinary text and separates nothing")
+    for split in SPLITS:
+        line = "{0:6}{stories:,} stories, {tokens:,} tokens, {bytes:,} bytes of text"
+        print(line.format(split, **meta[split]))
+    print(f"vocabulary of {meta['vocab_size']:,} ({args.tokenizer}), checksum {meta['checksum']}, "
+          f"in {args.out}")
 
 
-def script():
-    """`python prepare.py`: as config.cli, without torch. A mistake is one line and exit code 1."""
-    for number in STOPS:
-        signal.signal(number, interrupt)
-    if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may not be ASCII
+def stop(number, frame):
+    """Ctrl-C ends the program. Worker processes inherit this and end without a word."""
+    if os.getpid() != MAIN_PROCESS:
+        os._exit(1)
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    logging.disable()  # libraries log in many lines what we report in one
+    signal.signal(signal.SIGINT, stop)
     try:
         main()
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped: what was not complete is removed") from None
-
-
-def interrupt(number, frame):
-    """Ctrl-C and SIGTERM end in the same way; a second one kills at once."""
-    for either in STOPS:
-        signal.signal(either, signal.SIG_DFL)
-    raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    script()
+        raise SystemExit("stopped") from None

@@ -36,13 +36,7 @@ FIELDS = ("tokenizer", "vocab_size", "eot", "source", "checksum", *SPLITS)  # of
 PIECE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 JOB = 128  # stories that a worker process tokenizes at a time, about 0.1 MB of TinyStories
 LONG_SPACE = 100_000  # characters of white space in a row; tiktoken fails at a million
-MAX_PIECES = 4_000_000  # different pieces counted before the rarest are dropped, about 0.5 GB
-KINDS = ("txt", "jsonl", "csv", "parquet")
-MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32",  # bytes at the start of a file
-         b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"": "latin1"}
-# the flags that have an effect, for each kind of source and for each tokenizer
-FLAGS = {"toy": ["stories"], "files": ["train", "val", "text_column"],
-         "dataset": ["dataset", "config", "text_column"], "words": ["vocab_size"], "gpt2": []}
+KINDS = {"txt": "text", "jsonl": "json", "csv": "csv", "parquet": "parquet"}  # readers of datasets
 ASSETS = Path(__file__).resolve().parent / "assets"
 MAIN_PROCESS = os.getpid()
 
@@ -151,34 +145,29 @@ def read_files(paths, column):
         try:
             if kind == "txt":
                 yield from read_txt(path)
-            elif kind == "jsonl":
-                yield from texts_in(read_jsonl(path), column, path)
-            else:
-                from datasets import load_dataset
+                continue
+            from datasets import load_dataset
 
-                options = {"keep_default_na": False} if kind == "csv" else {}  # "NA" is text, too
-                rows = load_dataset(kind, data_files=str(path), streaming=True, **options)["train"]
-                yield from texts_in(rows.iter(1000), column, path)
+            options = {"keep_default_na": False} if kind == "csv" else {}  # "NA" is text, too
+            rows = load_dataset(KINDS[kind], data_files=str(path), streaming=True, **options)
+            yield from texts_in(rows["train"].iter(1000), column, path)
         except UserError:
             raise
         except UnicodeDecodeError as error:
-            encoding = next(MARKS[mark] for mark in MARKS if error.object.startswith(mark))
+            marks = (b"\xff\xfe", b"\xfe\xff")  # how a file in UTF-16 begins
+            encoding = "utf-16" if error.object.startswith(marks) else "latin1"
             raise UserError(f"{path} is not UTF-8: convert it, for example with "
                             f"iconv -f {encoding} -t utf-8") from error
-        except (OSError, EOFError, ValueError, AttributeError) as error:
+        except (OSError, EOFError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"cannot read {path}: {reason}") from error
-
-
-def open_text(path):
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", newline="")
 
 
 def read_txt(path):
     """The stories of a .txt file. Holds one story at a time, and a block of 1 MB."""
     parts, end = [], ""
-    with open_text(path) as file:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
         while block := file.read(2**20):
             *stories, end = (end + block).split(EOT)
             for story in stories:
@@ -187,15 +176,6 @@ def read_txt(path):
             parts.append(end[: 1 - len(EOT)])
             end = end[1 - len(EOT) :]  # a separator may begin here and end in the next block
     yield "".join([*parts, end])
-
-
-def read_jsonl(path):
-    """Batches of one row. Python's json, not that of `datasets`, reads half of a surrogate pair."""
-    with open_text(path) as file:
-        for line in file:
-            if line.strip():
-                row = json.loads(line)
-                yield {name: [value] for name, value in row.items()}
 
 
 def load_hub(name, config, column):
@@ -243,8 +223,8 @@ def clean(texts, notes):
         notes["separators"] += story.count(EOT)
         notes["line_ends"] += story.count("\r")
         story = story.replace("\r\n", "\n").replace("\r", "\n")
-        if story:  # half of a surrogate pair, which UTF-8 cannot spell, becomes U+FFFD
-            yield story.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if story:
+            yield story
 
 
 def split_off(stories, share, seed):
@@ -310,12 +290,9 @@ def count_pieces(job):
 
 def frequent_pieces(rows, count):
     """The `count` most frequent pieces longer than a byte, the most frequent first."""
-    counts, rare = Counter(), 0
+    counts = Counter()
     for row in rows:
         counts.update(json.loads(row["counts"]))
-        while len(counts) > MAX_PIECES:
-            rare += 1
-            counts = Counter({piece: n for piece, n in counts.items() if n > rare})
     pieces = [piece for piece in counts if len(piece.encode()) > 1]
     return sorted(pieces, key=lambda piece: (-counts[piece], piece))[:count]
 
@@ -353,7 +330,7 @@ def write_tokens(folder, rows, facts):
 
 
 def parse_arguments(argv):
-    """The command line and, in args.source, the kind of source. Raises UserError."""
+    """The command line. Raises UserError."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -372,12 +349,9 @@ def parse_arguments(argv):
     add("--force", action="store_true", help="replace existing data, once the new are complete")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (one per core)")
     args = parser.parse_args(argv)
-    args.source = args.toy or ("files" if args.train else "dataset")
     args.tokenizer = args.tokenizer or ("words" if args.toy else "gpt2")
-    for flag in itertools.chain(*FLAGS.values()):
-        used = flag in FLAGS[args.source] + FLAGS[args.tokenizer]
-        if not used and getattr(args, flag) != parser.get_default(flag):
-            raise UserError(f"--{flag} has no effect here: see python prepare.py --help")
+    if (args.val and not args.train) or (args.toy and args.train):
+        raise UserError("--val goes with --train, and toy with neither: see --help")
     if not 258 <= args.vocab_size <= 65_536:  # at least a word; a token is a uint16
         raise UserError(f"--vocab_size must be between 258 and 65,536, not {args.vocab_size:,}")
     if not 0 < args.val_share < 1:
@@ -395,14 +369,14 @@ def parse_arguments(argv):
 
 def write_data(args, folder, notes):
     """Writes the three files into folder. -> meta"""
-    if args.source == "toy":
+    if args.toy:
         texts = {"train": toy_texts(args.stories, args.seed)}
-    elif args.source == "dataset":
-        texts = load_hub(args.dataset, args.config, args.text_column)
+    elif args.train:
+        files = {"train": args.train, "val": args.val}
+        texts = {split: read_files(paths, args.text_column)
+                 for split, paths in files.items() if paths}
     else:
-        texts = {"train": read_files(args.train, args.text_column)}
-        if args.val:
-            texts["val"] = read_files(args.val, args.text_column)
+        texts = load_hub(args.dataset, args.config, args.text_column)
     jobs, facts = write_stories(folder / "stories.arrow", stories_of(texts, args, notes))
     spec = {"name": args.tokenizer}
     if args.tokenizer == "words":
@@ -413,8 +387,8 @@ def write_data(args, folder, notes):
                         encoding=encoding)
     write_tokens(folder, rows, facts)
     identity = json.dumps([spec, facts["train"]["sha256"], facts["val"]["sha256"]])
-    flags = [*FLAGS[args.source], "val_share", "seed"]
-    source = {"kind": args.source, **{name: getattr(args, name) for name in flags}}
+    source = {name: value for name, value in vars(args).items()
+              if value is not None and name not in ("out", "force", "workers")}
     meta = {"tokenizer": spec, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, **facts,
             "source": source, "checksum": hashlib.sha256(identity.encode()).hexdigest()[:16]}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1, default=str))
@@ -426,9 +400,7 @@ def main(argv=None):
     if args.tokenizer == "gpt2":
         load_tokenizer({"name": "gpt2"})  # a failed download is reported before the text is read
     folder = args.out.with_name(args.out.name + ".tmp")
-    # .bin files without meta.json are another program's, unless a killed run was moving its files
-    has_tokens = (args.out / "train.bin").exists() and not folder.exists()
-    if not args.force and (has_tokens or (args.out / "meta.json").exists()):
+    if not args.force and (args.out / "meta.json").exists():
         raise UserError(f"{args.out} already holds data: add --force or choose another --out")
     shutil.rmtree(folder, ignore_errors=True)  # of a killed run
     folder.mkdir(parents=True)

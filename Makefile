@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := out/demo/demo_baseline_seed2 out/demo/demo_seed2
 
-.PHONY: demo test test-lens clean
+.PHONY: demo lint test test-lens clean
 
 demo: .venv/core.stamp  # two small models side by side, what they write, their circuits, a page of neurons: under 6 minutes on 2 CPU cores
 	$(if $(wildcard data/toy/meta.json),,$(BIN)/python prepare.py toy)
@@ -21,6 +21,9 @@ demo: .venv/core.stamp  # two small models side by side, what they write, their 
 test: .venv/dev.stamp  # two workers of one thread: in tensors this small a second thread only waits
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal test_gate.py tests --ignore=tests/test_train.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_train.py  # alone: processes that wait for each other
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
 
 # TransformerLens, SAELens and the paper's circuit library: 4 GB and minutes of installing, so no part of `test`
 test-lens: .venv-lens/stamp .venv-saelens/stamp

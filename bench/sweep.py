@@ -75,7 +75,7 @@ def start(out, words, environment):
         # in a session of its own: a Ctrl-C that reaches it twice would kill it at once
         process = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=log,
                                    stderr=log, start_new_session=True)
-    log = open(f"{out}.log", errors="replace")
+    log = open(f"{out}.log", errors="replace")  # noqa: SIM115 (read until the run ends)
     log.seek(0, os.SEEK_END)
     print(f"{out}: {'continued' if begun else 'started'}", flush=True)
     return process, log

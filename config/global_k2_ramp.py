@@ -1,5 +1,5 @@
-# Global ablation, k = 2, by the recipe that RESULTS.md recommends in place of the paper's: a gate with
-# a constant T, and an ablated loss that comes in after 30 % of the run.
+# Global ablation, k = 2, by the recipe that we recommend instead of the paper's: a gate with
+# constant T, and an ablated loss that sets in after 30 % of the run (RESULTS.md).
 # Updates, tokens and memory are those of global_k2.
 from config.global_k2 import *
 

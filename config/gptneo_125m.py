@@ -1,8 +1,7 @@
 # GPT-Neo 125M's geometry with local self-ablation: a model that takes several GPUs days.
 #     torchrun --nproc_per_node=8 train.py config/gptneo_125m.py --data=data/FOLDER
-# 36,000 updates x 256 sequences x 2,048 tokens = 19 billion tokens of your own; TinyStories has 0.5.
-# Memory: about 16 GB on each GPU (arithmetic, not measured); 7 GB on one CPU process with
-# --grad_accum=256 (measured).
+# 36,000 updates x 256 sequences x 2,048 tokens = 19 billion tokens; TinyStories has 0.5.
+# Memory: about 16 GB on each GPU (arithmetic, not measured).
 data = "data/web"
 n_layer, n_head, n_embd = 12, 12, 768
 k_attn, k_mlp = 8, 32

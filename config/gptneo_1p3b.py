@@ -1,9 +1,7 @@
-# GPT-Neo 1.3B's geometry with local self-ablation, sharded, as it does not fit one small GPU.
+# GPT-Neo 1.3B's geometry with local self-ablation. Every GPU holds the whole model.
 #     torchrun --nproc_per_node=8 train.py config/gptneo_1p3b.py --data=data/FOLDER
-# Memory (arithmetic, not measured): about 18 GB on each of the eight GPUs, 4 of them weights and
-# optimizer, which alone are 29 GB unsharded; 50 GB in all on one CPU process with --fsdp=False
-# --grad_accum=256.
-fsdp = True
+# Memory (arithmetic, not measured): 29 GB of weights, gradients and optimizer on each GPU, and
+# about as much for one sequence at a time.
 data = "data/web"
 n_layer, n_head, n_embd = 24, 16, 2048
 k_attn, k_mlp = 16, 64

@@ -23,7 +23,7 @@ import os
 import shutil
 import sys
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ import config as knobs
 from eval import COLUMNS, cell, evaluate_run, find_data, open_run, trained_with
 from interp.common import check_range
 from interp.results import fingerprint, fits, result_path, write_json, write_text
-from model import GPTNeo, GPTNeoConfig, ModelError, load_torch, replace_file, save_checkpoint
+from model import GPTNeo, GPTNeoConfig, load_torch, replace_file, save_checkpoint
 from prepare import EOT, PIECE, UserError, load_meta, load_tokenizer
 
 try:

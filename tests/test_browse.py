@@ -23,7 +23,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "interp")]
 import browse
-import config as knobs
 from interp import activations
 from interp.activations import UNITS, Site, read_sites
 from interp.results import fingerprint

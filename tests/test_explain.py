@@ -31,7 +31,6 @@ import config as knobs
 import explain
 from explain import Neuron, Record, Table, Unreadable
 from interp import activations
-from interp.activations import Stopped
 from model import GPTNeo, GPTNeoConfig, load_checkpoint, save_checkpoint
 from prepare import UserError
 

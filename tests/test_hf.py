@@ -5,7 +5,6 @@
 
 import dataclasses
 import json
-import os
 import random
 import re
 import sys
@@ -21,7 +20,7 @@ import config as knobs
 import sae
 from eval import open_run
 from interp import hf
-from model import GPTNeo, GPTNeoConfig, ModelError, load_checkpoint, save_checkpoint
+from model import GPTNeo, GPTNeoConfig, load_checkpoint, save_checkpoint
 from prepare import EOT, PIECE, UserError, load_meta, load_tokenizer
 from test_prepare import HARD, TOKENIZERS
 from test_train import make_data

@@ -24,8 +24,7 @@ import acdc
 from eval import open_run
 from interp import hf
 from interp.activations import Site
-from model import load_checkpoint
-from test_hf import GEOMETRIES, data, ids, snippets, write_run, write_saes
+from test_hf import GEOMETRIES, data, ids, snippets, write_run, write_saes  # noqa: F401
 
 
 def installed(name):

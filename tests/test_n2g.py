@@ -11,7 +11,6 @@ import json
 import math
 import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +27,7 @@ from interp import activations
 from interp.activations import Stopped
 from model import GPTNeo, GPTNeoConfig, save_checkpoint
 from prepare import EOT as EOT_TEXT
-from prepare import UserError, load_tokenizer
+from prepare import load_tokenizer
 
 ORACLES = sorted(ROOT.parent.glob("shared/oracles/interp/graph_oracle.json"))
 oracle = pytest.mark.parametrize("path", ORACLES, ids=lambda path: path.name)

@@ -235,21 +235,22 @@ class Progress:
         Raises UserError at the first one that is not finite."""
         for number, row in enumerate(rows.tolist(), self.step - len(rows) + 1):
             if not math.isfinite(row[0] + row[3]):
-                raise UserError(
-                    f"the loss or its gradient is no longer finite at update {number:,}: start "
-                    f"again with another --out and a lower --learning_rate or another --seed")
+                raise diverged(f"update {number:,}")
             # one by one: these sums must not depend on when a run was interrupted
             pairs = zip(self.sums_since_eval, [*row, 1.0])
             self.sums_since_eval = [total + value for total, value in pairs]
         self.seconds += seconds
 
     def record(self, config, val_clean, val_ablated):
-        """Append an evaluation's line to metrics. -> whether its loss is the lowest so far"""
+        """Append an evaluation's line to metrics. -> whether its loss is the lowest so far.
+        Raises UserError where it is not finite."""
         *sums, updates = self.sums_since_eval
         means = [total / updates if updates else math.nan for total in sums]
         val_loss = config.clean_coeff * val_clean
         if config.ablation != "none":
             val_loss += config.ablated_coeff * val_ablated
+        if not math.isfinite(val_loss):
+            raise diverged(f"step {self.step:,} (validation)")
         rate, coeff = config.schedule(self.step)
         names = ("loss", "loss_clean", "loss_ablated", "grad_norm", "val_loss", "val_clean",
                  "val_ablated", "lr", "ablated_coeff", "seconds")
@@ -261,6 +262,11 @@ class Progress:
         is_best, self.best = val_loss < self.best, min(val_loss, self.best)
         self.last_eval_step, self.sums_since_eval = self.step, [0.0] * 5
         return is_best
+
+
+def diverged(when):
+    return UserError(f"the loss or its gradient is no longer finite at {when}: start again with "
+                     f"another --out and a lower --learning_rate or another --seed")
 
 
 def read_resumable(config, data_checksum):
@@ -404,9 +410,6 @@ def train(config):
 
         if eval_due:
             val_clean, val_ablated = validate(model, val_tokens, config, machine)
-            if not math.isfinite(val_clean) or math.isinf(val_ablated):
-                raise UserError(f"the validation loss is not finite at step {step:,}: start again "
-                                f"with another --out and a lower --learning_rate")
             is_best = progress.record(config, val_clean, val_ablated)
             say(f"step {step:,}: validation {streams_text(val_clean, val_ablated)}")
             # best.pt first: killed between the two, the run finds this best again

@@ -15,7 +15,6 @@ import math
 import os
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +22,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import config as knobs
 from model import GPTNeo, load_checkpoint, replace_file, save_checkpoint
@@ -164,28 +162,37 @@ def make_optimizer(model, config, device):
                              fused=device.type in ("cuda", "cpu"))
 
 
-def update(model, optimizer, rows, config, autocast, coeff):
+def update(model, optimizer, rows, config, autocast, coeff, world=1):
     """One optimizer step on this process's rows, (B, block_size + 1) int64, in grad_accum parts.
 
-    coeff: of the ablated loss; 0 leaves the ablated pass out.
+    coeff: of the ablated loss; 0 leaves the ablated pass out. world: processes.
     -> loss, clean and ablated loss of these rows and the norm of the whole gradient, (4,), on the
     device: nothing here waits for it.
     """
     if coeff:  # a tensor, since a compiled step would be compiled anew for every number
         coeff = torch.full((), coeff, device=rows.device)
     sums = torch.zeros(3, device=rows.device)
-    for number, part in enumerate(rows.chunk(config.grad_accum), 1):
-        # several processes average their gradients once, with the last part
-        waits = isinstance(model, DistributedDataParallel) and number < config.grad_accum
-        with model.no_sync() if waits else nullcontext():
-            with autocast:
-                losses = model(part[:, :-1], part[:, 1:], coeff)
-            (losses.loss / config.grad_accum).backward()
+    for part in rows.chunk(config.grad_accum):
+        with autocast:
+            losses = model(part[:, :-1], part[:, 1:], coeff)
+        (losses.loss / config.grad_accum).backward()
         sums += stack_losses(losses) / config.grad_accum
+    if world > 1:
+        average_gradients(model, world)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return torch.cat((sums, norm[None]))  # (4,)
+
+
+def average_gradients(model, world):
+    """Over all processes, in one all-reduce. DistributedDataParallel would sum in another order
+    after a restart, since it arranges its buckets anew; and gates have no gradient before a ramp.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.nn.utils.parameters_to_vector(gradients)
+    dist.all_reduce(flat)
+    torch.nn.utils.vector_to_parameters(flat / world, gradients)
 
 
 def stack_losses(losses):
@@ -317,14 +324,6 @@ def draw_losses(path, metrics, title):
 # ---------------------------------------------------------------------------------------- the run
 
 
-def replicate(model, world, idle_gates):
-    """The model, its gradients averaged over processes. idle_gates: while the coefficient of the
-    ablated loss is 0 gates have no gradient, and are not to be waited for."""
-    if world == 1:
-        return model
-    return DistributedDataParallel(model, find_unused_parameters=idle_gates)
-
-
 def train(config):
     """The run that a config.Config describes. Raises UserError on what the user can fix."""
     # ---- machine and data
@@ -356,7 +355,6 @@ def train(config):
         del checkpoint  # three times the weights
     if machine.compile_mode:  # in place: names in checkpoints stay plain
         model.compile(mode=machine.compile_mode, dynamic=False)
-    replica, idle_gates = None, None
 
     def say(text):
         if rank == 0:
@@ -430,18 +428,14 @@ def train(config):
         now = config.schedule(step)
         for group in optimizer.param_groups:
             group["lr"] = now.learning_rate
-        idle = config.ablation != "none" and now.ablated_coeff == 0
-        if idle != idle_gates:  # at the start of a run, and of its ramp
-            replica, idle_gates = replicate(model, world, idle), idle
         batch = batch_at(train_tokens, step, config, rank, world, device)
-        coeff = now.ablated_coeff
-        recent.append(update(replica, optimizer, batch, config, machine.autocast, coeff))
+        recent.append(update(model, optimizer, batch, config, machine.autocast, now.ablated_coeff,
+                             world))
         progress.step += 1
 
     if config.wandb and rank == 0:
         wandb.finish()
     if world > 1:
-        del replica  # before its process group, or it may hang (pytorch issue 56297)
         dist.destroy_process_group()
 
 

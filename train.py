@@ -378,10 +378,10 @@ def train(config):
     folder.mkdir(parents=True, exist_ok=True)
     write_metrics()  # those of a run killed between checkpoint and metrics
     say(json.dumps(asdict(config)))
-    say(f"{config.ablation} ablation, {sum(p.numel() for p in model.parameters()):,} "
-                f"parameters, {origin} | {len(train_tokens):,} training tokens, vocabulary "
-                f"{config.vocab_size:,} | {world} x {device}, "
-                f"{'bfloat16' if machine.bfloat16 else 'float32'}, compile {machine.compile_mode}")
+    size = sum(p.numel() for p in model.parameters())
+    say(f"{config.ablation} ablation, {size:,} parameters, {origin} | {len(train_tokens):,} training "
+        f"tokens, vocabulary {config.vocab_size:,} | {world} x {device}, "
+        f"{'bfloat16' if machine.bfloat16 else 'float32'}, compile {machine.compile_mode}")
     if config.wandb and rank == 0:
         import wandb
 
@@ -421,8 +421,8 @@ def train(config):
             break
         if stops:
             save("last.pt")
-            say(f"stopped after {step:,} updates; the same command with --resume=True goes "
-                        f"on from there")
+            say(f"stopped after {step:,} updates; the same command with --resume=True goes on from "
+                f"there")
             break
 
         now = config.schedule(step)

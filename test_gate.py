@@ -9,6 +9,7 @@ transcription of the paper that runs both streams side by side (`dual_stream` be
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -319,8 +320,7 @@ def test_no_gradient_leaks_from_later_tokens_through_the_masks(ablation):
     logits = model.ablated(tokens(1, 12)).logits_ablated
     for t in range(12):
         (grad,) = torch.autograd.grad(logits[0, t].square().sum(), embedded[0], retain_graph=True)
-        assert (grad[0, t + 1 :] == 0).all()
-        assert (grad[0, : t + 1].abs().sum(-1) > 0).all()
+        assert torch.equal(grad[0].any(-1), torch.arange(12) <= t)
 
 
 @both_ablations
@@ -339,13 +339,6 @@ def test_inference_does_not_touch_the_gates(ablation):
         if "_gate." in name:
             p.data.fill_(torch.nan)
     assert torch.equal(model(idx), before)
-
-
-@both_ablations
-def test_streams_coincide_when_nothing_is_ablated(ablation, monkeypatch):
-    monkeypatch.setattr(model_file, "gate", lambda scores, k, form: torch.ones_like(scores))
-    streams = tiny(ablation=ablation).ablated(tokens(2, 12))
-    torch.testing.assert_close(streams.logits_ablated, streams.logits_clean, rtol=0, atol=1e-12)
 
 
 # --------------------------------------------------------------------------------- other precisions
@@ -367,11 +360,10 @@ def test_autocast_rounds_neither_gates_nor_their_gradients():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("attn_unit", ["dim", "head"])
 @both_ablations
-def test_models_in_half_precision_have_both_streams(ablation, attn_unit, dtype):
+def test_models_in_half_precision_have_both_streams(ablation, dtype):
     """All weights in bf16 or fp16, without autocast: logits are in that, masks stay exact."""
-    exact, idx = tiny(ablation=ablation, attn_unit=attn_unit), tokens(2, 12)
+    exact, idx = tiny(ablation=ablation), tokens(2, 12)
     clean, model = exact(idx), exact.to(dtype)  # the same weights, rounded
     streams = model.ablated(idx)
     assert streams.logits_clean.dtype == streams.logits_ablated.dtype == dtype
@@ -380,6 +372,32 @@ def test_models_in_half_precision_have_both_streams(ablation, attn_unit, dtype):
     assert (streams.mlp_mask.sum(-1) == 5).all() and (streams.attn_mask.sum(-1) == 3).all()
     found = gradients(model, idx, tokens(2, 12, seed=2))
     assert all(grad.isfinite().all() for grad in found.values())
+
+
+# --------------------------------------------------------------------------------------- compiled
+
+# Inductor's C++ takes 20 s a model: one of them here, all six with INDUCTOR=1
+INDUCTOR = VARIANTS if os.environ.get("INDUCTOR") else [("global", "constant")]
+
+
+@pytest.mark.parametrize("backend, ablation, form", [
+    *(("aot_eager", *variant) for variant in VARIANTS),
+    *(("inductor", *variant) for variant in INDUCTOR)])
+def test_compiled_gradients_are_eagers(backend, ablation, form):
+    """Of every parameter, without a graph break; a ramp's coefficients recompile nothing. The sizes
+    are such that Inductor (torch 2.13) reads a mask before a scatter has written it."""
+    changes = dict(ablation=ablation, gate=form, n_layer=1, vocab_size=32, dtype=torch.float32)
+    eager, model, rows = tiny(**changes), tiny(**changes), tokens(2, 13) % 32
+    torch._dynamo.reset()
+    model.compile(backend=backend, fullgraph=True, dynamic=False)
+    with (torch._dynamo.config.patch(error_on_recompile=True),
+          torch._inductor.config.patch({"cpp.simdlen": 1})):  # compiles twice as fast
+        for coeff in map(torch.tensor, (0.25, 0.5, 1.0)):
+            found = gradients(model, rows[:, :-1], rows[:, 1:], coeff)
+            for name, expected in gradients(eager, rows[:, :-1], rows[:, 1:], coeff).items():
+                scale = expected.abs().max().item()
+                assert scale > 0, name
+                torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-3 * scale)
 
 
 # ----------------------------------------------------------------------------- the model around it
@@ -399,14 +417,14 @@ def test_clean_stream_is_hugging_face_gpt_neo(attention_layers):
         torch.testing.assert_close(model(idx), theirs(idx).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("count, changes", [
-    (8_049_024, dict(ablation="none")), (8_709_504, dict(ablation="local")),
-    (8_709_504, dict(ablation="global")),
-    (3_556_608, dict(vocab_size=10_000))])  # the paper's "3.6M"
-def test_parameter_counts_of_the_paper(count, changes):
-    with torch.device("meta"):
-        model = GPTNeo(GPTNeoConfig(**changes))
-    assert sum(p.numel() for p in model.parameters()) == count
+def test_parameter_counts_of_the_paper():
+    def count(**changes):
+        with torch.device("meta"):
+            return sum(p.numel() for p in GPTNeo(GPTNeoConfig(**changes)).parameters())
+
+    assert count(ablation="none") == 8_049_024
+    assert count(ablation="local") == count(ablation="global") == 8_709_504
+    assert count(vocab_size=10_000) == 3_556_608  # the paper's "3.6M"
 
 
 def test_without_ablation_there_is_one_stream():

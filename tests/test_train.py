@@ -448,7 +448,7 @@ def test_best_is_the_lowest_validation_loss_also_after_resuming(data, tmp_path, 
 
 def test_the_picture_is_whole_whatever_the_runs_name(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "draw_losses", draw_losses)
-    out = start(data, tmp_path / "_a $x_y%", max_iters=1)
+    out = start(data, tmp_path / "_a $x_$ 1%", max_iters=1)
     content = (out / "loss.png").read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
     assert sorted(path.name for path in out.iterdir()) == [

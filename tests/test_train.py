@@ -569,8 +569,12 @@ def test_all_processes_stop_when_one_is_asked_to_and_the_run_goes_on_in_another_
     launcher.several(3, data, tmp_path / "run", during, **chosen)
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 7
     (tmp_path / "run" / "metrics.jsonl").unlink()  # last.pt knows the metrics
+    same = shutil.copytree(tmp_path / "run", tmp_path / "same")
     launcher.several(2, data, tmp_path / "run", **chosen, grad_accum=3, resume=True)
     assert_close_run(tmp_path / "run", start(data, tmp_path / "one", **chosen))
+    launcher.several(3, data, same, **chosen, resume=True)
+    launcher.several(3, data, tmp_path / "whole", **chosen)
+    assert_same_run(same, tmp_path / "whole")  # in the same number: bit for bit
 
 
 def test_torchrun_itself(data, tmp_path, double):

@@ -112,15 +112,20 @@ def gate(scores, k, form="softmax"):
 def k_largest(scores, k):
     """scores (..., N) -> the mask (..., N) of the k largest, with exactly k ones also where scores
     tie; the k-th largest and the one after it, (..., 1) each."""
-    if scores.is_cuda and k <= 8:
+    compiling = torch.compiler.is_compiling()
+    if compiling and k <= 8:
         return k_largest_by_maxima(scores, k)
     top, winners = scores.topk(k + 1, dim=-1)  # (..., k + 1), largest first
-    hard = torch.zeros_like(scores).scatter(-1, winners[..., :k], 1.0)
+    if compiling:  # Inductor (torch 2.13, CPU) may read a mask before it scatters into it
+        units = torch.arange(scores.size(-1), device=scores.device)
+        hard = (winners[..., :k, None] == units).any(-2).to(scores.dtype)
+    else:
+        hard = torch.zeros_like(scores).scatter(-1, winners[..., :k], 1.0)
     return hard, top[..., k - 1 : k], top[..., k:]
 
 
 def k_largest_by_maxima(scores, k):
-    """The same for a GPU that compiles: k + 1 maxima become one kernel, topk six."""
+    """The same, for compiled code on a GPU: k + 1 maxima become one kernel, topk six."""
     units = torch.arange(scores.size(-1), device=scores.device)
     rest, hard, top = scores.detach(), torch.zeros_like(scores), []
     for place in range(k + 1):
@@ -407,10 +412,10 @@ class GPTNeo(nn.Module):
             theirs = AutoConfig.from_pretrained(name)
             kind = (theirs.model_type, theirs.tie_word_embeddings)
             if kind != ("gpt_neo", True) or theirs.activation_function != "gelu_new":
-                raise ModelError(f"{name} is no GPT-Neo with gelu_new and tied embeddings")
+                raise ValueError("it is no GPT-Neo with gelu_new and tied embeddings")
             model, info = GPTNeoForCausalLM.from_pretrained(
                 name, dtype=torch.float32, output_loading_info=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ModelError(f"cannot load {name}: {error}".splitlines()[0]) from None
         if info["missing_keys"]:
             raise ModelError(f"{name} lacks weights: {', '.join(info['missing_keys'])}")

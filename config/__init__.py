@@ -108,14 +108,14 @@ class Config(GPTNeoConfig):
         else:
             progress = (step - self.warmup_iters) / (self.max_iters - self.warmup_iters)
             rate = self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-        done = step / self.max_iters
-        if self.ablation == "none":
+        done = step / self.max_iters  # share of the run
+        if self.ablation == "none" or done < self.ramp_start:
             coeff = 0.0
         elif done >= self.ramp_end:
             coeff = self.ablated_coeff
         else:
             ramp = (done - self.ramp_start) / (self.ramp_end - self.ramp_start)
-            coeff = self.ablated_coeff * max(0.0, ramp)
+            coeff = self.ablated_coeff * ramp
         return Schedule(rate, coeff)
 
     @property

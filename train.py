@@ -379,8 +379,9 @@ def train(config):
     write_metrics()  # those of a run killed between checkpoint and metrics
     say(json.dumps(asdict(config)))
     size = sum(p.numel() for p in model.parameters())
-    say(f"{config.ablation} ablation, {size:,} parameters, {origin} | {len(train_tokens):,} training "
-        f"tokens, vocabulary {config.vocab_size:,} | {world} x {device}, "
+    say(f"{config.ablation} ablation, {size:,} parameters, {origin} | "
+        f"{len(train_tokens):,} training tokens, vocabulary {config.vocab_size:,} | "
+        f"{world} x {device}, "
         f"{'bfloat16' if machine.bfloat16 else 'float32'}, compile {machine.compile_mode}")
     if config.wandb and rank == 0:
         import wandb

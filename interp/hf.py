@@ -274,7 +274,7 @@ def read_hf_config(folder):
                   "n_layer": found["num_layers"], "n_head": found["num_heads"], "n_embd": C,
                   "attention_layers": ",".join(layers[:length]),
                   "window_size": found["window_size"]}
-        GPTNeoConfig(**config, ablation="none")
+        knobs.Config(**config, ablation="none")
     except (TypeError, ValueError) as error:  # ModelError is one
         raise UserError(f"{path} describes no model of ours: {one_line(error)}") from None
     if len(layers) != config["n_layer"]:
@@ -405,7 +405,7 @@ def training_of(folder, geometry, data, out):
 
 def hf_config(config):
     """Keyword arguments of the transformers.GPTNeoConfig that describes the clean stream."""
-    pattern = config.attention_pattern
+    pattern = config.attention_layers.split(",")
     dropouts = ("embed_dropout", "attention_dropout", "resid_dropout")
     return dict(vocab_size=config.vocab_size, max_position_embeddings=config.block_size,
                 hidden_size=config.n_embd, num_layers=config.n_layer, num_heads=config.n_head,

@@ -251,7 +251,7 @@ WRONG = [
     ({"activation_function": "relu"}, "has activation_function='relu': a model of ours has gelu"),
     ({"intermediate_size": 13}, "has intermediate_size=13: a model of ours has 48"), ({"hidden_size": "a"}, "has intermediate_size=None|no model"),
     ({"attention_types": 5}, "describes no model of ours"), ({"attention_types": [[["global"], 3]]}, "names the attention of 3 layers out of 4"),
-    ({"attention_types": [[["sparse"], 4]]}, "attention_layers='sparse' must be"), ({"num_heads": 5}, "not divisible by n_head=5"),
+    ({"attention_types": [[["sparse"], 4]]}, "attention_layers=sparse must be"), ({"num_heads": 5}, "not divisible by n_head=5"),
     ({"vocab_size": 301}, "lm_head.weight is 300 x 12, not 301 x 12"), ({"num_layers": 8, "attention_types": [[["global"], 8]]}, "h.4.attn.attention.k_proj.weight is absent")]
 
 

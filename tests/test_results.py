@@ -18,7 +18,7 @@ from eval import open_run
 from interp.results import (
     Job, difference, environment, fingerprint, fits, read_result, refuse_mixed, result_path, results_of,
     write_json, write_text, write_torch)
-from model import ModelError, load_checkpoint, load_torch
+from model import load_checkpoint, load_torch
 from prepare import UserError
 from test_eval import run, seeds  # noqa: F401
 
@@ -88,7 +88,7 @@ def test_a_fingerprint_is_that_of_earlier_results(run):
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     write_json(tmp_path / "a.json", {"a": 1})
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(ModelError, match="cannot write .*a.json: No space left"):
+    with pytest.raises(OSError, match="No space left"):
         write_json(tmp_path / "a.json", {"a": 2})
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["a.json"] and json.loads((tmp_path / "a.json").read_text()) == {"a": 1}

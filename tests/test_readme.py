@@ -56,7 +56,7 @@ def test_every_command_is_one_that_works(monkeypatch):
             words = [path for word in words for path in glob.glob(word, root_dir=ROOT) or [word]]
             monkeypatch.chdir(ROOT)
             runs, _ = sweep.plan(words)
-            assert len(runs) >= 2 and all(isinstance(settings, config.Config) for _, settings in runs.values()), command
+            assert len(runs) >= 2 and all(isinstance(settings, config.Config) for _, settings in runs), command
         elif program == "bash":
             assert (script, words) in [("bench/gpu.sh", []), ("bench/gpu.sh", ["--device", "cpu"])], command
         else:

@@ -340,6 +340,8 @@ def main():
         frame = over_seeds(frame, shared)
     unseen = {*shared, "seed"} - {"ablation", "k_attn", "k_mlp", "checksum"}  # no column of theirs
     frame["differs"] = differences(frame, unseen)
+    frame = frame.drop(columns=[name for name, value in OLD_KNOBS.items()
+                                if (frame[name] == value).all()])
     if args.json:  # null for what a row lacks
         whole = frame.astype(object).where(frame.notna(), None)
         print(json.dumps(whole.to_dict("records"), indent=1))
@@ -348,7 +350,7 @@ def main():
         print(numbers.to_csv(index=False), end="")
     else:
         print(to_text(frame))
-        if args.over_seeds:
+        if args.over_seeds and frame["n"].max() > 1:
             print("± is the sample standard deviation over the seeds of a row")
     for run in runs if args.sample is not None else ():
         print_samples(run, args)

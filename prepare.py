@@ -338,7 +338,8 @@ def parse_arguments(argv):
     add("--stories", type=int, default=50_000, help="toy: stories in both splits (50000)")
     add("--dataset", default="roneneldan/TinyStories", help="name on the hub, or a folder")
     add("--config", help="configuration of the dataset, where it has several")
-    add("--train", nargs="+", type=Path, metavar="FILE", help=f"{', '.join(KINDS)}, also .gz")
+    add("--train", nargs="+", type=Path, metavar="FILE",
+        help="txt, jsonl or csv, each also .gz, or parquet")
     add("--val", nargs="+", type=Path, metavar="FILE", help="validation files (a share of --train)")
     add("--text_column", default="text", help="column or JSON field that holds the text (text)")
     add("--val_share", type=float, default=0.01, help="share for val if it has no files (0.01)")

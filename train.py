@@ -340,7 +340,8 @@ def train(config):
     folder, progress = Path(config.out), Progress()
     if config.resume:
         checkpoint = read_resumable(config, meta["checksum"])
-        model, origin = GPTNeo.from_checkpoint(checkpoint, device), f"goes on from {folder}"
+        model = GPTNeo.from_checkpoint(checkpoint, device)
+        origin = f"goes on from {folder} at step {checkpoint['step']:,}"
     elif list(folder.glob("*.pt")):
         raise UserError(f"{folder} already holds a run: --resume=True continues it, --out=FOLDER "
                         f"starts another")

@@ -169,7 +169,7 @@ def parse(words):
             options = {"choices": choices}
         elif field.type is bool:  # --resume is --resume=True
             options = {"type": boolean, "nargs": "?", "const": True}
-        note = f"{notes[name]} (default {field.default})".replace("%", "%%")
+        note = f"{notes.get(name, '')} (default {field.default})".replace("%", "%%")
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=note, **options,
                             metavar="|".join(choices) or field.type.__name__)
     known, extra = parser.parse_known_args(words)

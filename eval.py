@@ -1,4 +1,4 @@
-"""Measure trained models: perplexity, bits per byte, L1, use of units; samples and a plot.
+"""Measure trained models: perplexity, bits per byte, L1, how often units are used; samples; a plot.
 
     python eval.py out/local_k2                        a run folder (its best.pt) or a .pt file
     python eval.py out/sweep/*/ --over_seeds           one row for runs that differ only in the seed
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +28,7 @@ import config as knobs
 from model import GPTNeo, ModelError, load_checkpoint, replace_file
 from prepare import UserError, load_meta, load_tokenizer, load_tokens
 
-# knobs that only older checkpoints have, with the value that today's code stands for
+# removed knobs of older checkpoints, with the value that equals what the code does now
 OLD_KNOBS = {"freeze": "none", "gate_lr_multiplier": 1.0, "anneal_end": 0.0, "adam_eps": 1e-8,
              "fsdp": False}
 DEFAULTS = {name: field.default for name, field in knobs.FIELDS.items()} | OLD_KNOBS
@@ -80,7 +81,7 @@ def measure_split(model, tokens, eot, text_bytes, batch_size=8, device="cpu"):
     windows = torch.arange(n - n % T).view(n // T, T)  # positions
     rest = torch.arange(n - n % T, n)[None]  # (1, less than T)
     losses = defaultdict(list)  # nats per token
-    counts = {}  # tokens of each story at which each unit is used
+    counts, seen = {}, {}  # tokens at which each unit is used (L * N); whether, story by story
     for at in filter(torch.numel, (*windows.split(batch_size), rest)):
         inputs = text[at].to(device)
         targets = text[at + 1].to(device)
@@ -90,18 +91,21 @@ def measure_split(model, tokens, eot, text_bytes, batch_size=8, device="cpu"):
             nats = F.cross_entropy(rows, targets.flatten(), reduction="none")  # (B * T)
             losses[stream].append(nats.cpu().double())
         for kind, mask in zip(("attn", "mlp"), outputs[2:]):  # (B, T, L, N) of zeros and ones
-            used = mask.flatten(2).flatten(0, 1).int().cpu()  # (B * T, L * N)
+            used = mask.flatten(2).flatten(0, 1).bool().cpu()  # (B * T, L * N)
             if kind not in counts:
-                counts[kind] = used.new_zeros(story[-1] + 1, used.size(1))
-            counts[kind].index_add_(0, story[at].flatten(), used)
+                counts[kind] = torch.zeros(used.size(1)).long()
+                seen[kind] = used.new_zeros(story[-1] + 1, used.size(1))
+            counts[kind] += used.sum(0)
+            token, unit = used.nonzero(as_tuple=True)
+            seen[kind][story[at].flatten()[token], unit] = True
 
     numbers = {"tokens": n, "stories": int(is_end.sum())}
     for stream, nats in losses.items():
         numbers |= loss_numbers(stream, torch.cat(nats), is_end, T, text_bytes)
     for kind, count in counts.items():
-        rate = count.numpy().sum(0) / n  # (L * N)
+        rate = count.numpy() / n  # (L * N)
         numbers[f"{kind}_ever"] = (rate > 0).mean()
-        numbers[f"{kind}_per_story"] = (count > 0).numpy().sum(1).mean()
+        numbers[f"{kind}_per_story"] = seen[kind].numpy().sum(1).mean()
         numbers[f"{kind}_rate"] = rate.reshape(model.config.n_layer, -1).tolist()
     return numbers
 
@@ -123,7 +127,7 @@ def l1_norms(model):
         residual stream centred over channels, the unembedding over the vocabulary.
     l1_all, l1_blocks: of the model's own weights, with and without the two embeddings.
     """
-    weights = {name: w.double() for name, w in model.clean_state_dict().items()}
+    weights = {name: w.cpu().double() for name, w in model.clean_state_dict().items()}
     weights.pop("lm_head.weight")  # tied: it is the token embedding
     wte = weights.pop("transformer.wte.weight")  # (V, C)
     wpe = weights.pop("transformer.wpe.weight")  # (block_size, C)
@@ -152,9 +156,12 @@ class Run(NamedTuple):
 
 
 def run_paths(paths):
-    """The paths without what else out/* finds. If none is a run, all of them."""
-    return [path for path in paths if path.endswith(".pt") or not os.path.exists(path)
-            or Path(path, "best.pt").exists()] or paths
+    """Only run folders and .pt files, so that out/* works; all paths if none is one."""
+    others = {path for path in paths if not path.endswith(".pt") and os.path.exists(path)
+              and not Path(path, "best.pt").exists()}
+    if 0 < len(others) < len(paths):
+        print(f"no best.pt, skipped: {', '.join(sorted(others))}", file=sys.stderr)
+    return [path for path in paths if path not in others] or paths
 
 
 def open_run(path):
@@ -169,8 +176,10 @@ def open_run(path):
 
 def find_data(run, data=None):
     """(folder, its meta.json) of data or else of the run's own, here or in a folder above it."""
-    name = run.train_config["data"] if data is None else data
-    places = [parent / name for parent in (Path(), *Path(run.path).absolute().parents)]
+    name, places = data, [Path(data or "")]
+    if data is None:
+        name = run.train_config["data"]
+        places = [parent / name for parent in (Path(), *Path(run.path).absolute().parents)]
     folders = [place for place in places if os.path.isfile(place / "meta.json")]
     for folder in folders or [name]:
         meta = load_meta(folder)
@@ -219,8 +228,8 @@ def over_seeds(frame, shared):
 
 
 def differences(frame, names):
-    """A text for every row: the knobs that are not the same in all rows, without defaults."""
-    texts = frame["run"].str[:0]
+    """One text per row: the knobs in which rows differ, where they are not at their default."""
+    texts = frame["run"].str[:0]  # empty ones
     for name in frame.columns.intersection([*names], sort=False):
         if frame[name].nunique(dropna=False) > 1:
             words = f" {name}=" + frame[name].map(str)
@@ -298,6 +307,13 @@ def draw_runs(path, rows):
         figure.savefig(file, format=Path(path).suffix[1:], dpi=120)
 
 
+def picture(path):
+    """For argparse: a file that a plot can be saved to."""
+    if Path(path).suffix not in (".png", ".pdf", ".svg") or not Path(path).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is no .png, .pdf or .svg in an existing folder")
+    return path
+
+
 def positive(text):
     """For argparse: a whole number from 1 on."""
     if int(text) < 1:
@@ -315,7 +331,7 @@ def main():
     add("--data", help="prepared data to measure on (default: the run's own)")
     add("--batch_size", type=positive, default=8, help="windows at a time")
     add("--over_seeds", action="store_true", help="one row for runs that differ only in the seed")
-    add("--plot", metavar="FILE", help="save a plot of loss curves and unit use")
+    add("--plot", type=picture, metavar="FILE", help="save a plot of loss curves and unit use")
     add_one_of("--json", action="store_true", help="print JSON and nothing else")
     add_one_of("--csv", action="store_true", help="print CSV and nothing else")
     add_one_of("--sample", metavar="PROMPT", help="continue this text with each stream")
@@ -338,8 +354,8 @@ def main():
     frame = pd.DataFrame(rows)
     if args.over_seeds:
         frame = over_seeds(frame, shared)
-    unseen = {*shared, "seed"} - {"ablation", "k_attn", "k_mlp", "checksum"}  # no column of theirs
-    frame["differs"] = differences(frame, unseen)
+    without_column = {*shared, "seed"} - {"ablation", "k_attn", "k_mlp", "checksum"}
+    frame["differs"] = differences(frame, without_column)
     frame = frame.drop(columns=[name for name, value in OLD_KNOBS.items()
                                 if (frame[name] == value).all()])
     if args.json:  # null for what a row lacks

@@ -12,6 +12,7 @@ end-of-text after every story. meta.json is written last: a folder that has one 
 """
 
 import argparse
+import glob
 import gzip
 import hashlib
 import itertools
@@ -34,9 +35,10 @@ SPLITS = ("train", "val")
 FIELDS = ("tokenizer", "vocab_size", "eot", "source", "checksum", *SPLITS)  # of meta.json
 # how GPT-2 cuts text before it merges bytes: words with their leading space, numbers, white space
 PIECE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-JOB = 128  # stories that a worker process tokenizes at a time, about 0.1 MB of TinyStories
+STORIES_PER_JOB = 128  # what a worker process tokenizes at a time, about 0.1 MB of TinyStories
 LONG_SPACE = 100_000  # characters of white space in a row; tiktoken fails at a million
-KINDS = {"txt": "text", "jsonl": "json", "csv": "csv", "parquet": "parquet"}  # readers of datasets
+# file ending: loader of the datasets package
+KINDS = {"txt": "text", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
 ASSETS = Path(__file__).resolve().parent / "assets"
 MAIN_PROCESS = os.getpid()
 
@@ -69,10 +71,12 @@ def load_tokens(folder, split):
     Reads the file once, a second a gigabyte. Raises UserError if it is not the one in meta.json.
     """
     path, expected = Path(folder) / f"{split}.bin", load_meta(folder)[split]
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if (path.stat().st_size, digest) != (2 * expected["tokens"], expected["sha256"]):
-        raise UserError(f"{path} is damaged (size or sha256): run prepare.py again with --force")
+    digest = None
+    if path.is_file():
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expected["sha256"]:
+        raise UserError(f"{path} is damaged or missing: run prepare.py again with --force")
     return np.memmap(path, dtype="<u2", mode="r")
 
 
@@ -118,7 +122,11 @@ class Story(dict):
     """{slot: text} of one toy story. Slots of the grammar are filled when they are asked for."""
 
     def __init__(self, rng, grammar, words):
-        """Draws who, where, what. Who comes first and who gives are drawn apart: the names tell."""
+        """Draws people, places and objects. Who is named first and who gives are independent.
+
+        A and B are two friends, X and Y the same in the order in which they are named, G gives and
+        R receives, M is a grown-up.
+        """
         self.rng, self.grammar = rng, grammar
         friends = rng.sample(words["girls"] + words["boys"], 2)
         cast = friends + rng.sample(friends, 2) + rng.sample(friends, 2)
@@ -148,8 +156,11 @@ def read_files(paths, column):
                 continue
             from datasets import load_dataset
 
-            options = {"keep_default_na": False} if kind == "csv" else {}  # "NA" is text, too
-            rows = load_dataset(KINDS[kind], data_files=str(path), streaming=True, **options)
+            options = {}
+            if kind == "csv":  # numbers and "NA" are text, too
+                options = {"keep_default_na": False, "converters": {column: str}}
+            pattern = glob.escape(str(path))
+            rows = load_dataset(KINDS[kind], data_files=pattern, streaming=True, **options)
             yield from texts_in(rows["train"].iter(1000), column, path)
         except UserError:
             raise
@@ -158,7 +169,7 @@ def read_files(paths, column):
             encoding = "utf-16" if error.object.startswith(marks) else "latin1"
             raise UserError(f"{path} is not UTF-8: convert it, for example with "
                             f"iconv -f {encoding} -t utf-8") from error
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, StopIteration) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"cannot read {path}: {reason}") from error
 
@@ -185,7 +196,7 @@ def load_hub(name, config, column):
     try:
         data = load_dataset(name, config)
         splits = {"train": data["train"]}
-    except Exception as error:  # a dozen kinds from four libraries, one advice
+    except Exception as error:  # many kinds of exceptions, the same advice
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"cannot load the dataset {name!r}: {reason}. Without a network: "
                         "python prepare.py --train FILE or python prepare.py toy") from error
@@ -197,7 +208,7 @@ def load_hub(name, config, column):
 def texts_in(batches, column, where):
     """The texts of batches {column: [value, ...]}. Raises UserError if there are none."""
     for batch in batches:
-        values = batch.get(column, [0])
+        values = batch.get(column, [0])  # 0 is no text: a missing column is reported
         if not all(isinstance(value, str | None) for value in values):
             raise UserError(f"{where} has no texts in a column {column!r}, its columns are "
                             f"{', '.join(batch)}: name the column of texts with --text_column")
@@ -215,7 +226,7 @@ def stories_of(texts, args, notes):
 
 
 def clean(texts, notes):
-    """Yields the stories that are not empty. Counts in notes what a user may not expect."""
+    """Yields the stories that are not empty. Counts line ends and inner separators in notes."""
     for text in texts:
         story = text.strip()
         while story.startswith(EOT) or story.endswith(EOT):
@@ -243,7 +254,7 @@ def split_off(stories, share, seed):
 
 
 def write_stories(path, stories):
-    """Writes an Arrow file with JOB stories a row, {"train": [story, ...], "val": [story, ...]}.
+    """Writes an Arrow file. A row has STORIES_PER_JOB stories, {"train": [...], "val": [...]}.
 
     -> (Dataset, {split: {"stories": int, "bytes": int}}). Raises UserError if a split is empty.
     """
@@ -254,7 +265,7 @@ def write_stories(path, stories):
     schema = pyarrow.schema({split: pyarrow.list_(pyarrow.string()) for split in SPLITS})
     stories = iter(tqdm(stories, desc="reading", unit=" stories", unit_scale=True))
     with pyarrow.ipc.new_stream(path, schema) as file:
-        while batch := list(itertools.islice(stories, JOB)):
+        while batch := list(itertools.islice(stories, STORIES_PER_JOB)):
             job = {"train": [], "val": []}
             for split, story in batch:
                 job[split].append(story)

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=4 train.py config/local_k2.py       a process per GPU (gloo on CPU)
     python train.py config/local_k2.py --resume=True      go on exactly where the run stopped
 
-Writes into the run folder out/<config>/: last.pt, best.pt (lowest validation loss, of the weighted
+Writes into the run folder out/<config>/: last.pt, best.pt (lowest validation loss, the weighted
 sum of both streams), metrics.jsonl (a JSON object per evaluation) and loss.png. Ctrl-C and SIGTERM
 save last.pt and leave. A run may go on with another number of processes.
 """
@@ -13,6 +13,7 @@ save last.pt and leave. A run may go on with another number of processes.
 import json
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -31,7 +32,7 @@ from prepare import UserError, load_meta, load_tokens
 
 
 class Machine(NamedTuple):
-    """What this process computes on, and which one it is of all that train together."""
+    """This process: its rank, device, precision and compile mode."""
 
     rank: int
     world: int  # processes
@@ -58,8 +59,8 @@ def find_machine(config):
     if config.batch_size % (world * config.grad_accum):
         raise UserError(f"batch_size={config.batch_size} must be a multiple of "
                         f"processes x grad_accum = {world} x {config.grad_accum}")
-    # A CUDA graph's gradients lie in memory that its next run overwrites: they cannot be summed.
-    # With several processes it has never been run.
+    # CUDA graphs reuse the memory of gradients, so gradients cannot be summed over micro-batches.
+    # On several GPUs they have never been run.
     graphs = world == 1 and config.grad_accum == 1
     if config.compile == "reduce-overhead" and not graphs:
         raise UserError("--compile=reduce-overhead needs one process and --grad_accum=1: "
@@ -67,7 +68,7 @@ def find_machine(config):
     device = knobs.pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     bfloat16, auto_mode = config.dtype == "bfloat16", None
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # before nccl looks
+        torch.cuda.set_device(device)  # before NCCL starts
         auto_mode = "reduce-overhead" if graphs else "default"
         if config.dtype == "auto":  # GPUs before Ampere emulate bfloat16, slower than fp32
             bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
@@ -97,7 +98,7 @@ def rows_at(tokens, starts, length, device):
     at = starts[:, None] + np.arange(length)  # (B, length)
     if torch.is_tensor(tokens):
         at = torch.from_numpy(at).pin_memory().to(device, non_blocking=True)
-        return tokens[at].long() & 0xFFFF  # torch cannot index uint16: these are its bits
+        return tokens[at].long() & 0xFFFF  # uint16 stored as int16, which torch can index
     return torch.from_numpy(tokens[at].astype(np.int64)).to(device)
 
 
@@ -110,7 +111,8 @@ def batch_at(tokens, step, config, rank=0, world=1, device="cpu"):
     generator = np.random.default_rng((config.seed, step))
     starts = generator.integers(0, len(tokens) - config.block_size, config.batch_size)
     rows = config.batch_size // world
-    return rows_at(tokens, starts[rank * rows :][:rows], config.block_size + 1, device)
+    mine = starts[rank * rows : (rank + 1) * rows]
+    return rows_at(tokens, mine, config.block_size + 1, device)
 
 
 # ---------------------------------------------------------------------------------------- weights
@@ -127,11 +129,15 @@ def build_model(config, meta):
     if source.endswith(".pt") or Path(source, "best.pt").is_file():
         checkpoint = load_checkpoint(source)
         theirs, tokenizer = GPTNeo.from_checkpoint(checkpoint), checkpoint["tokenizer"]
+    elif source.startswith(("out/", ".", "/")) and not Path(source, "config.json").is_file():
+        raise UserError(f"no best.pt in {source}, nor a Hugging Face model")
     else:
         theirs = GPTNeo.from_pretrained(source)
     if tokenizer != meta["tokenizer"] or theirs.config.vocab_size != config.vocab_size:
-        raise UserError(f"{source} has another tokenizer than {config.data}: prepare data with its")
-    T, wanted = config.block_size, ["n_layer", "n_head", "n_embd"]
+        raise UserError(f"{source} has another tokenizer than {config.data}: prepare the data with "
+                        f"that tokenizer")
+    T = config.block_size
+    wanted = ["n_layer", "n_head", "n_embd"]
     if [min(T, n) for n in theirs.config.windows] != [min(T, n) for n in config.windows]:
         wanted += ["attention_layers", "window_size"]
     if T > theirs.config.block_size:  # it has positions for fewer tokens
@@ -141,7 +147,8 @@ def build_model(config, meta):
                if value != getattr(config, name)]
     if changes:
         raise UserError(f"{source} has another geometry: add {' '.join(changes)}")
-    weights, shapes = theirs.state_dict(), {n: w.shape for n, w in model.state_dict().items()}
+    weights = theirs.state_dict()
+    shapes = {name: w.shape for name, w in model.state_dict().items()}
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
     fitting = {name: w for name, w in weights.items() if shapes.get(name) == w.shape}
     model.load_state_dict(fitting, strict=False)  # gates of another kind are left out
@@ -169,7 +176,7 @@ def update(model, optimizer, rows, config, autocast, coeff, world=1):
     -> loss, clean and ablated loss of these rows and the norm of the whole gradient, (4,), on the
     device: nothing here waits for it.
     """
-    if coeff:  # a tensor, since a compiled step would be compiled anew for every number
+    if coeff:  # as a tensor: every new Python number would recompile the step
         coeff = torch.full((), coeff, device=rows.device)
     sums = torch.zeros(3, device=rows.device)
     for part in rows.chunk(config.grad_accum):
@@ -186,9 +193,8 @@ def update(model, optimizer, rows, config, autocast, coeff, world=1):
 
 
 def average_gradients(model, world):
-    """Over all processes, in one all-reduce. DistributedDataParallel would sum in another order
-    after a restart, since it arranges its buckets anew; and gates have no gradient before a ramp.
-    """
+    """Over all processes, in one all-reduce. DistributedDataParallel would change its order of
+    summation after a restart, and wait for gates, which have no gradient before the ramp."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     flat = torch.nn.utils.parameters_to_vector(gradients)
     dist.all_reduce(flat)
@@ -226,7 +232,7 @@ def validate(model, tokens, config, machine):
 
 @dataclass
 class Progress:
-    """What a run knows of itself, beside weights and optimizer: a part of every checkpoint."""
+    """The state of a run beside weights and optimizer. Saved in every checkpoint."""
 
     step: int = 0  # updates done
     best: float = math.inf  # lowest validation loss so far
@@ -237,35 +243,35 @@ class Progress:
     metrics: list = field(default_factory=list)  # the lines of metrics.jsonl
     wandb_id: str | None = None
 
-    def add(self, rows, seconds, config):
+    def add(self, rows, seconds):
         """Count updates: rows (n, 4) of what update() returned, and the time that they took.
         Raises UserError at the first one that is not finite."""
         for number, row in enumerate(rows.tolist(), self.step - len(rows) + 1):
-            if not math.isfinite(row[0] + row[3]):
+            loss, _, _, norm = row
+            if not math.isfinite(loss + norm):
                 raise diverged(f"update {number:,}")
             # one by one: these sums must not depend on when a run was interrupted
-            pairs = zip(self.sums_since_eval, [*row, 1.0])
-            self.sums_since_eval = [total + value for total, value in pairs]
+            self.sums_since_eval = [a + b for a, b in zip(self.sums_since_eval, [*row, 1.0])]
         self.seconds += seconds
 
     def record(self, config, val_clean, val_ablated):
         """Append an evaluation's line to metrics. -> whether its loss is the lowest so far.
         Raises UserError where it is not finite."""
         *sums, updates = self.sums_since_eval
-        means = [total / updates if updates else math.nan for total in sums]
+        loss, clean, ablated, norm = [total / (updates or math.nan) for total in sums]
         val_loss = config.clean_coeff * val_clean
         if config.ablation != "none":
             val_loss += config.ablated_coeff * val_ablated
         if not math.isfinite(val_loss):
             raise diverged(f"step {self.step:,} (validation)")
         rate, coeff = config.schedule(self.step)
-        names = ("loss", "loss_clean", "loss_ablated", "grad_norm", "val_loss", "val_clean",
-                 "val_ablated", "lr", "ablated_coeff", "seconds")
-        values = [*means, val_loss, val_clean, val_ablated, rate, coeff, round(self.seconds, 3)]
-        line = {"step": self.step, "tokens": self.step * config.batch_size * config.block_size}
-        for name, value in zip(names, values):  # JSON has no nan: None is what was not computed
-            line[name] = None if math.isnan(value) else value
-        self.metrics.append(line)
+        line = {"step": self.step, "loss": loss, "loss_clean": clean, "loss_ablated": ablated,
+                "grad_norm": norm, "val_loss": val_loss, "val_clean": val_clean,
+                "val_ablated": val_ablated, "lr": rate, "ablated_coeff": coeff,
+                "tokens": self.step * config.batch_size * config.block_size,
+                "seconds": round(self.seconds, 3)}
+        # JSON has no nan: None stands for what was not computed
+        self.metrics.append({k: None if math.isnan(v) else v for k, v in line.items()})
         is_best, self.best = val_loss < self.best, min(val_loss, self.best)
         self.last_eval_step, self.sums_since_eval = self.step, [0.0] * 5
         return is_best
@@ -281,12 +287,11 @@ def read_resumable(config, data_checksum):
     paths = [Path(config.out, name) for name in ("last.pt", "best.pt")]
     path = paths[0] if paths[0].is_file() else paths[1]  # a run killed early has only best.pt
     if not path.is_file():
-        raise UserError(f"--resume=True, but {config.out} has no checkpoint: leave it out to start "
-                        f"this run")
+        raise UserError(f"{config.out} has no checkpoint: start the run without --resume")
     checkpoint = load_checkpoint(path)
     if "optimizer" not in checkpoint:
-        raise UserError(f"{path} is a model without training state: begin with it by "
-                        f"--init_from={path} and another --out")
+        raise UserError(f"{path} has no optimizer state to resume from: use --init_from={path} "
+                        f"with another --out")
     ours, theirs = (knobs.decisive(c) for c in (asdict(config), checkpoint["train_config"]))
     if ours.keys() != theirs.keys():
         raise UserError(f"{path} is of another version of train.py, with other knobs: it can be "
@@ -362,6 +367,8 @@ def train(config):
             print(text, flush=True)  # flushed: a log file is read while it grows
 
     def save(*names):
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise diverged(f"update {progress.step:,}")  # the last checkpoint stays
         if rank == 0:
             for name in names:
                 save_checkpoint(
@@ -377,7 +384,10 @@ def train(config):
 
     # ---- the first lines
     folder.mkdir(parents=True, exist_ok=True)
-    write_metrics()  # those of a run killed between checkpoint and metrics
+    if rank == 0:
+        for stale in folder.glob("*.tmp"):  # of a run killed while it wrote
+            stale.unlink()
+    write_metrics()  # in case the run was killed before it wrote them
     say(json.dumps(asdict(config)))
     size = sum(p.numel() for p in model.parameters())
     say(f"{config.ablation} ablation, {size:,} parameters, {origin} | "
@@ -394,16 +404,16 @@ def train(config):
     # ---- the loop: max_iters updates; evaluations before the first, after the last, between
     stop, recent, clock = knobs.StopRequest(), [], time.perf_counter()
     while True:
-        step, last = progress.step, progress.step == config.max_iters
-        eval_due = step > progress.last_eval_step and (step % config.eval_interval == 0 or last)
+        step, finished = progress.step, progress.step == config.max_iters
+        eval_due = step > progress.last_eval_step and (step % config.eval_interval == 0 or finished)
         log_due = step % config.log_interval == 0
         # processes must agree to stop, and on GPUs asking waits for the device
-        asks = world == 1 or device.type == "cpu" or log_due or eval_due
-        stops = asks and machine.total(torch.tensor(float(stop.requested))).item() > 0
+        can_stop = world == 1 or device.type == "cpu" or log_due or eval_due
+        stopping = can_stop and machine.total(torch.tensor(float(stop.requested))).item() > 0
 
-        if recent and (log_due or eval_due or stops):
+        if recent and (log_due or eval_due or stopping):
             rows = machine.total(torch.stack(recent)) / world  # (n, 4): here the loop waits
-            progress.add(rows, time.perf_counter() - clock, config)
+            progress.add(rows, time.perf_counter() - clock)
             if log_due:
                 say(speed_line(rows, time.perf_counter() - clock, step, config))
             recent, clock = [], time.perf_counter()
@@ -412,16 +422,16 @@ def train(config):
             val_clean, val_ablated = validate(model, val_tokens, config, machine)
             is_best = progress.record(config, val_clean, val_ablated)
             say(f"step {step:,}: validation {streams_text(val_clean, val_ablated)}")
-            # best.pt first: killed between the two, the run finds this best again
+            # best.pt first: a run killed between the two repeats this evaluation
             save(*["best.pt", "last.pt"] if is_best else ["last.pt"])
             write_metrics()
             if config.wandb and rank == 0:
                 wandb.log(progress.metrics[-1], step=step)
             clock = time.perf_counter()
-        if last:
+        if finished:
             say(f"finished: {config.max_iters:,} updates, in {folder}")
             break
-        if stops:
+        if stopping:
             save("last.pt")
             say(f"stopped after {step:,} updates; the same command with --resume=True goes on from "
                 f"there")
@@ -442,7 +452,8 @@ def train(config):
 
 
 def streams_text(clean, ablated):
-    return f"clean {clean:.4f}" + ("" if math.isnan(ablated) else f", ablated {ablated:.4f}")
+    text = "" if math.isnan(ablated) else f", ablated {ablated:.4f}"
+    return f"clean {clean:.4f}{text}"
 
 
 def speed_line(rows, seconds, step, config):
@@ -458,9 +469,9 @@ def speed_line(rows, seconds, step, config):
 def main():
     try:
         train(knobs.load(sys.argv[1:]))
-    except (MemoryError, RuntimeError) as error:  # a RuntimeError on a CPU
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
-                "allocate memory" not in str(error)):
+    except (MemoryError, RuntimeError) as error:
+        told = re.search("out of memory|allocate memory", str(error))  # by torch, on any device
+        if isinstance(error, RuntimeError) and not told:
             raise
         raise UserError("out of memory: raise --grad_accum, which changes no result, or lower "
                         "--batch_size, --n_embd or --n_layer") from None

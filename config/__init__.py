@@ -4,7 +4,7 @@
 
 A config file is Python that assigns to some of these names: a diff from the defaults. It may import
 modules and use names that begin with an underscore. The knobs of the model itself (n_layer, k_attn,
-gate, ...) are the fields of GPTNeoConfig in model.py. Below the loader is what all scripts share.
+gate, ...) are the fields of GPTNeoConfig in model.py.
 """
 
 import argparse
@@ -28,10 +28,10 @@ Compile = Literal["auto", "False", "True", "reduce-overhead"]
 
 
 class Schedule(NamedTuple):
-    """What changes along a run, as it is at one update."""
+    """Learning rate and coefficient of the ablated loss at one update."""
 
     learning_rate: float
-    ablated_coeff: float  # coefficient of the ablated loss; 0 without an ablated stream
+    ablated_coeff: float  # 0 without an ablated stream
 
 
 @dataclass
@@ -41,16 +41,16 @@ class Config(GPTNeoConfig):
     # where from and where to
     data: str = "data/tinystories"  # folder that prepare.py wrote
     out: str = "out/custom"  # run folder; with a config file, out/<name of the file>
-    init_from: str = ""  # begin with these weights: a run folder, a .pt, or a GPT-Neo of the hub
-    resume: bool = False  # continue the run in the folder out exactly
+    init_from: str = ""  # initial weights: a run folder, a .pt, or a GPT-Neo of the hub
+    resume: bool = False  # resume the run in the folder --out exactly
     # optimization: AdamW, cosine annealing to zero
     batch_size: int = 24  # sequences per update, over all processes and micro-batches together
     grad_accum: int = 1  # micro-batches per update on each process: less memory, the same update
     max_iters: int = 400_000  # updates
     # the ramp: ablated_coeff is 0 before ramp_start, then rises linearly until ramp_end
     ramp_start: float = 0.0  # share of the run; while the coefficient is 0 no gate is computed
-    ramp_end: float = 0.0  # share of the run; 0, the paper: the whole coefficient at once
-    learning_rate: float = 1.4e-3  # at the top of the cosine
+    ramp_end: float = 0.0  # share of the run where the ramp ends; 0, the paper: no ramp
+    learning_rate: float = 1.4e-3  # peak
     warmup_iters: int = 0  # updates of linear warm-up before the cosine
     weight_decay: float = 0.0  # on matrices only
     beta1: float = 0.9  # the paper names no betas: PyTorch's defaults
@@ -75,7 +75,8 @@ class Config(GPTNeoConfig):
 
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
-            if field.type is int and name not in ("seed", "warmup_iters", "k_attn", "k_mlp"):
+            may_be_0 = name in ("seed", "warmup_iters", "k_attn", "k_mlp")  # or are checked below
+            if field.type is int and not may_be_0:
                 require(value >= 1, f"{name}={value} must be at least 1")
             if field.type is float:
                 require(0 <= value < math.inf, f"{name}={value} must be a number from 0 on")
@@ -85,8 +86,8 @@ class Config(GPTNeoConfig):
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         kinds = self.attention_layers.split(",")
         require(set(kinds) <= {"global", "local"} and self.n_layer % len(kinds) == 0,
-                f"attention_layers={self.attention_layers} must be global and local with commas "
-                f"between, so many that they divide n_layer={self.n_layer}")
+                f"attention_layers={self.attention_layers} must be a pattern of global,local whose "
+                f"length divides n_layer={self.n_layer}")
         for name, units in (("k_attn", self.attn_units), ("k_mlp", 4 * self.n_embd)):
             require(self.ablation == "none" or 1 <= getattr(self, name) < units,
                     f"{name}={getattr(self, name)} must be from 1 to {units - 1}: a layer has "
@@ -98,7 +99,7 @@ class Config(GPTNeoConfig):
                 f"ramp_start={self.ramp_start} and ramp_end={self.ramp_end} must be shares of the "
                 f"run: 0 <= ramp_start <= ramp_end <= 1")
         require(self.clean_coeff > 0 or self.schedule(0).ablated_coeff > 0,
-                "with clean_coeff=0 the ablated loss must count from the first update on")
+                "clean_coeff=0 needs an ablated loss from update 0 on: set ramp_start=0 ramp_end=0")
 
     def schedule(self, step):
         """The Schedule of an update, counted from 0. Learning rate: linear warm-up, then cosine
@@ -143,7 +144,7 @@ def decisive(values):
 
 
 def boolean(text):
-    return bool(("False", "True").index(text.capitalize()))
+    return bool(("False", "True").index(text.capitalize()))  # else the ValueError argparse expects
 
 
 def usage_error(message):
@@ -173,12 +174,16 @@ def parse(words):
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=note, **options,
                             metavar="|".join(choices) or field.type.__name__)
     known, extra = parser.parse_known_args(words)
-    if extra:
-        name = extra[0].split("=")[0].lstrip("-")
+    for word in extra:
+        check_name(word.split("=")[0].lstrip("-"))
+    return vars(known)
+
+
+def check_name(name):
+    if name not in FIELDS:
         near = difflib.get_close_matches(name, FIELDS, n=1)
         advice = f"did you mean --{near[0]}?" if near else "--help lists them"
         raise UserError(f"there is no knob {name}: {advice}")
-    return vars(known)
 
 
 def load(argv):
@@ -195,7 +200,9 @@ def load(argv):
         raise UserError(f"{path} does not run: {type(error).__name__}: {error}") from None
     names = {name: value for name, value in names.items()
              if not name.startswith("_") and not inspect.ismodule(value)}
-    try:  # a file's values are checked as those of the command line are
+    try:  # the file's values are checked as the command line's are
+        for name in names:
+            check_name(name)
         values = parse([f"--{name}={value}" for name, value in names.items()])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

@@ -121,7 +121,7 @@ def test_the_schedule_at_points_computed_by_hand():
     ("--n_head=3", "n_embd=128 is not divisible by n_head=3"), ("--beta2=1", "beta1 and beta2"),
     ("--warmup_iters=9 --max_iters=9", "must be below max_iters=9"), ("--ramp_start=30", "shares"),
     ("--attention_layers=global,local,local", "attention_layers=global,local,local must"),
-    ("--clean_coeff=0 --ramp_start=.1 --ramp_end=.2", "the ablated loss must count")])
+    ("--clean_coeff=0 --ramp_start=.1 --ramp_end=.2", "needs an ablated loss from update 0")])
 def test_a_mistake_is_one_line_that_names_it(words, message):
     assert message in refused(*words.split(" "))
 
@@ -129,7 +129,8 @@ def test_a_mistake_is_one_line_that_names_it(words, message):
 @pytest.mark.parametrize("text, message", [
     ("batchsize = 4", "did you mean --batch_size?"), ("n_layer = 8.0", "invalid int value: '8.0'"),
     ("resume = 1", "--resume"), ("1 / 0", "does not run: ZeroDivisionError"),
-    ("n_layer = = 8", "does not run: SyntaxError")])
+    ("n_layer = = 8", "does not run: SyntaxError"), ("betas = (0.9, 0.95)", "no knob betas"),
+    ("def helper(): pass", "no knob helper"), ("init_form = 'a b'", "did you mean --init_from?")])
 def test_a_mistake_in_a_config_file_names_the_file(text, message, mine):
     assert message in refused(mine(text)) and "mine.py" in refused(mine(text))
 

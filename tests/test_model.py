@@ -161,9 +161,10 @@ def test_a_folder_of_hugging_face_gives_its_logits(tmp_path):
     torch.testing.assert_close(ours(prompt(2, 16)), theirs(prompt(2, 16)).logits)
     longer = dict(num_layers=4, attention_types=[[["global", "local"], 2]])
     for config, message in (
-            (their_config(activation_function="relu"), "is no GPT-Neo with gelu_new"),
-            (their_config(tie_word_embeddings=False), "is no GPT-Neo with gelu_new and tied"),
-            (transformers.GPT2Config(), "is no GPT-Neo"),
+            (their_config(activation_function="relu"), "activation_function=relu, not gelu_new"),
+            (their_config(layer_norm_epsilon=0.1), "layer_norm_epsilon=0.1, not 1e-05"),
+            (their_config(tie_word_embeddings=False), "tie_word_embeddings=False, not True"),
+            (transformers.GPT2Config(), "model_type=gpt2, not gpt_neo"),
             (their_config(**longer), "lacks weights: transformer.h.")):
         config.save_pretrained(tmp_path)
         assert message in refused(GPTNeo.from_pretrained, tmp_path)

@@ -172,7 +172,7 @@ def test_the_number_of_processes_does_not_matter(tmp_path, tokenizer, monkeypatc
     options = {"train": STORIES * 8, "val": None, "tokenizer": tokenizer}
     one = make(tmp_path, "--workers", "1", out="one", **options)
     assert read_all(make(tmp_path, "--workers", "2", out="two", **options)) == read_all(one)
-    monkeypatch.setattr(prepare, "JOB", 3)
+    monkeypatch.setattr(prepare, "STORIES_PER_JOB", 3)
     assert read_all(make(tmp_path, "--workers", "1", out="three", **options)) == read_all(one)
 
 
@@ -214,6 +214,11 @@ def test_separators_end_stories_wherever_they_stand(tmp_path, capsys):
     kept = ["one", "two", f"three {EOT} four{EOT}five"]  # inside a text it is ordinary text
     assert make_raw(tmp_path, "a.jsonl", data) == kept
     assert f"warning: 4 times {EOT} stands inside a text" in capsys.readouterr().out
+
+
+def test_digits_and_NA_in_a_csv_are_text(tmp_path):
+    data = b'text,id\n12,1\nNA,2\n"two\nlines, ""quoted""",3\n'
+    assert make_raw(tmp_path, "a[1].csv", data) == ["12", "NA", 'two\nlines, "quoted"']
 
 
 def test_line_ends_are_normalised(tmp_path, capsys):
@@ -270,7 +275,6 @@ MISTAKES = [  # command line, bytes of the file that it names, what the message 
     ("--train a.jsonl", b'{"text": \n', "cannot read"),
     ("--train a.jsonl", b'{"b": "x", "n": 1}', "no texts in a column 'text', its columns are b, n"),
     ("--train a.jsonl", b'{"text": ["x"]}', "no texts in a column 'text'.*--text_column"),
-    ("--train a.csv", b"text\n1\n2\n", "no texts in a column 'text'"),
     ("--train a.parquet", b"no parquet", "cannot read a.parquet"),
     ("--train a.txt.gz", b"no gzip", "cannot read a.txt.gz"),
     ("--train a.txt.gz", gzip.compress(b"cut off " * 999, mtime=0)[:-9], "cannot read a.txt.gz"),

@@ -696,7 +696,7 @@ def test_what_cannot_be_resumed_is_refused(data, tmp_path, whole):
     assert str(other) in message and "--data=" in message
     out, weights = shutil.copytree(whole, tmp_path / "run"), state(whole)["model"]
     save_checkpoint(out / "last.pt", GPTNeoConfig(), weights)  # as interp/hf.py writes them
-    assert "without training state" in refused(data, out, resume=True)
+    assert "no optimizer state" in refused(data, out, resume=True)
     content = (whole / "last.pt").read_bytes()
     (out / "last.pt").write_bytes(content[:-1000])
     assert "last.pt is damaged" in refused(data, out, resume=True)

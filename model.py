@@ -369,6 +369,8 @@ class GPTNeo(nn.Module):
         """Continue idx (B, T) by up to max_new_tokens -> (B, T + new). temperature 0 is greedy;
         top_k samples from the k likeliest tokens; stream: whose logits, "clean" or "ablated". After
         stop_token a row repeats it. The context is at most the last block_size tokens."""
+        if not temperature >= 0:  # nan too
+            raise ModelError(f"temperature={temperature} must be 0 or more")
         stopped = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             hidden, inputs, caches = self.clean_pass(idx[:, -self.config.block_size :])

@@ -23,7 +23,13 @@ import random
 import shutil
 import signal
 from collections import Counter
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import numpy as np
 import regex
@@ -45,6 +51,34 @@ MAIN_PROCESS = os.getpid()
 
 class UserError(ValueError):
     """A mistake that the user can fix. Scripts print its message, one line, without a traceback."""
+
+
+@contextmanager
+def locked(folder):
+    """Makes a folder and keeps other processes out while the block runs. Raises UserError.
+
+    The system releases the lock when its process ends in any way.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder} ({error.strerror}): choose another --out")
+    if fcntl is None:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"another process is writing {folder}: wait for it, stop it, or choose "
+                        f"another --out") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+        with suppress(OSError):  # an empty folder is not left behind
+            os.rmdir(folder)
 
 
 def load_meta(folder):
@@ -210,7 +244,7 @@ def texts_in(batches, column, where):
     for batch in batches:
         values = batch.get(column, [0])  # 0 is no text: a missing column is reported
         if not all(isinstance(value, str | None) for value in values):
-            raise UserError(f"{where} has no texts in a column {column!r}, its columns are "
+            raise UserError(f"{where} has no column {column!r} of texts, its columns are "
                             f"{', '.join(batch)}: name the column of texts with --text_column")
         yield from filter(None, values)
 
@@ -411,19 +445,23 @@ def main(argv=None):
     args, notes = parse_arguments(argv), Counter()
     if args.tokenizer == "gpt2":
         load_tokenizer({"name": "gpt2"})  # a failed download is reported before the text is read
-    folder = args.out.with_name(args.out.name + ".tmp")
+    folder = args.out / "unfinished"
+    if args.out == Path.cwd():
+        raise UserError("--out must name a folder of its own, such as data/mine")
     if not args.force and (args.out / "meta.json").exists():
         raise UserError(f"{args.out} already holds data: add --force or choose another --out")
-    shutil.rmtree(folder, ignore_errors=True)  # of a killed run
-    folder.mkdir(parents=True)
+    with locked(args.out):  # one line if that folder cannot be made
+        shutil.rmtree(folder, ignore_errors=True)  # of a killed run
+        folder.mkdir()
     try:
         meta = write_data(args, folder, notes)
-        args.out.mkdir(exist_ok=True)
         (args.out / "meta.json").unlink(missing_ok=True)  # a reader never finds a mixture
         for name in ("train.bin", "val.bin", "meta.json"):
             os.replace(folder / name, args.out / name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            args.out.rmdir()
     if notes["line_ends"]:
         print(f"{notes['line_ends']:,} line ends CRLF or CR became LF")
     if notes["separators"]:

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +26,8 @@ import torch
 import torch.distributed as dist
 
 import config as knobs
-from model import GPTNeo, load_checkpoint, replace_file, save_checkpoint
-from prepare import UserError, load_meta, load_tokens
+from model import GPTNeo, ModelError, load_checkpoint, replace_file, save_checkpoint
+from prepare import UserError, load_meta, load_tokens, locked
 
 # ---------------------------------------------------------------------------------------- machine
 
@@ -288,7 +289,11 @@ def read_resumable(config, data_checksum):
     path = paths[0] if paths[0].is_file() else paths[1]  # a run killed early has only best.pt
     if not path.is_file():
         raise UserError(f"{config.out} has no checkpoint: start the run without --resume")
-    checkpoint = load_checkpoint(path)
+    try:
+        checkpoint = load_checkpoint(path)
+    except ModelError as error:
+        advice = "; delete it to resume from best.pt" if path != paths[1] else ""
+        raise UserError(f"{error}{advice}") from None
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} has no optimizer state to resume from: use --init_from={path} "
                         f"with another --out")
@@ -383,8 +388,8 @@ def train(config):
             draw_losses(folder / "loss.png", progress.metrics, folder.name)
 
     # ---- the first lines
-    folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.tmp"):  # of a run killed while it wrote
             stale.unlink()
     write_metrics()  # in case the run was killed before it wrote them
@@ -467,8 +472,11 @@ def speed_line(rows, seconds, step, config):
 
 
 def main():
+    config = knobs.load(sys.argv[1:])
+    first = os.environ.get("RANK", "0") == "0"  # the process that writes
     try:
-        train(knobs.load(sys.argv[1:]))
+        with locked(config.out) if first else nullcontext():
+            train(config)
     except (MemoryError, RuntimeError) as error:
         told = re.search("out of memory|allocate memory", str(error))  # by torch, on any device
         if isinstance(error, RuntimeError) and not told:

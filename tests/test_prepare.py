@@ -99,14 +99,14 @@ def stories_in(folder, split):
 
 
 def read_all(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def check_complete(folder):
     """Every fact of meta.json, recomputed."""
     meta = prepare.load_meta(folder)
     assert {path.name for path in folder.iterdir()} == FILES
-    assert not folder.with_name(folder.name + ".tmp").exists()
+    assert not (folder / "unfinished").exists()
     tokenizer = prepare.load_tokenizer(meta["tokenizer"])
     assert (meta["vocab_size"], meta["eot"]) == (tokenizer.n_vocab, tokenizer.eot_token)
     for split in "train", "val":
@@ -273,8 +273,8 @@ MISTAKES = [  # command line, bytes of the file that it names, what the message 
     ("--train a.txt", "x".encode("utf-16"), "iconv -f utf-16 -t utf-8"),
     ("--train a.csv", "text\nx".encode("utf-16"), "iconv -f utf-16 -t utf-8"),
     ("--train a.jsonl", b'{"text": \n', "cannot read"),
-    ("--train a.jsonl", b'{"b": "x", "n": 1}', "no texts in a column 'text', its columns are b, n"),
-    ("--train a.jsonl", b'{"text": ["x"]}', "no texts in a column 'text'.*--text_column"),
+    ("--train a.jsonl", b'{"b": "x", "n": 1}', "no column 'text' of texts, its columns are b, n"),
+    ("--train a.jsonl", b'{"text": ["x"]}', "no column 'text' of texts.*--text_column"),
     ("--train a.parquet", b"no parquet", "cannot read a.parquet"),
     ("--train a.txt.gz", b"no gzip", "cannot read a.txt.gz"),
     ("--train a.txt.gz", gzip.compress(b"cut off " * 999, mtime=0)[:-9], "cannot read a.txt.gz"),
@@ -320,7 +320,7 @@ def test_dataset_folder_with_and_without_validation(tmp_path, monkeypatch):
     prepare.main([*argv, str(tmp_path / "two")])
     both = stories_in(tmp_path / "two", "train") + stories_in(tmp_path / "two", "val")
     assert sorted(both) == sorted(STORIES)
-    with pytest.raises(prepare.UserError, match="'body', its columns are id, text: .*--text_col"):
+    with pytest.raises(prepare.UserError, match="'body' of texts, its columns are id, text: "):
         prepare.main([*argv, str(tmp_path / "three"), "--text_column", "body"])
 
 
@@ -373,9 +373,19 @@ def test_a_stopped_run_leaves_the_old_data(tmp_path, number, code):
     *_, last = [line for line in process.stderr if line.strip()]
     assert process.wait() == code and read_all(out) == before
     if number == signal.SIGINT:
-        assert last.strip() == "stopped" and not (tmp_path / "out.tmp").exists()
+        assert last.strip() == "stopped" and not (out / "unfinished").exists()
     make(tmp_path, "--force", train=VAL)
     check_complete(out)
+
+
+def test_one_process_at_a_time_has_a_folder(tmp_path):
+    with prepare.locked(tmp_path / "run"):
+        with pytest.raises(prepare.UserError, match="another process is writing"):
+            prepare.locked(tmp_path / "run").__enter__()
+        (tmp_path / "run" / "file").touch()
+    assert (tmp_path / "run" / "file").exists()  # only an empty folder is removed
+    with pytest.raises(prepare.UserError, match="cannot make the folder"):
+        prepare.locked(tmp_path / "run" / "file").__enter__()
 
 
 def test_readers_refuse_damaged_files(tmp_path):

@@ -5,7 +5,7 @@ DEMO := out/demo/demo_baseline_seed2 out/demo/demo_seed2
 
 .PHONY: demo lint test test-lens clean
 
-demo: .venv/core.stamp  # two small models side by side, what they write, their circuits, a page of neurons: under 6 minutes on 2 CPU cores
+demo: .venv/core.stamp  # two small models side by side, what they write, their circuits, a page of neurons: under 5 minutes on 2 CPU cores
 	$(if $(wildcard data/toy/meta.json),,$(BIN)/python prepare.py toy)
 	$(BIN)/python bench/sweep.py config/demo_baseline.py config/demo.py --seeds=2 --per_gpu=2 --out=out/demo
 	$(BIN)/python interp/acdc.py $(DEMO) > out/demo/circuits.txt

@@ -711,7 +711,7 @@ def test_mistakes_get_one_line(run, call, tmp_path):
     torch.save({"settings": {}}, tmp_path / "other.pt")
     save_checkpoint(tmp_path / "bare.pt", tiny().config, tiny().state_dict())
     for words, expected in [
-        ((tmp_path / "nowhere",), "no checkpoint at"), ((tmp_path / "not.pt",), "no file of this project"),
+        ((tmp_path / "nowhere",), "no checkpoint at"), ((tmp_path / "not.pt",), "not a file of this project"),
         ((tmp_path / "other.pt",), "it has no config"), ((tmp_path / "bare.pt",), "bare.pt: 'step'"),
         ((run, "--data", tmp_path / "nowhere"), "no prepared data"), ((run, "--layer=3"), "--layer=3: the blocks"),
         ((run, "--layer=-1"), "--layer=-1"), ((run, "--l1=abc"), "--l1=abc"), ((run, "--l1=2,2"), "--l1=2,2"),

@@ -450,18 +450,16 @@ def main(argv=None):
         raise UserError("--out must name a folder of its own, such as data/mine")
     if not args.force and (args.out / "meta.json").exists():
         raise UserError(f"{args.out} already holds data: add --force or choose another --out")
-    with locked(args.out):  # one line if that folder cannot be made
-        shutil.rmtree(folder, ignore_errors=True)  # of a killed run
-        folder.mkdir()
-    try:
-        meta = write_data(args, folder, notes)
-        (args.out / "meta.json").unlink(missing_ok=True)  # a reader never finds a mixture
-        for name in ("train.bin", "val.bin", "meta.json"):
-            os.replace(folder / name, args.out / name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):
-            args.out.rmdir()
+    with locked(args.out):
+        try:
+            shutil.rmtree(folder, ignore_errors=True)  # of a killed run
+            folder.mkdir()
+            meta = write_data(args, folder, notes)
+            (args.out / "meta.json").unlink(missing_ok=True)  # a reader never finds a mixture
+            for name in ("train.bin", "val.bin", "meta.json"):
+                os.replace(folder / name, args.out / name)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     if notes["line_ends"]:
         print(f"{notes['line_ends']:,} line ends CRLF or CR became LF")
     if notes["separators"]:

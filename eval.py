@@ -64,6 +64,15 @@ def loss_numbers(stream, losses, is_end, T, text_bytes):
         f"bits_per_byte_{stream}": bits / text_bytes}
 
 
+def window_batches(n, T, batch_size):
+    """Yields the positions 0 to n - 1 in windows of T tokens: (B, T), at last the shorter rest."""
+    whole = n - n % T
+    if whole:
+        yield from torch.arange(whole).view(-1, T).split(batch_size)
+    if whole < n:
+        yield torch.arange(whole, n)[None]
+
+
 @torch.no_grad()
 def measure_split(model, tokens, eot, text_bytes, batch_size=8, device="cpu"):
     """{name: number or list}: the losses of each stream over a split, and the use of units.
@@ -78,11 +87,10 @@ def measure_split(model, tokens, eot, text_bytes, batch_size=8, device="cpu"):
     text = torch.from_numpy(np.concatenate(([eot], tokens)))  # (n + 1)
     is_end = text[1:] == eot  # (n)
     story = (text[:-1] == eot).cumsum(0) - 1  # (n): the story of each target, counted from 0
-    windows = torch.arange(n - n % T).view(n // T, T)  # positions
-    rest = torch.arange(n - n % T, n)[None]  # (1, less than T)
     losses = defaultdict(list)  # nats per token
-    counts, seen = {}, {}  # tokens at which each unit is used (L * N); whether, story by story
-    for at in filter(torch.numel, (*windows.split(batch_size), rest)):
+    counts = {}  # tokens at which each unit is used (L * N)
+    seen = {}  # whether it is used in a story (stories, L * N)
+    for at in window_batches(n, T, batch_size):
         inputs = text[at].to(device)
         targets = text[at + 1].to(device)
         outputs = model.ablated(inputs) if gated else [model(inputs)]
@@ -157,11 +165,14 @@ class Run(NamedTuple):
 
 def run_paths(paths):
     """Only run folders and .pt files, so that out/* works; all paths if none is one."""
-    others = {path for path in paths if not path.endswith(".pt") and os.path.exists(path)
-              and not Path(path, "best.pt").exists()}
-    if 0 < len(others) < len(paths):
-        print(f"no best.pt, skipped: {', '.join(sorted(others))}", file=sys.stderr)
-    return [path for path in paths if path not in others] or paths
+    runs = []
+    for path in paths:
+        if path.endswith(".pt") or Path(path, "best.pt").exists() or not os.path.exists(path):
+            runs.append(path)
+    for path in paths if runs else []:
+        if path not in runs:
+            print(f"{path} has no best.pt: skipped", file=sys.stderr)
+    return runs or paths
 
 
 def open_run(path):
@@ -208,8 +219,10 @@ def describe_run(run, folder, meta):
 
 def evaluate_run(run, folder, meta, batch_size, device):
     """The row of a run: a dict."""
-    model, tokens = run.model.to(device), load_tokens(folder, "val")
-    numbers = measure_split(model, tokens, meta["eot"], meta["val"]["bytes"], batch_size, device)
+    model = run.model.to(device)
+    tokens = load_tokens(folder, "val")
+    text_bytes = meta["val"]["bytes"]
+    numbers = measure_split(model, tokens, meta["eot"], text_bytes, batch_size, device)
     return describe_run(run, folder, meta) | numbers | l1_norms(model)
 
 
@@ -268,7 +281,7 @@ def print_samples(run, args):
     gated = run.model.config.ablation != "none"
     idx = torch.tensor([tokenizer.encode_ordinary(args.sample) or [eot]])  # (1, T)
     idx = idx.to(run.model.lm_head.weight.device)
-    for stream in ("clean", "ablated")[: 1 + gated]:
+    for stream in ("clean", "ablated") if gated else ("clean",):
         generator = torch.Generator(idx.device).manual_seed(args.seed)
         story = run.model.generate(
             idx, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,

@@ -127,8 +127,8 @@ def k_largest(scores, k):
 
 
 def k_largest_by_maxima(scores, k):
-    """The same for compiled code: k + 1 maxima become one kernel, where topk takes six. On an H200
-    this saves 1.6 of 10.9 ms of a training step."""
+    """The same for compiled code: k + 1 maxima become one kernel, where topk takes six. In a sketch
+    on an H200 those took 1.6 of the 10.9 ms of a training step (RESULTS.md)."""
     units = torch.arange(scores.size(-1), device=scores.device)
     rest, hard, top = scores.detach(), torch.zeros_like(scores), []
     for rank in range(k + 1):
@@ -444,7 +444,7 @@ def cross_entropy(hidden, weight, targets):
     hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (B T, C), (B T)
     eager_cpu = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
     if eager_cpu and hasattr(F, "linear_cross_entropy"):  # torch 2.13
-        # all (B T, V) logits at once would take a third more time and 2.5 times the memory
+        # all (B T, V) logits at once: a quarter more time, twice the memory (RESULTS.md)
         rows = max(1, 6_500_000 // len(weight))  # of a chunk: 26 MB of fp32 logits
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
         return F.linear_cross_entropy(hidden, weight, targets, options=options)

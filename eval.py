@@ -10,7 +10,6 @@ The ± of a perplexity is its standard error over windows of block_size tokens. 
 every ± is the sample standard deviation over the runs of a row.
 """
 
-import argparse
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 
@@ -28,10 +28,10 @@ import config as knobs
 from model import GPTNeo, ModelError, load_checkpoint, replace_file
 from prepare import UserError, load_meta, load_tokenizer, load_tokens
 
-# removed knobs of older checkpoints, with the value that equals what the code does now
-OLD_KNOBS = {"freeze": "none", "gate_lr_multiplier": 1.0, "anneal_end": 0.0, "adam_eps": 1e-8,
-             "fsdp": False}
-DEFAULTS = {name: field.default for name, field in knobs.FIELDS.items()} | OLD_KNOBS
+DEFAULTS = {name: field.default for name, field in knobs.FIELDS.items()}
+# what runs of one recipe share: the knobs that decide the result, and the data
+RECIPE = [name for name in knobs.decisive(DEFAULTS) if name != "seed"]
+RECIPE += ["removed_knobs", "checksum", "trained_on"]
 COLUMNS = {  # of the table: entry of a row, its format
     "run": "", "data": "", "step": ",.0f",
     "ablation": "", "k_attn": "", "k_mlp": "", "differs": "", "n": "",
@@ -158,117 +158,148 @@ class Run(NamedTuple):
     path: str  # as the user typed it
     model: GPTNeo
     step: int  # updates done
-    train_config: dict  # {knob: value}
+    knobs: dict  # {name: value} that it was trained with
     tokenizer: dict  # for load_tokenizer
-    data_checksum: str  # of the data it was trained on
-
-
-def run_paths(paths):
-    """Only run folders and .pt files, so that out/* works; all paths if none is one."""
-    runs = []
-    for path in paths:
-        if path.endswith(".pt") or Path(path, "best.pt").exists() or not os.path.exists(path):
-            runs.append(path)
-    for path in paths if runs else []:
-        if path not in runs:
-            print(f"{path} has no best.pt: skipped", file=sys.stderr)
-    return runs or paths
+    checksum: str  # of the data that it was trained on
+    folder: Path | None = None  # data to measure it on, and their meta.json: see with_data
+    meta: dict | None = None
 
 
 def open_run(path):
     """The Run of a folder's best.pt or of a .pt file. Raises ModelError or UserError."""
     found = load_checkpoint(path)
     try:
-        return Run(path, GPTNeo.from_checkpoint(found).eval(), found["step"],
-                   found["train_config"], found["tokenizer"], found["data"])
+        model = GPTNeo.from_checkpoint(found).eval()
+        trained = DEFAULTS | found["train_config"] | vars(model.config)
+        return Run(str(path), model, found["step"], trained, found["tokenizer"], found["data"])
     except (ModelError, KeyError) as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def find_data(run, data=None):
-    """(folder, its meta.json) of data or else of the run's own, here or in a folder above it."""
-    name, places = data, [Path(data or "")]
-    if data is None:
-        name = run.train_config["data"]
-        places = [parent / name for parent in (Path(), *Path(run.path).absolute().parents)]
-    folders = [place for place in places if os.path.isfile(place / "meta.json")]
+def with_data(run, data=None):
+    """The Run with data of its tokenizer: a folder, or what it was trained on, which is looked for
+    here and in every folder above the run. Raises UserError."""
+    name = data or run.knobs["data"]
+    places = [Path()] if data else [Path(), *Path(run.path).absolute().parents]
+    folders = [place / name for place in places if (place / name / "meta.json").is_file()]
     for folder in folders or [name]:
         meta = load_meta(folder)
         fits = meta["tokenizer"] == run.tokenizer
-        if fits and (data is not None or meta["checksum"] == run.data_checksum):
-            return str(folder), meta
+        if fits and (data or meta["checksum"] == run.checksum):
+            return run._replace(folder=Path(folder), meta=meta)
     raise UserError(f"{folder} has another tokenizer than {run.path}, or has changed since "
                     f"training: give data of the same tokenizer with --data")
 
 
-def trained_with(run):
-    """{knob: value}. In init_from, the run's own seed is written {seed}, as in bench/sweep.py."""
-    values = DEFAULTS | run.train_config | vars(run.model.config)
-    if values["ablation"] == "none":
-        values |= {"k_attn": 0, "k_mlp": 0}
-    own = rf"seed{values['seed']}(?!\d)"
-    return values | {"init_from": re.sub(own, "seed{seed}", values["init_from"])}
+def open_runs(paths, data=None):
+    """The Runs of all paths, with data. Folders without a best.pt are skipped, so that out/* works,
+    unless no path is a run. Raises ModelError or UserError."""
+    found = []
+    for path in paths:
+        if path.endswith(".pt") or Path(path, "best.pt").exists() or not os.path.exists(path):
+            found.append(path)
+    for path in paths if found else ():
+        if path not in found:
+            print(f"{path} has no best.pt: skipped", file=sys.stderr)
+    return [with_data(open_run(path), data) for path in found or paths]
 
 
-def describe_run(run, folder, meta):
+def describe_run(run):
     """The row of a run before it is measured: a dict with every knob that decides the result."""
-    return {"run": str(run.path), "step": run.step, **knobs.decisive(trained_with(run)),
-            "data": Path(folder).name, "checksum": meta["checksum"],
-            "trained_on": run.data_checksum}
+    removed = {name: run.knobs[name] for name in run.knobs.keys() - {*DEFAULTS, "vocab_size"}}
+    row = {"run": run.path, "step": run.step, "data": run.folder.name,
+           "checksum": run.meta["checksum"], "trained_on": run.checksum,
+           **{name: run.knobs[name] for name in knobs.decisive(DEFAULTS)},
+           "removed_knobs": str(removed or "")}  # of checkpoints older than this code
+    if row["ablation"] == "none":
+        row |= {"k_attn": 0, "k_mlp": 0}
+    # bench/sweep.py fine-tunes each seed from the run of the same seed
+    row["init_from"] = re.sub(rf"seed{row['seed']}(?!\d)", "seed{seed}", row["init_from"])
+    return row
 
 
-def evaluate_run(run, folder, meta, batch_size, device):
-    """The row of a run: a dict."""
+def measure_run(run, batch_size, device):
+    """The row of a run: a dict. device: a torch.device."""
     model = run.model.to(device)
-    tokens = load_tokens(folder, "val")
-    text_bytes = meta["val"]["bytes"]
-    numbers = measure_split(model, tokens, meta["eot"], text_bytes, batch_size, device)
-    return describe_run(run, folder, meta) | numbers | l1_norms(model)
+    tokens = load_tokens(run.folder, "val")
+    text_bytes = run.meta["val"]["bytes"]
+    numbers = measure_split(model, tokens, run.meta["eot"], text_bytes, batch_size, device)
+    return describe_run(run) | numbers | l1_norms(model)
+
+
+# ------------------------------------------------------------------------------------------ tables
 
 
 def common_name(paths):
     return os.path.commonprefix([*paths]) + ("*" if len(paths) > 1 else "")
 
 
-def over_seeds(frame, shared):
-    """One row for runs with the same shared entries. Every number x: its mean; x_sd, deviation."""
-    groups = frame.groupby(shared, sort=False, dropna=False)
+def over_seeds(frame):
+    """One row for the runs that differ only in the seed. Raises UserError where a seed repeats.
+
+    Every number x becomes its mean x, its sample standard deviation x_sd, and x_n, the number of
+    runs that have it.
+    """
+    shared = [name for name in [*RECIPE, "layer"] if name in frame]
+    repeated = frame["run"][frame.duplicated([*shared, "seed"], keep=False)]
+    if len(repeated):
+        raise UserError(f"{' and '.join(repeated)} are the same run with the same seed: "
+                        f"give one of them")
+    groups = frame.groupby(shared, sort=False)
     table = groups.agg(run=("run", common_name), n=("seed", "size"), seeds=("seed", list),
                        data=("data", "first"))
     for name in frame.select_dtypes("number").columns.difference([*shared, "seed"], sort=False):
-        table[[name, f"{name}_sd"]] = groups[name].agg(["mean", "std"])
+        table[[name, f"{name}_sd", f"{name}_n"]] = groups[name].agg(["mean", "std", "count"])
     return table.reset_index()
 
 
-def differences(frame, names):
-    """One text per row: the knobs in which rows differ, where they are not at their default."""
+def differences(frame):
+    """One text per row: the knobs in which rows differ, where they are not at their default.
+
+    ablation and k have columns of their own.
+    """
     texts = frame["run"].str[:0]  # empty ones
-    for name in frame.columns.intersection([*names], sort=False):
-        if frame[name].nunique(dropna=False) > 1:
+    for name in ("seed", *RECIPE):
+        without_column = name not in ("ablation", "k_attn", "k_mlp", "checksum")
+        if without_column and name in frame and frame[name].nunique() > 1:
             words = f" {name}=" + frame[name].map(str)
-            texts += words.where(frame[name] != DEFAULTS.get(name), "")
+            texts += words.where(frame[name] != DEFAULTS.get(name, ""), "")
     return texts.str.strip()
 
 
 def cell(row, name, form):
     """An entry of a row as text, ± its deviation or error; - where the row lacks it."""
-    value = row.get(name, math.nan)
-    if value != value:  # NaN
+    if pd.isna(row.get(name)):
         return "-"
-    text = format(value, form)
-    spread = row.get(f"{name}_sd", row.get(f"{name}_se", math.nan))
-    return text if math.isnan(spread) else f"{text} ± {spread:{form}}"
+    text = format(row[name], form)
+    spread = row.get(f"{name}_sd", row.get(f"{name}_se"))
+    if not pd.isna(spread):
+        text += f" ± {spread:{form}}"
+    have, runs = row.get(f"{name}_n"), row.get("n")
+    return text if have in (None, runs) else f"{text} ({have} of {runs})"
 
 
-def to_text(frame):
-    """COLUMNS, without those in which no row has anything. The runs are aligned to the left."""
-    rows, texts = frame.to_dict("records"), {}
-    for name, form in COLUMNS.items():
-        column = [cell(row, name, form) for row in rows]
-        if set(column) - {"-", ""}:
-            texts[name] = column
-    table = frame.from_dict(texts).set_index("run").rename_axis(index=None, columns="run")
-    return table.to_string()
+def text_table(frame, columns):
+    """A DataFrame of texts, without the columns in which no row has anything. columns: {name of an
+    entry: its format}."""
+    table, rows = pd.DataFrame(index=frame.index), frame.to_dict("records")
+    for name, form in columns.items():
+        texts = [cell(row, name, form) for row in rows]
+        if set(texts) - {"-", ""}:
+            table[name] = texts
+    return table
+
+
+def print_table(frame, columns):
+    """text_table on the terminal, the runs aligned to the left."""
+    table = text_table(frame, columns).set_index("run").rename_axis(index=None, columns="run")
+    print(table.to_string())
+
+
+def to_json(frame):
+    """Its rows as JSON text with every digit, null for what a row lacks."""
+    whole = frame.astype(object).where(frame.notna(), None)
+    return json.dumps(whole.to_dict("records"), indent=1)
 
 
 # ---------------------------------------------------------------- samples, plots, command line
@@ -295,9 +326,14 @@ def plain(text):
     return re.sub("^_", " _", str(text).replace("$", r"\$"))
 
 
+def save_figure(path, figure):
+    """A matplotlib figure in the format of path's ending; the file is whole or not there."""
+    with replace_file(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:], dpi=120)
+
+
 def draw_runs(path, rows):
     """Three panels: validation loss; firing rate of the attention units, and of the neurons."""
-    import pandas as pd
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 4.5), layout="constrained")
@@ -316,69 +352,49 @@ def draw_runs(path, rows):
             axes.semilogy(-np.sort(-rates).T, color=color)
             axes.set(title=f"firing rate of {kind} units in each layer", xlabel="rank of the unit")
     loss.legend(handles=loss.lines[:12:2])  # six names at most
-    with replace_file(path) as file:  # whole or not there
-        figure.savefig(file, format=Path(path).suffix[1:], dpi=120)
+    save_figure(path, figure)
 
 
-def picture(path):
-    """For argparse: a file that a plot can be saved to."""
-    if Path(path).suffix not in (".png", ".pdf", ".svg") or not Path(path).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is no .png, .pdf or .svg in an existing folder")
-    return path
-
-
-def positive(text):
-    """For argparse: a whole number from 1 on."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = knobs.usage_error
-    add, add_one_of = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+def run_parser(description):
+    """An argparse parser with the flags of every program that works on runs."""
+    parser = knobs.Parser(description=description)
+    add = parser.add_argument
     add("runs", nargs="+", help="run folders (their best.pt) or .pt files")
     add("--device", default="auto", help="auto takes a GPU if there is one")
     add("--data", help="prepared data to measure on (default: the run's own)")
-    add("--batch_size", type=positive, default=8, help="windows at a time")
+    return parser
+
+
+def main():
+    parser = run_parser(__doc__)
+    add, add_one_of = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add("--batch_size", type=knobs.positive, default=8, help="windows at a time")
     add("--over_seeds", action="store_true", help="one row for runs that differ only in the seed")
-    add("--plot", type=picture, metavar="FILE", help="save a plot of loss curves and unit use")
+    add("--plot", type=knobs.picture, metavar="FILE", help="plot loss curves and unit use")
     add_one_of("--json", action="store_true", help="print JSON and nothing else")
     add_one_of("--csv", action="store_true", help="print CSV and nothing else")
     add_one_of("--sample", metavar="PROMPT", help="continue this text with each stream")
-    add("--max_new_tokens", type=positive, default=200)
+    add("--max_new_tokens", type=knobs.positive, default=200)
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    add("--top_k", type=positive, help="sample from the k likeliest tokens only")
+    add("--top_k", type=knobs.positive, help="sample from the k likeliest tokens only")
     add("--seed", type=int, default=1337, help="of the samples")
     args = parser.parse_args()
-    import pandas as pd  # here: it takes 0.7 s
-    device = knobs.pick_device(args.device)
-    runs = [open_run(path) for path in run_paths(args.runs)]
-    tasks = [(run, *find_data(run, args.data)) for run in runs]
-    frame = pd.DataFrame([describe_run(*task) for task in tasks])
-    shared = [*frame.columns.difference(["run", "step", "seed", "data"], sort=False)]
-    repeated = frame["run"][frame.duplicated([*shared, "seed"], keep=False)]
-    if args.over_seeds and len(repeated):
-        raise UserError(f"{' and '.join(repeated)} are the same run with the same seed: "
-                        f"give one of them")
-    rows = [evaluate_run(*task, args.batch_size, device) for task in tasks]
+    device, runs = knobs.pick_device(args.device), open_runs(args.runs, args.data)
+    frame = pd.DataFrame([describe_run(run) for run in runs])
+    if args.over_seeds:
+        over_seeds(frame)  # refuses repeated seeds before anything is measured
+    rows = [measure_run(run, args.batch_size, device) for run in runs]
     frame = pd.DataFrame(rows)
     if args.over_seeds:
-        frame = over_seeds(frame, shared)
-    without_column = {*shared, "seed"} - {"ablation", "k_attn", "k_mlp", "checksum"}
-    frame["differs"] = differences(frame, without_column)
-    frame = frame.drop(columns=[name for name, value in OLD_KNOBS.items()
-                                if (frame[name] == value).all()])
-    if args.json:  # null for what a row lacks
-        whole = frame.astype(object).where(frame.notna(), None)
-        print(json.dumps(whole.to_dict("records"), indent=1))
+        frame = over_seeds(frame)
+    frame["differs"] = differences(frame)
+    if args.json:
+        print(to_json(frame))
     elif args.csv:
         numbers = frame.drop(columns=["attn_rate", "mlp_rate"], errors="ignore")
         print(numbers.to_csv(index=False), end="")
     else:
-        print(to_text(frame))
+        print_table(frame, COLUMNS)
         if args.over_seeds and frame["n"].max() > 1:
             print("± is the sample standard deviation over the seeds of a row")
     for run in runs if args.sample is not None else ():

@@ -15,6 +15,7 @@ import os
 import re
 import runpy
 import signal
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -147,9 +148,22 @@ def boolean(text):
     return bool(("False", "True").index(text.capitalize()))  # else the ValueError argparse expects
 
 
-def usage_error(message):
-    """For parser.error: one line, like every other mistake."""
-    raise UserError(message)
+class Parser(argparse.ArgumentParser):
+    """An argparse parser of this project: a mistake is one line, flags cannot be abbreviated."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                         **options)
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def positive(text):
+    """For argparse: a whole number from 1 on."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
 
 
 def parse(words):
@@ -159,10 +173,8 @@ def parse(words):
     """
     source = inspect.getsource(GPTNeoConfig) + inspect.getsource(Config)
     notes = dict(re.findall(r"^    (\w+): [^#\n]*?  # (.*)$", source, re.MULTILINE))
-    parser = argparse.ArgumentParser(usage="python train.py [config/NAME.py] [--knob=value ...]",
-                                     description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = usage_error
+    usage = "python train.py [config/NAME.py] [--knob=value ...]"
+    parser = Parser(usage=usage, description=__doc__)
     parser.add_argument("config", nargs="?", help="a config file, such as config/local_k2.py")
     for name, field in FIELDS.items():
         choices, options = get_args(field.type), {"type": field.type}
@@ -210,6 +222,13 @@ def load(argv):
     return Config(**{"out": f"out/{Path(path).stem}"} | values | given)
 
 
+def picture(path):
+    """For argparse: a file that a plot can be saved to."""
+    if Path(path).suffix not in (".png", ".pdf", ".svg") or not Path(path).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is no .png, .pdf or .svg in an existing folder")
+    return path
+
+
 # ----------------------------------------------------------------------- what all scripts share
 
 
@@ -251,6 +270,7 @@ class StopRequest:
 def cli(main):
     """Run a script's main(). What the user can fix is one line on stderr and exit code 1; every
     other exception is a bug and keeps its traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # files are closed and removed
     try:
         main()
     except (UserError, ModelError) as error:

@@ -35,18 +35,8 @@ TOKENS = 8192  # in a forward pass that reads; a constant, so that a resumed run
 SCAN = 2**24  # tokens looked through for end-of-text at a time
 
 
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM came. Raised only where nothing is half done."""
-
-
 class Reached(Exception):
     """Ends a forward pass whose rest nobody needs."""
-
-
-def check_stop(stop):
-    """Raises Stopped when a config.StopRequest, or None, has been asked to stop."""
-    if stop and stop.requested:
-        raise Stopped
 
 
 # -------------------------------------------------------------------------- a place in the stream
@@ -173,17 +163,15 @@ def held_out_windows(tokens, T, count):
     return numbers.astype(np.int64) * T
 
 
-def read_windows(activate, tokens, starts, T, device, stop=None, title=None):
+def read_windows(activate, tokens, starts, T, device, title=None):
     """Yields, batch by batch, where windows start (B) and their activations (B, T, U).
 
-    activate: idx (B, T) -> (B, T, U), such as Site.read. stop: a config.StopRequest; raises Stopped
-    between two batches. Without a title there is no progress bar.
+    activate: idx (B, T) -> (B, T, U), such as Site.read. Without a title there is no progress bar.
     """
     step = max(1, TOKENS // T)  # windows in a batch
     with tqdm(total=len(starts) * T, desc=title, unit=" tokens", unit_scale=True, leave=False,
               disable=title is None) as bar:
         for first in range(0, len(starts), step):
-            check_stop(stop)
             part = starts[first : first + step]
             yield part, activate(windows_at(tokens, part, T, device))
             bar.update(len(part) * T)
@@ -222,10 +210,9 @@ class Text:
         """The numbers of the stories that these tokens belong to. An end-of-text ends its own."""
         return np.searchsorted(self.ends, positions)
 
-    def read(self, activate, stop=None, title=None):
+    def read(self, activate, title=None):
         """Yields all that count, batch by batch: activations (n, U), positions (n), stories (n)."""
-        batches = read_windows(
-            activate, self.tokens, self.starts, self.T, self.device, stop, title)
+        batches = read_windows(activate, self.tokens, self.starts, self.T, self.device, title)
         for starts, x in batches:  # (B), (B, T, U)
             positions = (starts[:, None] + np.arange(self.context, self.T)).flatten()  # (n)
             yield x[:, self.context :].flatten(0, 1), positions, self.stories(positions)
@@ -240,7 +227,7 @@ class Text:
             end = min(end, self.ends[story] + 1)
         return max(begin, position - left), min(end, position + right + 1)
 
-    def snippets(self, activate, positions, left, right, stop=None, title=None):
+    def snippets(self, activate, positions, left, right, title=None):
         """The text around positions (U, K) that count: -> for each unit a list of K Snippets.
 
         Up to left tokens before the position and right tokens after it, as far as its story and
@@ -254,8 +241,7 @@ class Text:
             wanted[int(self.starts[window])].append((unit, place))
         found = np.empty(positions.shape, dtype=object)  # (U, K)
         again = np.array(sorted(wanted), dtype=np.int64)
-        batches = read_windows(
-            activate, self.tokens, again, self.T, self.device, stop, title)
+        batches = read_windows(activate, self.tokens, again, self.T, self.device, title)
         for starts, x in batches:
             for start, values in zip(starts.tolist(), x.cpu()):  # values (T, U)
                 for unit, place in wanted[start]:

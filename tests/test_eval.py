@@ -229,12 +229,9 @@ def test_over_seeds_is_the_mean_and_the_spread(run, call):
 
 
 def test_over_seeds_joins_what_differs_in_seed_and_machine_only(run, call):
-    """Also of old checkpoints, whose knobs are gone by now."""
-    old = dict(freeze="none", gate_lr_multiplier=1.0, anneal_end=0.0, adam_eps=1e-8)
     groups = {
-        "": [*seeds(run, of=(1, 2)), *seeds(run, "gpu", of=(4,), device="cuda", grad_accum=2),
-             *seeds(run, "old", of=(6,), **old)],
-        "freeze=base": [*seeds(run, "frozen", of=(1, 2), **{**old, "freeze": "base"})],
+        "": [*seeds(run, of=(1, 2)), *seeds(run, "gpu", of=(4,), device="cuda", grad_accum=2)],
+        "removed_knobs={'freeze': 'base'}": [*seeds(run, "frozen", of=(1, 2), freeze="base")],
         " ": [*seeds(run, "plain", ablation="none", of=(9,))],
         "init_from=out/a_seed{seed}": [*seeds(run, "a", of=(1,), init_from="out/a_seed1"),
                                        *seeds(run, "a", of=(2,), init_from="out/a_seed2")],
@@ -245,11 +242,10 @@ def test_over_seeds_joins_what_differs_in_seed_and_machine_only(run, call):
     assert [row["differs"] for row in rows] == [text.strip() for text in groups]
     line = call(*paths, "--over_seeds")[1].splitlines()[3]
     assert line.split()[3:6] == ["none", "0", "0"] and " - " in line
-    # trained on other texts, with a knob that this code does not know
-    other = [*seeds(run, "other", of=(7,), data="abd", own_knob=3)]
+    other = [*seeds(run, "other", of=(7,), data="abd")]  # trained on other texts
     words = (paths[0], *other, "--over_seeds", "--json", "--data", run.parents[1] / "data")
     differs = [row["differs"] for row in json.loads(call(*words)[1])]
-    assert differs == ["trained_on=abc own_knob=nan", "trained_on=abd own_knob=3.0"]
+    assert differs == ["trained_on=abc", "trained_on=abd"]
 
 
 # ---- samples and plots
@@ -313,8 +309,8 @@ def test_data_are_found_here_and_above_the_run(run, call, tmp_path, monkeypatch)
     (other / "meta.json").write_text(meta.replace('"abc"', '"def"'))
     monkeypatch.chdir(other.parent)
     opened = evaluation.open_run(run)
-    assert evaluation.find_data(opened)[0] == str(tmp_path / "data")
-    assert evaluation.find_data(opened, "data")[0] == "data"
+    assert evaluation.with_data(opened).folder == tmp_path / "data"
+    assert evaluation.with_data(opened, "data").folder == Path("data")
     shutil.rmtree(tmp_path / "data")
     assert "changed since training" in call(run)[0]
     assert call(run, "--data=data")[0] is None

@@ -163,6 +163,11 @@ def held_out_windows(tokens, T, count):
     return numbers.astype(np.int64) * T
 
 
+def token_text(tokenizer, token):
+    """The text of a token; bytes that are not UTF-8 are shown as \\xe2\\x80."""
+    return tokenizer.decode_single_token_bytes(token).decode(errors="backslashreplace")
+
+
 def read_windows(activate, tokens, starts, T, device, title=None):
     """Yields, batch by batch, where windows start (B) and their activations (B, T, U).
 

@@ -18,6 +18,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,8 @@ import torch.distributed as dist
 import config as knobs
 from model import GPTNeo, ModelError, load_checkpoint, replace_file, save_checkpoint
 from prepare import UserError, load_meta, load_tokens, locked
+
+CPU = torch.device("cpu")
 
 # ---------------------------------------------------------------------------------------- machine
 
@@ -82,28 +85,24 @@ def find_machine(config):
 # ------------------------------------------------------------------------------------------- data
 
 
-def load_split(config, split, device):
-    """The tokens (n,) of "train" or "val", where batches are cut from them: int16 on a GPU that has
-    room, so that only offsets are copied there; else memory-mapped uint16. Raises UserError."""
+def load_split(config, split):
+    """The tokens of "train" or "val", memory-mapped uint16 (n,). Raises UserError."""
     tokens = load_tokens(config.data, split)
     if len(tokens) <= config.block_size:
         raise UserError(f"the {split} split of {config.data} has {len(tokens)} tokens, too few for "
                         f"block_size={config.block_size}: prepare more text or lower --block_size")
-    if device.type == "cuda" and tokens.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-        return torch.from_numpy(np.array(tokens).view(np.int16)).to(device)
     return tokens
 
 
 def rows_at(tokens, starts, length, device):
     """The `length` tokens from each of starts (B,) on: (B, length) int64, on the device."""
-    at = starts[:, None] + np.arange(length)  # (B, length)
-    if torch.is_tensor(tokens):
-        at = torch.from_numpy(at).pin_memory().to(device, non_blocking=True)
-        return tokens[at].long() & 0xFFFF  # uint16 stored as int16, which torch can index
-    return torch.from_numpy(tokens[at].astype(np.int64)).to(device)
+    rows = torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64))
+    if device.type == "cuda":  # from pinned memory, so that the loop does not wait for the copy
+        return rows.pin_memory().to(device, non_blocking=True)
+    return rows.to(device)
 
 
-def batch_at(tokens, step, config, rank=0, world=1, device="cpu"):
+def batch_at(tokens, step, config, rank=0, world=1, device=CPU):
     """This rank's rows of an update's batch: (batch_size / world, block_size + 1) int64 token ids.
 
     A pure function of (seed, step), drawn for all ranks together: a run resumed at any step, or
@@ -121,7 +120,7 @@ def batch_at(tokens, step, config, rank=0, world=1, device="cpu"):
 
 def build_model(config, meta):
     """The model that a new run begins with, and where its weights come from, in words. It is on the
-    CPU, so that every device starts from the same weights. Raises UserError."""
+    CPU, so that every device starts from the same weights. Raises UserError or ModelError."""
     torch.manual_seed(config.seed)
     model, source = GPTNeo(config.model), config.init_from
     if not source:
@@ -130,31 +129,29 @@ def build_model(config, meta):
     if source.endswith(".pt") or Path(source, "best.pt").is_file():
         checkpoint = load_checkpoint(source)
         theirs, tokenizer = GPTNeo.from_checkpoint(checkpoint), checkpoint["tokenizer"]
-    elif source.startswith(("out/", ".", "/")) and not Path(source, "config.json").is_file():
-        raise UserError(f"no best.pt in {source}, nor a Hugging Face model")
     else:
         theirs = GPTNeo.from_pretrained(source)
     if tokenizer != meta["tokenizer"] or theirs.config.vocab_size != config.vocab_size:
         raise UserError(f"{source} has another tokenizer than {config.data}: prepare the data with "
                         f"that tokenizer")
-    T = config.block_size
-    wanted = ["n_layer", "n_head", "n_embd"]
-    if [min(T, n) for n in theirs.config.windows] != [min(T, n) for n in config.windows]:
-        wanted += ["attention_layers", "window_size"]
-    if T > theirs.config.block_size:  # it has positions for fewer tokens
-        wanted.append("block_size")
-    values = {name: getattr(theirs.config, name) for name in wanted}
-    changes = [f"--{name}={value}" for name, value in values.items()
-               if value != getattr(config, name)]
-    if changes:
-        raise UserError(f"{source} has another geometry: add {' '.join(changes)}")
-    weights = theirs.state_dict()
-    shapes = {name: w.shape for name, w in model.state_dict().items()}
-    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:T]
+    wanted = {name: getattr(theirs.config, name) for name in (
+        "n_layer", "n_head", "n_embd", "attention_layers", "window_size")}
+    wanted["block_size"] = min(config.block_size, theirs.config.block_size)
+    require_knobs(wanted, config, f"{source} has another geometry")
+    weights, shapes = theirs.state_dict(), {name: w.shape for name, w in model.state_dict().items()}
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: config.block_size]
     fitting = {name: w for name, w in weights.items() if shapes.get(name) == w.shape}
     model.load_state_dict(fitting, strict=False)  # gates of another kind are left out
     new_gates = "" if shapes.keys() == fitting.keys() else ", new gates"
     return model, f"weights of {source}{new_gates}"
+
+
+def require_knobs(wanted, config, reason):
+    """Raises UserError with the flags to add, where a knob has another value than wanted."""
+    changes = [f"--{name}={value}" for name, value in wanted.items()
+               if getattr(config, name, None) != value]
+    if changes:
+        raise UserError(f"{reason}: add {' '.join(changes)}")
 
 
 # -------------------------------------------------------------------------------------- optimizer
@@ -297,17 +294,14 @@ def read_resumable(config, data_checksum):
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} has no optimizer state to resume from: use --init_from={path} "
                         f"with another --out")
-    ours, theirs = (knobs.decisive(c) for c in (asdict(config), checkpoint["train_config"]))
-    if ours.keys() != theirs.keys():
-        raise UserError(f"{path} is of another version of train.py, with other knobs: it can be "
-                        f"evaluated, but not continued")
     if checkpoint["data"] != data_checksum:
         raise UserError(f"{config.data} is not the data that {path} was trained on: give the run's "
                         f"own with --data=")
-    changed = [f"--{name}={theirs[name]}" for name in ours if theirs[name] != ours[name]]
-    if changed:
-        raise UserError(f"{path} was trained with other knobs: to continue it add "
-                        f"{' '.join(changed)}")
+    theirs = knobs.decisive(checkpoint["train_config"])
+    if theirs.keys() != knobs.decisive(asdict(config)).keys():
+        raise UserError(f"{path} is of another version of train.py, with other knobs: it can be "
+                        f"evaluated, but not continued")
+    require_knobs(theirs, config, f"{path} was trained with other knobs")
     return checkpoint
 
 
@@ -343,8 +337,8 @@ def train(config):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     meta = load_meta(config.data)
     config = replace(config, vocab_size=meta["vocab_size"])
-    train_tokens = load_split(config, "train", device)
-    val_tokens = load_split(config, "val", device)
+    train_tokens = load_split(config, "train")
+    val_tokens = load_split(config, "val")
 
     # ---- model, optimizer, progress
     folder, progress = Path(config.out), Progress()
@@ -442,11 +436,11 @@ def train(config):
                 f"there")
             break
 
-        now = config.schedule(step)
+        rate, ablated_coeff = config.schedule(step)
         for group in optimizer.param_groups:
-            group["lr"] = now.learning_rate
+            group["lr"] = rate
         batch = batch_at(train_tokens, step, config, rank, world, device)
-        recent.append(update(model, optimizer, batch, config, machine.autocast, now.ablated_coeff,
+        recent.append(update(model, optimizer, batch, config, machine.autocast, ablated_coeff,
                              world))
         progress.step += 1
 
@@ -465,10 +459,9 @@ def speed_line(rows, seconds, step, config):
     """The console's line about the last updates; rows (n, 4): what update() returned."""
     _, clean, ablated, norm = rows.mean(0).tolist()
     speed = len(rows) * config.batch_size * config.block_size / seconds
-    left = round((config.max_iters - step) * seconds / len(rows))
+    left = timedelta(seconds=round((config.max_iters - step) * seconds / len(rows)))
     return (f"step {step:,}: {streams_text(clean, ablated)} | grad norm {norm:.2f} | "
-            f"lr {config.schedule(step).learning_rate:.2e} | {speed:,.0f} tokens/s | "
-            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
+            f"lr {config.schedule(step)[0]:.2e} | {speed:,.0f} tokens/s | {left} left")
 
 
 def main():

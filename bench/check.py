@@ -11,7 +11,6 @@ not gates) and of the gates. In bfloat16 near-ties have other winners, and where
 a case fails.
 """
 
-import argparse
 import itertools
 import sys
 from pathlib import Path
@@ -140,9 +139,7 @@ def report(good, mode, dtype, case, words):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = knobs.usage_error
+    parser = knobs.Parser(description=__doc__)
     parser.add_argument("--device", default="auto", help="auto takes cuda, else mps, else cpu")
     parser.add_argument("--compile", default=",".join(MODES), help="which of these, with commas")
     args = parser.parse_args()

@@ -17,7 +17,6 @@ peak MB      the most memory that a step needs, weights and optimizer included; 
 h / 400,000  hours for the paper's 400,000 updates
 """
 
-import argparse
 import itertools
 import multiprocessing
 import statistics
@@ -77,11 +76,9 @@ class Row:
         if self.machine.compile_mode:
             self.model.compile(mode=self.machine.compile_mode, dynamic=False)
         self.optimizer = make_optimizer(self.model, config, self.device)
-        self.coeff = config.schedule(config.max_iters).ablated_coeff  # after the ramp
+        self.coeff = config.schedule(config.max_iters)[1]  # after the ramp
         tokens = np.random.default_rng(0).integers(0, config.vocab_size, 1_000_000)
         self.tokens = tokens.astype(np.uint16)
-        if self.device.type == "cuda":  # where train.load_split puts them
-            self.tokens = torch.from_numpy(self.tokens.view(np.int16)).to(self.device)
         self.time(steps)
 
     def step(self):
@@ -181,9 +178,7 @@ def print_table(lines):
 
 def parse(argv):
     """The command line -> its own flags, and all rows. Raises UserError."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = knobs.usage_error
+    parser = knobs.Parser(description=__doc__)
     add = parser.add_argument
     for name, default in LISTS.items():
         add(f"--{name}", default=default, help=f"one or more, with commas (default {default})")

@@ -9,7 +9,6 @@ out/sweep/CONFIG_seedS (parent: --out=FOLDER), its output is in CONFIG_seedS.log
 command again continues what is not finished. Ctrl-C stops all runs; a failing run stops no other.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -28,9 +27,7 @@ from train import read_resumable
 
 def plan(argv):
     """-> {run folder: (words for train.py, Config)} and runs per GPU. Raises UserError."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = knobs.usage_error
+    parser = knobs.Parser(description=__doc__)
     add = parser.add_argument
     add("--seeds", default="1337", help="with commas (default 1337)")
     add("--per_gpu", type=int, default=1, help="runs at a time on each GPU, or on the CPU")

@@ -18,7 +18,7 @@ import signal
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -26,13 +26,6 @@ from model import GPTNeoConfig, ModelError
 from prepare import UserError
 
 Compile = Literal["auto", "False", "True", "reduce-overhead"]
-
-
-class Schedule(NamedTuple):
-    """Learning rate and coefficient of the ablated loss at one update."""
-
-    learning_rate: float
-    ablated_coeff: float  # 0 without an ablated stream
 
 
 @dataclass
@@ -66,8 +59,8 @@ class Config(GPTNeoConfig):
     # machine
     device: str = "auto"  # auto takes cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: bfloat16 on new GPUs
-    # auto on a GPU is reduce-overhead, or True with several processes or grad_accum > 1
-    compile: Compile = "auto"  # reduce-overhead: CUDA graphs, for one process and grad_accum=1
+    # reduce-overhead: CUDA graphs, for one process and grad_accum=1
+    compile: Compile = "auto"  # auto on a GPU: reduce-overhead, or True where that cannot be
 
     def __post_init__(self):
         def require(good, message):
@@ -76,13 +69,11 @@ class Config(GPTNeoConfig):
 
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
-            may_be_0 = name in ("seed", "warmup_iters", "k_attn", "k_mlp")  # or are checked below
-            if field.type is int and not may_be_0:
-                require(value >= 1, f"{name}={value} must be at least 1")
+            if field.type is int:
+                least = 0 if name in ("seed", "warmup_iters", "k_attn", "k_mlp") else 1
+                require(value >= least, f"{name}={value} must be at least {least}")
             if field.type is float:
                 require(0 <= value < math.inf, f"{name}={value} must be a number from 0 on")
-        require(0 <= self.seed < 2**63, f"seed={self.seed} must be from 0 to 2**63 - 1")
-        require(self.data and self.out, "data and out must each name a folder")
         require(self.n_embd % self.n_head == 0,
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         kinds = self.attention_layers.split(",")
@@ -93,18 +84,18 @@ class Config(GPTNeoConfig):
             require(self.ablation == "none" or 1 <= getattr(self, name) < units,
                     f"{name}={getattr(self, name)} must be from 1 to {units - 1}: a layer has "
                     f"{units} units and at least one must lose")
-        require(max(self.beta1, self.beta2) < 1, "beta1 and beta2 must be below 1")
-        require(0 <= self.warmup_iters < self.max_iters,
+        require(self.warmup_iters < self.max_iters,
                 f"warmup_iters={self.warmup_iters} must be below max_iters={self.max_iters}")
         require(self.ramp_start <= self.ramp_end <= 1,
                 f"ramp_start={self.ramp_start} and ramp_end={self.ramp_end} must be shares of the "
                 f"run: 0 <= ramp_start <= ramp_end <= 1")
-        require(self.clean_coeff > 0 or self.schedule(0).ablated_coeff > 0,
+        require(self.clean_coeff > 0 or self.schedule(0)[1] > 0,
                 "clean_coeff=0 needs an ablated loss from update 0 on: set ramp_start=0 ramp_end=0")
 
     def schedule(self, step):
-        """The Schedule of an update, counted from 0. Learning rate: linear warm-up, then cosine
-        annealing that would reach zero at step max_iters. Ablated coefficient: the ramp."""
+        """(learning rate, ablated_coeff) of an update, counted from 0. Learning rate: linear
+        warm-up, then cosine annealing that would reach zero at step max_iters. ablated_coeff: the
+        ramp; 0 without an ablated stream."""
         if step < self.warmup_iters:
             rate = self.learning_rate * (step + 1) / self.warmup_iters
         else:
@@ -118,7 +109,7 @@ class Config(GPTNeoConfig):
         else:
             ramp = (done - self.ramp_start) / (self.ramp_end - self.ramp_start)
             coeff = self.ablated_coeff * ramp
-        return Schedule(rate, coeff)
+        return rate, coeff
 
     @property
     def model(self):

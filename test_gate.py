@@ -173,6 +173,17 @@ def test_gradient_is_finite_at_ties(dtype, form):
 # ----------------------------------------------------- both streams, against a slow transcription
 
 
+def plain_gate(s, k, form):
+    """gate() for scores (..., N) without ties, through all of autograd."""
+    ordered = s.sort(-1, descending=True).values
+    s_k, s_next = ordered[..., k - 1, None], ordered[..., k, None]
+    z = s if form == "constant" else (s - (s_k + s_next) / 2) / (s_k - s_next)
+    soft = z.softmax(-1)
+    if form == "sigmoid":
+        soft = k * z.sigmoid() / z.sigmoid().sum(-1, keepdim=True)
+    return (s >= s_k).to(s.dtype) + soft - soft.detach()
+
+
 def dual_stream(p, config, idx):
     """The paper read literally, in the order of the published code: both streams side by side, a
     token's keys assembled one token at a time. p: state dict -> logits (B, T, V) of both streams,
@@ -192,21 +203,12 @@ def dual_stream(p, config, idx):
         weights = scores.softmax(-1).unbind(-1)
         return sum(weight[..., None] * value for weight, value in zip(weights, values))
 
-    def winners(s, k):
-        ordered = s.sort(-1, descending=True).values
-        s_k, s_next = ordered[..., k - 1, None], ordered[..., k, None]
-        z = s if config.gate == "constant" else (s - (s_k + s_next) / 2) / (s_k - s_next)
-        soft = z.softmax(-1)
-        if config.gate == "sigmoid":
-            soft = k * z.sigmoid() / z.sigmoid().sum(-1, keepdim=True)
-        return (s >= s_k).to(s.dtype) + soft - soft.detach()
-
     def gates(x, prefix, layer=0):  # (B, T, C) -> masks of one layer
         masks = []
         kinds = (("attn", config.attn_units, config.k_attn), ("mlp", 4 * C, config.k_mlp))
         for kind, n, k in kinds:
             scores = linear(x, f"{prefix}{kind}_gate")
-            masks.append(winners(scores[..., layer * n : (layer + 1) * n], k))
+            masks.append(plain_gate(scores[..., layer * n : (layer + 1) * n], k, config.gate))
         return masks
 
     def block(layer, x, clean_keys=None, masks=None):

@@ -5,18 +5,18 @@ DEMO := out/demo/demo_baseline_seed2 out/demo/demo_seed2
 
 .PHONY: demo lint test test-lens clean
 
-demo: .venv/core.stamp  # two small models side by side, what they write, their circuits, a page of neurons: under 5 minutes on 2 CPU cores
+demo: .venv/core.stamp  # two small models, what they write, their circuits, a page of neurons: 5 minutes on 2 CPU cores
 	$(if $(wildcard data/toy/meta.json),,$(BIN)/python prepare.py toy)
 	$(BIN)/python bench/sweep.py config/demo_baseline.py config/demo.py --seeds=2 --per_gpu=2 --out=out/demo
-	$(BIN)/python interp/acdc.py $(DEMO) > out/demo/circuits.txt
+	$(BIN)/python -m interp.acdc $(DEMO)
 	$(BIN)/python eval.py out/demo/demo_seed2 --sample "Once upon a time" --plot out/demo/units.png
-	$(BIN)/python interp/n2g.py out/demo/demo_seed2 --tokens 200000 > out/demo/neurons.txt
-	$(BIN)/python interp/explain.py out/demo/demo_seed2 --window 32 >> out/demo/neurons.txt
-	$(BIN)/python interp/units.py out/demo/demo_seed2 >> out/demo/neurons.txt
-	$(BIN)/python interp/table1.py $(DEMO)
-	@echo "pictures: $(DEMO:=/acdc.png) out/demo/units.png; more: out/demo/circuits.txt out/demo/neurons.txt"
+	$(BIN)/python -m interp.n2g out/demo/demo_seed2 --tokens 200000 > out/demo/neurons.txt
+	$(BIN)/python -m interp.explain out/demo/demo_seed2 --window 32 >> out/demo/neurons.txt
+	$(BIN)/python -m interp.units out/demo/demo_seed2 >> out/demo/neurons.txt
+	$(BIN)/python -m interp.tables $(DEMO)
+	@echo "pictures: $(DEMO:=/acdc.png) out/demo/units.png; more: out/demo/neurons.txt"
 	@echo "a page to look at each neuron, in any browser:"
-	@$(BIN)/python interp/browse.py out/demo/demo_seed2
+	@$(BIN)/python -m interp.browse out/demo/demo_seed2
 
 test: .venv/dev.stamp  # two workers of one thread: in tensors this small a second thread only waits
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal test_gate.py tests --ignore=tests/test_train.py

@@ -79,24 +79,24 @@ geometry)
         --eval_windows=120
     ;;
 measure)
-    $PYTHON interp/acdc.py out/toy/*/*_seed? --tau 0.03,0.01,0.1,0.2,0.4,0.8 --orders 8 \
+    $PYTHON -m interp.acdc out/toy/*/*_seed? --tau 0.03,0.01,0.1,0.2,0.4,0.8 --orders 8 \
         --plot out/toy/frontier.png
     SAE="--small --steps 1500 --tokens 300000 --expansion 8 --l1 5,3,7"
-    $PYTHON interp/sae.py out/toy/*/*_seed? $SAE
-    $PYTHON interp/table1.py out/toy/*/*_seed?
-    $PYTHON interp/sae.py out/stories/{paper,constant,constant_ramp}/*_k2_seed? \
+    $PYTHON -m interp.sae out/toy/*/*_seed? $SAE
+    $PYTHON -m interp.tables out/toy/*/*_seed?
+    $PYTHON -m interp.sae out/stories/{paper,constant,constant_ramp}/*_k2_seed? \
         out/stories/plain/*_seed? $SAE --layer 1,0,2,3 --site mlp_out,resid
-    $PYTHON interp/sae.py out/tuned/{whole,plain,scratch}/*_seed? $SAE --layer 1 --site mlp_out,resid
+    $PYTHON -m interp.sae out/tuned/{whole,plain,scratch}/*_seed? $SAE --layer 1 --site mlp_out,resid
     $PYTHON eval.py out/stories/*/*_seed? --over_seeds
     $PYTHON eval.py out/tuned/*/*_seed? --over_seeds
     $PYTHON eval.py out/stories/half/*/*_seed? --over_seeds
     ;;
 neurons)
     RUNS=$(echo out/stories/plain/*_seed? out/stories/{paper,constant_ramp}/*_k2_seed?)
-    $PYTHON interp/units.py $RUNS
-    $PYTHON interp/n2g.py $RUNS --tokens 300000
-    $PYTHON interp/explain.py $RUNS
-    $PYTHON interp/table2.py $RUNS
+    $PYTHON -m interp.units $RUNS
+    $PYTHON -m interp.n2g $RUNS --tokens 300000
+    $PYTHON -m interp.explain $RUNS
+    $PYTHON -m interp.tables $RUNS
     ;;
 *)
     echo "usage: bash bench/study.sh stories|tuned|toy|geometry|measure|neurons" >&2

@@ -16,17 +16,16 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "interp"), str(ROOT / "bench")]
+from conftest import ROOT, contents
+from test_train import STOPS, TINY, make_data
+
 import config as knobs
 import train
-from test_train import STOPS, TINY, make_data
 
 
 def flip(name):
@@ -63,8 +62,6 @@ def meta(**changes):
         path = folder / "data" / "meta.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     return damage
-
-
 
 
 OTHER_WORDS = {"name": "words", "pieces": [f" other{i}" for i in range(43)]}
@@ -106,28 +103,27 @@ CORE = [
     ("sweep.py", "config"),
 ]
 
-NEED_A_RUN = ["acdc.py", "sae.py", "n2g.py", "explain.py --window=1", "units.py", "browse.py",
-              "table1.py", "table2.py"]
+NEED_A_RUN = ["acdc", "sae", "n2g", "explain --window=1", "units", "browse", "tables", "hf export"]
 INTERP = [
-    *((f"{script} out/nowhere", "no checkpoint at out/nowhere") for script in NEED_A_RUN),
-    *((f"{script} out/run", "best.pt is damaged", flip("out/run/best.pt"))
+    *((f"-m interp.{script} out/nowhere", "no checkpoint at out/nowhere") for script in NEED_A_RUN),
+    *((f"-m interp.{script} out/run", "best.pt is damaged", flip("out/run/best.pt"))
       for script in NEED_A_RUN),
-    ("acdc.py out/run", "names"),  # these data have none
-    ("acdc.py out/run --tau=a", "--tau=a must be numbers from 0 on"),
-    ("acdc.py out/run --prompts=pairs.json", "cannot read prompts from pairs.json"),
-    ("sae.py out/run --layer=9", "--layer=9: the blocks of this model are 0 to 1"),
-    ("sae.py out/run --batch_size=100000", "too few for batches of 100,000"),
-    ("n2g.py out/run --draw=9.0", "--draw=9.0: out/run has blocks 0"),
-    ("n2g.py out/run", "train.bin", flip("data/train.bin")),
-    ("explain.py out/run", "--window=64: out/run reads at most 16 tokens"),
-    ("explain.py out/run --window=1 --explainer=openai", "--explainer=openai needs --model"),
-    ("units.py out/run --windows=0", "--windows=0 must be"),
-    ("units.py out/run", "val.bin", flip("data/val.bin")),
-    ("browse.py out/run --data=nowhere", "no prepared data in nowhere"),
-    ("table2.py out/run", "no experiment has looked at any of these runs"),
-    ("hf.py export out/run data", "data is there already"),
-    ("hf.py sae out/run new", "sae.pt"),
-    ("hf.py import out new", "out"),
+    ("-m interp.acdc out/run", "names"),  # these data have none
+    ("-m interp.acdc out/run --tau=a", "--tau=a must be numbers from 0 on"),
+    ("-m interp.acdc out/run --prompts=pairs.json", "cannot read prompts from pairs.json"),
+    ("-m interp.sae out/run --layer=9", "--layer=9: the blocks of this model are 0 to 1"),
+    ("-m interp.sae out/run --batch_size=100000", "too few for batches of 100,000"),
+    ("-m interp.n2g out/run --draw=9.0", "--draw=9.0: out/run has blocks 0"),
+    ("-m interp.n2g out/run", "train.bin", flip("data/train.bin")),
+    ("-m interp.explain out/run", "--window=64: out/run reads at most 16 tokens"),
+    ("-m interp.explain out/run --window=1 --explainer=openai", "--explainer=openai needs --model"),
+    ("-m interp.units out/run --windows=0", "--windows=0 must be"),
+    ("-m interp.units out/run", "val.bin", flip("data/val.bin")),
+    ("-m interp.browse out/run --data=nowhere", "no prepared data in nowhere"),
+    ("-m interp.tables out/run", "no experiment has looked at any of these runs"),
+    ("-m interp.hf export out/run data", "data is there already"),
+    ("-m interp.hf sae out/run new", "sae.pt"),
+    ("-m interp.hf import out new", "out"),
 ]
 
 
@@ -146,24 +142,19 @@ def template(tmp_path_factory):
 
 def typed(command):
     """What a script, called in this process, says as it leaves; None when all went well."""
-    script, *words = shlex.split(command)
+    script, *words = shlex.split(command.removeprefix("-m "))
     handlers = {number: signal.getsignal(number) for number in STOPS}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *words])
         patch.setitem(sys.modules, "wandb", None)  # whether or not it is installed here
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         try:
-            knobs.cli(importlib.import_module(Path(script).stem).main)
+            knobs.cli(importlib.import_module(script.removesuffix(".py")).main)
         except SystemExit as ended:
             return ended.code
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes()
-            for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("row", [*CORE, *INTERP], ids=lambda row: row[0])

@@ -64,15 +64,13 @@ GRAPHS |= {"out_degree_pooled": ".3f", "entropy": ".2f", "diversity": ",.0f",
 SCORES, USE = {}, {}
 for name in ("score", "llm_score"):
     SCORES |= dict.fromkeys((name, f"{name}_random", f"{name}_control"), ".3f")
-for name, form in {"dead": ".1f", "entropy": ".2f", "token_share": ".1%",
-                   "stability": ".3f"}.items():
+for name, form in dict(dead=".1f", entropy=".2f", token_share=".1%", stability=".3f").items():
     USE |= {f"attn_{name}": form, f"mlp_{name}": form}
 TABLE2 = [GRAPHS, SCORES, USE]
 TRADEOFFS = ("edges for KL <= 0.3", "nats lost at L0 = 3", "ppl_ablated")
 NOTES1 = [
     "± is the sample standard deviation over the seeds of a row; (1 of 3): one of 3 seeds has it",
-    "paper: its model with the same ablation and k, of another size, on other data, ppl per GPT-2 "
-    "token",
+    "paper: its model with the same ablation and k, of another size and data; ppl per GPT-2 token",
     "IOI answers exact: how often the right name is the likeliest; if rarely, circuits say little",
     "edges for KL <= x: interpolated over thresholds, on held-out prompts if any, of models that "
     "know the answers; a seed that does not reach this KL is left out, which flatters the row",
@@ -235,8 +233,7 @@ def publish(folder, name, frame, parts, notes):
     if not columns:
         print(f"no results for {name}: --help says what makes them")
         return table
-    for one in columns:
-        entries += [entry for entry in (one, f"{one}_sd", f"{one}_n") if entry in table]
+    entries += [one + end for one in columns for end in ("", "_sd", "_n") if one + end in table]
     print(*notes, "", sep="\n")
     write_text(folder / f"{name}.md", "\n\n".join([*texts, *notes]) + "\n")
     write_text(folder / f"{name}.csv", table[entries].to_csv(index=False))
@@ -262,12 +259,14 @@ def draw_panels(path, frame, table, columns):
     figure = Figure(figsize=(16, lines * (0.8 + 0.25 * len(table))), layout="constrained")
     panels = figure.subplots(lines, 6, sharey=True, squeeze=False).flatten()
     panels[0].set_yticks(table.index, labels)
-    panels[0].invert_yaxis()  # the first row on top
+    panels[0].set_ylim(len(table) - 0.5, -0.5)  # the first row on top
     for name, axes in zip(columns, panels):
         if name in frame:  # the paper's numbers are in table only
             axes.plot(frame[name], rows_of(frame), "o", alpha=0.5)
         axes.plot(table[name], table.index, "|", color="0.2", markersize=16)
-        axes.set_title(name, fontsize="small")
+        axes.set_title(name.replace("_mean_", "\nmean_"), fontsize="small")
+    for axes in panels[len(columns) :]:
+        axes.set_axis_off()
     save_figure(path, figure)
 
 
@@ -286,6 +285,7 @@ def draw_tradeoff(path, frame, table):
             axes.plot(seeds["ppl_clean"], seeds[name], ".", color=f"C{place}")
             axes.errorbar(x, y, y_sd, x_sd, "o", color=f"C{place}", mfc=filled, label=plain(run))
         axes.set(xlabel="clean perplexity", ylabel=name)
+        axes.locator_params(nbins=5)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.suptitle("down and to the left is better; hollow: some seeds lack this number")
     save_figure(path, figure)

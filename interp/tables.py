@@ -1,232 +1,320 @@
-"""What table1.py and table2.py share: results of experiments, joined over seeds, as one table.
+"""Tables 1 and 2 of the paper for your own runs. Table 1 has the paper's numbers beside yours.
 
-    runs = open_runs(TABLE, paths, data)                         every mistake shows here
-    found, notes = read_experiments(EXPERIMENTS, runs)           or here
-    rows = [describe_task(task) for task in runs.tasks]        or evaluate_task, which takes longer
-    publish(TABLE, over_seeds(runs, rows, found), notes, runs.folder)
+First run the experiments that you want in the tables, on run folders of train.py, in any order:
 
-Runs that differ only in the seed are one row: the mean ± the sample standard deviation. What an
-experiment has not looked at prints -. The table is printed, and saved as NAME.md, NAME.csv and
-pictures, all of them or none.
+    python -m interp.acdc out/*               Table 1: circuits
+    python -m interp.sae out/*                Table 1: sparse autoencoders (SAEs)
+    python -m interp.n2g out/*                Table 2: neuron graphs
+    python -m interp.explain out/*            Table 2: how well neurons can be explained
+    python -m interp.units out/*              Table 2: how the gates use their units
+    python -m interp.tables out/*             both tables; measures perplexity and L1 first
+    python -m interp.tables out/* --layers    Table 2 only, with one row for each layer
+
+Runs that differ only in the seed are one row: mean ± sample standard deviation. If an experiment
+used several thresholds, coefficients or places, "edges", "SAE L0" and "CE score" are of the first.
+
+Saved in the folder that holds all runs: table1 and table2 (or table2_layers) as .md, as .csv with
+every digit, as .png with a dot for each seed; and tradeoff.png, what clean perplexity buys.
 """
 
-import csv
-import io
-import json
 import os
-from contextlib import ExitStack
-from itertools import chain
+from collections import Counter
+from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple
 
-from eval import trained_with
-from interp.common import (
-    AVERAGED, cells, check_writable, column, group_seeds, join_seeds, name_recipes, open_tasks,
-    print_table)
-from interp.results import is_of, read_result, refuse_mixed, result_path
-from model import replace_file
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+import config as knobs
+from eval import (
+    RECIPE, describe_run, differences, measure_run, open_runs, over_seeds, plain, print_table,
+    run_parser, save_figure, text_table)
+from interp.results import read_results, result_path, write_text
 from prepare import UserError
 
-
-class Experiment(NamedTuple):
-    """What a table takes from the NAME.json of an experiment."""
-
-    numbers: Callable  # result -> {name: number}, without what the result lacks
-    reading: str  # how they were read, for the notes
-
-
-class Table(NamedTuple):
-    """How a table is printed, and as what it is saved."""
-
-    name: str  # of its files
-    parts: list  # of what is printed and of NAME.md: lists of columns (heading, row -> text)
-    spreadsheet: list  # (heading, row -> a number or a text or None), of NAME.csv, with every digit
-    pictures: dict  # {file name: rows -> its bytes, or None where there is nothing to draw}
-    notes: tuple  # printed below it
-
+IN_PAPER = ("edges", "SAE L0", "CE score", "ppl_clean", "l1")
+PAPER = {  # its Table 1: (ablation, k_attn and k_mlp) -> these numbers
+    ("none", 0): (79, 7.22, 0.63, 5.73, 0.44),
+    ("global", 8): (70, 5.22, 0.65, 6.97, 0.74),
+    ("global", 4): (41, 4.9, 0.67, 6.73, 0.72),
+    ("global", 2): (30, 4.57, 0.71, 6.66, 0.73),
+    ("global", 1): (38, 5.48, 0.66, 6.49, 0.62),
+    ("local", 8): (36, 5.0, 0.72, 6.47, 0.67),
+    ("local", 4): (30, 4.01, 0.65, 6.58, 0.76),
+    ("local", 2): (54, 4.9, 0.70, 6.55, 0.71),
+    ("local", 1): (36, 5.33, 0.69, 6.58, 0.70),
+}
+# the parts of a table, printed below each other: {column: format}
+HEAD = dict.fromkeys(("run", "layer", "ablation", "k_attn", "k_mlp", "differs", "n"), "")
+TABLE1 = [{
+    "IOI answers exact": ".0%", "by the ablated stream": ".0%",
+    "edges": ".1f", "paper edges": ".4g", "connected edges": ".1f",
+    "edges for KL <= 0.1": ".1f", "edges for KL <= 0.3": ".1f", "edges for KL <= 1": ".1f",
+    "nats lost at L0 = 3": ".3f", "CE score at L0 = 3": ".2f",
+    "SAE L0": ".2f", "paper SAE L0": ".4g", "CE score": ".2f", "paper CE score": ".4g",
+    "ppl_clean": ".2f", "paper ppl_clean": ".4g", "ppl_ablated": ".2f",
+    "l1": ".3f", "paper l1": ".4g"}]
+GRAPHS = {"with_graph": ".1%"}
+for name, form in {"density": ".3f", "transitivity": ".3f", "edges_to_activating": ".2f",
+                   "edges_per_activating_node": ".2f", "out_degree": ".3f"}.items():
+    GRAPHS |= {f"{name}_mean_non_empty": form, f"{name}_mean_all": form}
+GRAPHS |= {"out_degree_pooled": ".3f", "entropy": ".2f", "diversity": ",.0f",
+           "precision": ".3f", "recall": ".3f", "f1": ".3f"}
+SCORES, USE = {}, {}
+for name in ("score", "llm_score"):
+    SCORES |= dict.fromkeys((name, f"{name}_random", f"{name}_control"), ".3f")
+for name, form in dict(dead=".1f", entropy=".2f", token_share=".1%", stability=".3f").items():
+    USE |= {f"attn_{name}": form, f"mlp_{name}": form}
+TABLE2 = [GRAPHS, SCORES, USE]
+TRADEOFFS = ("edges for KL <= 0.3", "nats lost at L0 = 3", "ppl_ablated")
+NOTES1 = [
+    "± is the sample standard deviation over the seeds of a row; (1 of 3): one of 3 seeds has it",
+    "paper: its model with the same ablation and k, of another size and data; ppl per GPT-2 token",
+    "IOI answers exact: how often the right name is the likeliest; if rarely, circuits say little",
+    "edges for KL <= x: interpolated over thresholds, on held-out prompts if any, of models that "
+    "know the answers; a seed that does not reach this KL is left out, which flatters the row",
+    "nats lost at L0 = 3: loss increase when SAE reconstructions with 3 active features replace a "
+    "layer's output (interpolated); lower is better",
+    "CE score: 1 - this increase / the increase when the output is zeroed"]
+NOTES2 = NOTES1[:1] + [
+    "the paper measured its two models with different thresholds: its numbers are not shown",
+    "non_empty: over neurons with a graph; all: over all, 0 without one; pooled: all edges / all "
+    "nodes; entropy (bits), diversity (token types): of equally many tokens of each run",
+    "score: correlation of predicted and true activations, mean over neurons; random: on random "
+    "text only; control: of a model with random weights",
+    "attn, mlp: the units that the gates keep, means over layers; dead: units that are never kept; "
+    "token_share, stability: 0 is what chance gives"]
 
 # ----------------------------------------------------------------------- what the experiments found
 
 
-def read_experiment(name, numbers_of, run):
-    """(result, numbers): what NAME.json beside the run's checkpoint says; None where there is none.
-
-    Raises UserError when it is damaged or of other weights.
-    """
-    path = result_path(run.path, f"{name}.json")
-    if not path.exists():
-        return None
-    result = read_result(path)
-    if not is_of(result, run.model):
-        raise UserError(f"{path} is not of the checkpoint that {run.path} has now: make it again "
-                        f"with --force; it came from python {result['command']}")
-    try:
-        numbers = numbers_of(result)
-        result["warnings"] = [str(warning) for warning in result.get("warnings", [])]
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
-        raise UserError(f"{path} is damaged, or of an earlier version: delete it, "
-                        f"and make it again") from None
-    return result, numbers
+def circuit_numbers(result, layer):
+    """Of acdc.json: its first circuit, edges at equal KL, how often the answers are right."""
+    first = result["circuits"][0]
+    numbers = {f"edges for KL <= {kl}": edges for kl, edges in result["edges_at_kl"].items()}
+    return numbers | {
+        "edges": first["edges"], "connected edges": first["connected"],
+        "IOI answers exact": result["ioi_exact"], "by the ablated stream": result["ablated_exact"]}
 
 
-def read_experiments(experiments, runs):
-    """A dict of numbers for every run, and notes: how they were found, and what is wrong with them.
+def sae_numbers(result, layer):
+    """Of sae.json: means over seeds at its first place, at one L0 and for the first coefficient."""
+    at_l0, saes = result["at_l0"]["places"][0], pd.DataFrame(result["saes"])
+    kind = ["layer", "site", "l1"]
+    alike = saes[(saes[kind] == saes.loc[0, kind]).all(axis=1)]  # one for each seed
+    l0, score = alike[["l0", "ce_score"]].astype(float).mean(skipna=False)
+    return {"nats lost at L0 = 3": at_l0["nats_lost"], "CE score at L0 = 3": at_l0["ce_score"],
+            "SAE L0": l0, "CE score": score}
 
-    experiments: {name: Experiment}. Raises UserError on results that do not belong in one table.
-    """
-    opened = [task.run for task in runs.tasks]
-    found, notes = [{} for _ in opened], []
-    for name, (numbers_of, reading) in experiments.items():
-        settings_of, warnings = {}, []
-        for run, numbers_of_run in zip(opened, found):
-            experiment = read_experiment(name, numbers_of, run)
-            if experiment is None:
-                continue
-            result, numbers = experiment
-            numbers_of_run |= numbers
-            settings_of[run.path] = result["settings"]
-            warnings += [f"warning: {run.path}: {warning}" for warning in result["warnings"]]
-        if settings_of:
-            refuse_mixed(settings_of)
-            settings = next(iter(settings_of.values())).items()
-            words = [f"{knob} {value}" for knob, value in settings if value is not None]
-            notes.append(f"{name}: {', '.join(words)}; {reading}")
-        notes += warnings
+
+def part_of(result, layer):
+    """What a result says of one layer, or of all for None; empty for a layer that it lacks."""
+    layers = {row["layer"]: row for row in result["layers"]}
+    return result["all"] if layer is None else layers.get(layer, {})
+
+
+def graph_numbers(result, layer):
+    """Of n2g.json; with "pool" {token: count} for numbers_of."""
+    found, pool = part_of(result, layer), Counter()
+    if not found:
+        return {}
+    for row in result["layers"]:
+        if layer in (None, row["layer"]):
+            pool.update(row["pool"])
+    numbers = {name: found.get(name) for name in GRAPHS}
+    return numbers | {"with_graph": found["non_empty"] / found["neurons"], "pool": pool}
+
+
+def score_numbers(name, result, layer):
+    """Of explain.json or explain_openai.json: mean scores."""
+    found = part_of(result, layer)
+    control = part_of(result["control"] or {"all": {}, "layers": []}, layer)
+    return {name: found.get("mean"), f"{name}_random": found.get("random_mean"),
+            f"{name}_control": control.get("mean")}
+
+
+def use_numbers(result, layer):
+    """Of units.json: means over the layers that have a number, or of one layer."""
+    numbers, layers = {}, slice(layer, None if layer is None else layer + 1)
+    for name in USE:
+        kind, number = name.split("_", 1)
+        numbers[name] = pd.Series(result["kinds"][kind][number][layers], dtype=float).mean()
+    return numbers
+
+
+EXPERIMENTS = {  # name of a result file: function of the result and a layer (None: all layers)
+    "acdc": circuit_numbers, "sae": sae_numbers, "n2g": graph_numbers, "units": use_numbers,
+    "explain": partial(score_numbers, "score"),
+    "explain_openai": partial(score_numbers, "llm_score")}
+
+
+def read_experiments(runs):
+    """A list of (place of a run, experiment, result), and {experiment: notes on its results}."""
+    found, notes = [], {}
+    for name in EXPERIMENTS:
+        paths = [result_path(run.path, f"{name}.json") for run in runs]
+        places = [place for place, path in enumerate(paths) if path.exists()]
+        results = read_results([paths[place] for place in places])
+        notes[name] = [f"settings of {name}: {one['settings']}" for one in results[:1]]  # of all
+        for place, result in zip(places, results):
+            found.append((place, name, result))
+            for warning in result.get("warnings", ()):
+                notes[name].append(f"warning: {result['run']}: {warning}")
     return found, notes
 
 
-def refuse_other_texts(tasks):
-    """Raises UserError when two runs would be measured on different data."""
-    first = tasks[0]
-    for task in tasks[1:]:
-        if task.meta["checksum"] != first.meta["checksum"]:
-            raise UserError(f"{first.run.path} is measured on {first.data}, {task.run.path} on "
-                            f"{task.data}, which are other texts: tabulate them apart")
-
-
-# ----------------------------------------------------------------------------------- runs as rows
-
-
-class Runs(NamedTuple):
-    """The runs of a table, all checked before the first is measured."""
-
-    tasks: list  # eval.Tasks
-    groups: list  # lists of places in tasks: the runs that differ only in the seed
-    folder: Path  # that holds them all, where the table is saved
-
-
-def open_runs(table, paths, data=None):
-    """The Runs of these paths. Raises UserError where they or the folder allow no such Table."""
-    tasks = open_tasks(paths, data)
-    refuse_other_texts(tasks)
-    groups = group_seeds(tasks)
-    parents = [Path(task.run.path).absolute().parent for task in tasks]
-    folder = Path(os.path.commonpath(parents))
-    for name in (f"{table.name}.md", f"{table.name}.csv", *table.pictures):
-        check_writable(folder / name)
-    return Runs(tasks, groups, folder)
-
-
-def over_seeds(runs, rows, found):
-    """A row for every group of runs, called after its recipe; see eval.join_seeds.
-
-    rows: of every run what describe_task says, and what was measured; found: what experiments
-    found.
+def subsampled(counts, size):
+    """The expected entropy, in bits, and number of types of `size` tokens drawn without putting
+    back from a pool with these counts: exact (rarefaction, Hurlbert 1971). k of a type's c tokens
+    are drawn with the hypergeometric probability C(c, k) C(N - c, size - k) / C(N, size).
     """
-    rows = [row | numbers for row, numbers in zip(rows, found)]
-    name_recipes(rows, [trained_with(task.run) for task in runs.tasks])
-    names = dict.fromkeys(chain(AVERAGED, *found))
-    return join_seeds(rows, runs.groups, names)
+    N = sum(counts)
+    log_factorial = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, N + 1)))))
+
+    def log_choose(n, k):
+        return log_factorial[n] - log_factorial[k] - log_factorial[n - k]
+
+    entropy = diversity = 0.0
+    for c, types in Counter(counts).items():
+        k = np.arange(max(1, size - (N - c)), min(c, size) + 1)
+        ways = log_choose(c, k) + log_choose(N - c, size - k)
+        p = np.exp(ways - log_choose(N, size))
+        entropy -= types * (p @ (k / size * np.log2(k / size)))
+        diversity += types * p.sum()
+    return float(entropy), float(diversity)
 
 
-# -------------------------------------------------------------------------------- print, draw, save
+def numbers_of(runs, found, layer=None):
+    """A DataFrame with a row of numbers for each run. found: what read_experiments returned."""
+    numbers = [{} for _ in runs]
+    for place, name, result in found:
+        numbers[place] |= EXPERIMENTS[name](result, layer)
+    pooled = [one for one in numbers if "pool" in one]
+    size = min((one["pool"].total() for one in pooled), default=0)
+    for one in pooled:  # entropy and diversity of equally many tokens
+        counts = list(one.pop("pool").values())
+        one["entropy"], one["diversity"] = subsampled(counts, size) if size else (None, None)
+    return pd.DataFrame(numbers).astype(float).dropna(axis=1, how="all")
 
 
-HEAD = [("run", column("run")), ("recipe", column("recipe")), ("layer", column("layer")),
-        ("seeds", column("n"))]
+# ------------------------------------------------------------------------------------------- tables
 
 
-def shown_parts(table, rows):
-    """Those parts of a Table in which a row has something, each with the columns it begins with."""
-    return [HEAD + columns for columns in table.parts if cells(rows, columns)]
+def paper_numbers(row):
+    """{"paper x": the paper's x} for each x of this row; empty if the paper has no such model."""
+    numbers = PAPER.get((row["ablation"], row["k_mlp"]), ())
+    gate = (row["attn_unit"], row["gate"], row["ramp_end"]) == ("dim", "softmax", 0)
+    if row["k_attn"] != row["k_mlp"] or not (gate or row["ablation"] == "none"):
+        return {}
+    return {f"paper {name}": number for name, number in zip(IN_PAPER, numbers) if name in row}
 
 
-def markdown(part, rows):
-    """One part of a table as text."""
-    heading, *lines = cells(rows, part)
-    texts = [f"| {' | '.join(line)} |\n" for line in (heading, ["---"] * len(heading), *lines)]
-    return "".join(texts)
+def markdown(texts):
+    """A DataFrame of texts as a Markdown table. | and $ in the name of a run are escaped."""
+    rows = [list(texts), ["---"] * len(texts.columns)]
+    rows += texts.replace(r"([|$])", r"\\\1", regex=True).values.tolist()
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def entry(name):
-    """What a spreadsheet has of a row, None where the row lacks it."""
-    def value(row):
-        return row.get(name)
-    return value
+def publish(folder, name, frame, parts, notes):
+    """Print over_seeds(frame), save it as NAME.md, .csv and .png. -> the table. parts: TABLE1."""
+    table = over_seeds(frame)
+    table["differs"] = differences(table)
+    table = table.join(pd.DataFrame([paper_numbers(row) for row in table.to_dict("records")]))
+    texts, columns, entries = [], [], [one for one in HEAD if one in table]
+    for part in parts:
+        known = {one: form for one, form in part.items() if one in table}
+        if known:
+            print_table(table, HEAD | known)
+            print()
+            texts.append(markdown(text_table(table, HEAD | known)))
+            columns += known
+    if not columns:
+        print(f"no results for {name}: --help says what makes them")
+        return table
+    entries += [one + end for one in columns for end in ("", "_sd", "_n") if one + end in table]
+    print(*notes, "", sep="\n")
+    write_text(folder / f"{name}.md", "\n\n".join([*texts, *notes]) + "\n")
+    write_text(folder / f"{name}.csv", table[entries].to_csv(index=False))
+    draw_panels(folder / f"{name}.png", frame, table, columns)
+    return table
 
 
-def seeds_entries(names):
-    """Of a spreadsheet: what a row is, then these numbers and their deviations over its seeds."""
-    entries = [(name, entry(name)) for name in ("run", "recipe", "ablation", "k_attn", "k_mlp")]
-    entries.append(("seeds", entry("n")))
-    for name in names:
-        entries += [(name, entry(name)), (f"{name}_sd", entry(f"{name}_sd"))]
-    return entries
+# ------------------------------------------------------------------- the pictures, command line
 
 
-def as_csv(rows, entries):
-    """The table as text, entries (heading, row -> value)."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([heading for heading, _ in entries])
-    for row in rows:
-        writer.writerow([value(row) for _, value in entries])
-    return text.getvalue()
+def rows_of(frame):
+    """For each row of frame its place in over_seeds(frame)."""
+    shared = [name for name in (*RECIPE, "layer") if name in frame]
+    return frame.groupby(shared, sort=False).ngroup()
 
 
-def as_png(figure):
-    """The bytes of a .png of a matplotlib figure."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    return picture.getvalue()
+def draw_panels(path, frame, table, columns):
+    """A panel for each number: a dot for each seed, a bar for the mean of a row."""
+    labels = table["run"].map(plain)
+    if "layer" in table:
+        labels += ", layer " + table["layer"].map(str)
+    lines = -(-len(columns) // 6)  # of six panels; rounded up
+    figure = Figure(figsize=(16, lines * (0.8 + 0.25 * len(table))), layout="constrained")
+    panels = figure.subplots(lines, 6, sharey=True, squeeze=False).flatten()
+    panels[0].set_yticks(table.index, labels)
+    panels[0].set_ylim(len(table) - 0.5, -0.5)  # the first row on top
+    for name, axes in zip(columns, panels):
+        if name in frame:  # the paper's numbers are in table only
+            axes.plot(frame[name], rows_of(frame), "o", alpha=0.5)
+        axes.plot(table[name], table.index, "|", color="0.2", markersize=16)
+        axes.set_title(name.replace("_mean_", "\nmean_"), fontsize="small")
+    for axes in panels[len(columns) :]:
+        axes.set_axis_off()
+    save_figure(path, figure)
 
 
-def draw_seeds(axes, rows, name):
-    """A dot for every seed of a row that has this number, and a bar for their mean, row by row."""
-    for x, row in enumerate(rows):
-        values = [one[name] for one in row["rows"] if name in one]
-        axes.plot([x] * len(values), values, "o", color="tab:blue", alpha=0.5)
-        if name in row:
-            axes.plot([x - 0.3, x + 0.3], [row[name]] * 2, color="tab:blue")
+def draw_tradeoff(path, frame, table):
+    """Clean perplexity against each of TRADEOFFS: dots for seeds, circles ± deviation for rows."""
+    shown = [name for name in TRADEOFFS if name in table]
+    if not shown:
+        return
+    figure = Figure(figsize=(4.2 * len(shown) + 0.5, 5), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for name, axes in zip(shown, panels):
+        for place, run in enumerate(table["run"][:6]):  # more cannot be told apart
+            seeds = frame.loc[rows_of(frame) == place, ["ppl_clean", name]]
+            (x, y), (x_sd, y_sd) = seeds.dropna().mean(), seeds.dropna().std()
+            filled = "none" if seeds[name].isna().any() else f"C{place}"
+            axes.plot(seeds["ppl_clean"], seeds[name], ".", color=f"C{place}")
+            axes.errorbar(x, y, y_sd, x_sd, "o", color=f"C{place}", mfc=filled, label=plain(run))
+        axes.set(xlabel="clean perplexity", ylabel=name)
+        axes.locator_params(nbins=5)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.suptitle("down and to the left is better; hollow: some seeds lack this number")
+    save_figure(path, figure)
 
 
-def save_together(contents):
-    """{path: bytes}. Where one of them finds no room, none takes its place: they are one result."""
-    with ExitStack() as stack:
-        for path, content in contents.items():
-            file = stack.enter_context(replace_file(path))
-            file.write(content)
-            file.flush()  # a full disk shows here, when nothing has been replaced yet
+def main():
+    parser = run_parser(__doc__)
+    parser.add_argument("--layers", action="store_true", help="Table 2 only, a row for each layer")
+    args = parser.parse_args()
+    device, runs = knobs.pick_device(args.device), open_runs(args.runs, args.data)
+    if len({run.meta["checksum"] for run in runs}) > 1:
+        raise UserError("these runs have different data: make a table for each of them")
+    rows = pd.DataFrame([describe_run(run) for run in runs])
+    over_seeds(rows)  # refuses repeated seeds before anything is measured
+    folder = Path(os.path.commonpath([Path(run.path).absolute().parent for run in runs]))
+    found, notes = read_experiments(runs)
+    notes1 = NOTES1 + notes.pop("acdc") + notes.pop("sae")
+    notes2 = NOTES2 + sum(notes.values(), [])
+    if args.layers:
+        layers = range(max(run.model.config.n_layer for run in runs))
+        frames = [rows.join(numbers_of(runs, found, layer)).assign(layer=layer) for layer in layers]
+        publish(folder, "table2_layers", pd.concat(frames), TABLE2, notes2)
+        return
+    measured = pd.DataFrame([measure_run(run, 8, device) for run in runs])
+    frame = measured.join(numbers_of(runs, found))
+    table = publish(folder, "table1", frame, TABLE1, notes1)
+    draw_tradeoff(folder / "tradeoff.png", frame, table)
+    publish(folder, "table2", frame, TABLE2, notes2)
 
 
-def publish(table, rows, notes, folder, as_json=False):
-    """Print the rows of a Table, as JSON or else with all notes, and save it. Raises ModelError."""
-    parts = shown_parts(table, rows)
-    if as_json:
-        print(json.dumps(rows, indent=1))
-    else:
-        for place, part in enumerate(parts):
-            if place:
-                print()
-            print_table(rows, part)
-        print(*table.notes, *notes, sep="\n")
-    texts = [markdown(part, rows) for part in parts] + [f"{note}\n" for note in notes]
-    contents = {
-        f"{table.name}.md": "\n".join(texts).encode(errors="replace"),
-        f"{table.name}.csv": as_csv(rows, table.spreadsheet).encode(errors="replace")}
-    for name, draw in table.pictures.items():
-        contents[name] = draw(rows)
-    saved = {folder / name: content for name, content in contents.items() if content}
-    save_together(saved)
-    if not as_json:
-        print(f"saved in {folder}: {', '.join(path.name for path in saved)}")
+if __name__ == "__main__":
+    knobs.cli(main)

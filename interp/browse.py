@@ -67,59 +67,67 @@ class Units:
         self.layers = layers
         self.M = 4 * model.config.n_embd
         self.A = model.config.attn_units
+        self.U = self.M + self.A
         self.sites = [Site(model, layer, site) for layer in layers for site in UNITS]
 
     def read(self, idx):
         """idx (B, T) -> what UNITS read (B, T, L, M + C)."""
-        return read_sites(self.sites, idx).unflatten(-1, (len(self.layers), -1))
+        x = read_sites(self.sites, idx)
+        return x.unflatten(-1, (len(self.layers), -1))
 
     def heads(self, x):
         """What read returns -> the outputs of the heads (..., H, D)."""
-        return x[..., self.M :].unflatten(-1, (self.config.n_head, -1))
+        channels = x[..., self.M :]  # (..., C)
+        return channels.unflatten(-1, (self.config.n_head, -1))
 
     def activations(self, x):
         """What read returns -> (..., U)."""
         if self.config.attn_unit == "dim":
             return x
+        neurons = x[..., : self.M]
         heads = self.heads(x).norm(dim=-1)  # (..., H)
-        return torch.cat((x[..., : self.M], heads), -1)
+        return torch.cat((neurons, heads), -1)
+
+    def split(self, values):
+        """(..., U) -> those of neurons (..., M), and of attention units (..., A)."""
+        return values.split((self.M, self.A), -1)
 
     def sizes(self, activations):
-        """Activations (..., U) -> their sizes, since those of attention units have either sign, and
-        where units fire: bool."""
-        neurons, attention = activations.split((self.M, self.A), -1)
+        """Activations (..., U) -> their sizes, as attention units have either sign, and where units
+        fire: bool."""
+        neurons, attention = self.split(activations)
         attention = attention.abs()
-        bar = attention.square().mean(-1, keepdim=True).sqrt()  # (..., 1)
-        fires = torch.cat((neurons > 0, attention > bar), -1)
-        return torch.cat((neurons, attention), -1), fires
+        mean_square = attention.square().mean(-1, keepdim=True)  # (..., 1)
+        fires = attention > mean_square.sqrt()
+        sizes = torch.cat((neurons, attention), -1)
+        return sizes, torch.cat((neurons > 0, fires), -1)
 
     def kept(self, idx):
         """idx (B, T) -> the numbers of the units that the gates keep, (B, T, L, k)."""
         kept = kept_units(self.model, idx)
-        return torch.cat((kept["mlp"], kept["attn"] + self.M), -1)
+        attention = kept["attn"] + self.M
+        return torch.cat((kept["mlp"], attention), -1)
 
     def writes(self, outputs):
-        """What units write into the residual stream per unit of activation: (L, U, C).
+        """What units write into the residual stream per unit of activation: (N, C).
 
         A neuron or a channel writes its row of output weights; a head its outputs (L, H, D) W_O.
         """
         found = []
         for place, layer in enumerate(self.layers):
             block = self.model.transformer["h"][layer]
+            neurons = block.mlp.c_proj.weight.T  # (M, C)
             attention = block.attn["attention"].out_proj.weight.T  # (C, C), from heads' channels
             if self.config.attn_unit == "head":
                 rows = attention.unflatten(0, (self.A, -1))  # (H, D, C)
                 attention = torch.einsum("hd,hdc->hc", outputs[place], rows)
-            found.append(torch.cat((block.mlp.c_proj.weight.T, attention)))  # (U, C)
-        return torch.stack(found)
+            found += [neurons, attention]
+        return torch.cat(found).cpu()
 
 
 @torch.no_grad()
 def measure_layers(units, text, count, title):
-    """What a Text says about all N units of these layers: arrays whose first dimension is N.
-
-    count: K
-    """
+    """What a Text says about all N units of these layers: arrays (N, ...). count: K."""
     fired = tokens = products = squares = 0
     best, outputs = Strongest(count), None
     for x, positions, stories in text.read(units.read, title=title):  # x (n, L, M + C)
@@ -141,20 +149,21 @@ def measure_layers(units, text, count, title):
     peaks, positions = best.found()  # (N, K) each
     snippets = text.snippets(activate, positions, LEFT, RIGHT)
     found = snippet_arrays(snippets, positions.numpy(), peaks.numpy(), text)
-    found["fires"] = fired.flatten().cpu().numpy() / tokens
-    found["largest"] = peaks[:, 0].numpy()
-    found["writes"] = units.writes(outputs).flatten(0, 1).cpu().numpy()  # (N, C)
+    found["fires"] = fired.flatten().cpu().double() / tokens
+    found["largest"] = peaks[:, 0]
+    found["writes"] = units.writes(outputs)  # (N, C)
     return found
 
 
 def measure_units(model, text, count, title):
     """The same for all layers of a model, as many of them in a pass as fit into AT_ONCE."""
     every = Units(model, range(model.config.n_layer))
-    step = max(1, AT_ONCE // (TOKENS * (every.M + every.A)))
+    step = max(1, AT_ONCE // (TOKENS * every.U))
     parts, arrays = [], {}
     for first in every.layers[::step]:
-        units = Units(model, every.layers[first : first + step])
-        parts.append(measure_layers(units, text, count, title))
+        layers = every.layers[first : first + step]
+        part = measure_layers(Units(model, layers), text, count, title)
+        parts.append(part)
     for name in parts[0]:
         arrays[name] = np.concatenate([part[name] for part in parts])
     return arrays
@@ -167,7 +176,8 @@ def snippet_arrays(snippets, positions, peaks, text):
     the strongest. values (N, K, WIDTH): activations in 127ths of the unit's largest one.
     """
     shape = positions.shape
-    length, peak = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
+    length = np.zeros(shape, np.uint8)
+    peak = np.zeros(shape, np.uint8)
     values = np.zeros((*shape, WIDTH), np.float32)
     for unit, place in np.argwhere(peaks > 0):
         snippet = snippets[unit][place]
@@ -178,20 +188,21 @@ def snippet_arrays(snippets, positions, peaks, text):
     windows = np.searchsorted(counted_from, positions, side="right") - 1  # (N, K)
     offsets = positions - text.starts[windows]  # (N, K), of the strongest token in its window
     largest = np.maximum(peaks[:, :1], 1e-30)  # (N, 1)
-    values = np.rint(127 * values / largest[..., None]).clip(-127, 127)
-    return {"begin": windows * text.T + offsets - peak, "length": length, "peak": peak,
-            "values": values.astype(np.int8)}
+    values = 127 * values / largest[..., None]
+    values = np.rint(values).clip(-127, 127).astype(np.int8)
+    begin = windows * text.T + offsets - peak
+    return {"begin": begin, "length": length, "peak": peak, "values": values}
 
 
 def gate_arrays(units, text, begin, length, title):
     """How often the gates keep each of N units, kept (N), and at which tokens of its snippets,
     begin and length (N, K): marks (N, K), bit i stands for token i."""
     N, parts = len(begin), []
-    layers = np.arange(0, N, units.M + units.A)[:, None]  # (L, 1): the first unit of each
+    layers = np.arange(0, N, units.U)[:, None]  # (L, 1): the first unit of each
     batches = read_windows(units.kept, text.tokens, text.starts, text.T, text.device, title)
     for _, kept in batches:
         kept = kept.cpu().numpy() + layers  # (B, T, L, k), numbers below N
-        parts.append(kept.reshape(-1, layers.size * kept.shape[-1]))
+        parts.append(kept.reshape(kept.shape[0] * text.T, -1))
     kept = np.concatenate(parts)  # (W T, L k)
     places = np.arange(len(kept))  # (W T)
     counted = kept[places % text.T >= text.context]
@@ -213,9 +224,8 @@ def lens(model, writes):
     """The logit lens (nostalgebraist 2020) of weights: writes (N, C) -> tokens and logits, each
     (N, 2 LISTED), first the most promoted tokens, then the most suppressed ones.
 
-    (w - mean w) * gain of ln_f, times the unembedding, minus the mean over the vocabulary, which a
-    softmax does not see. This is how an activation of 1 moves the logits directly, up to the scale
-    by which ln_f divides.
+    (w - mean w) * gain of ln_f, times the unembedding, minus the mean over the vocabulary: how an
+    activation of 1 moves the logits directly, up to the scale by which ln_f divides.
     """
     gain = model.transformer["ln_f"].weight.cpu()
     unembedding = model.lm_head.weight.cpu()  # (V, C)
@@ -227,7 +237,7 @@ def lens(model, writes):
         lowered = logits.topk(count, largest=False)
         tokens.append(torch.cat((raised.indices, lowered.indices), -1))
         values.append(torch.cat((raised.values, lowered.values), -1))
-    return torch.cat(tokens).numpy(), torch.cat(values).numpy()
+    return torch.cat(tokens), torch.cat(values)
 
 
 @torch.no_grad()
@@ -245,7 +255,7 @@ def neighbours(writes):
         top = cosine.topk(count)
         others.append(top.indices)
         cosines.append(top.values)
-    return torch.cat(others).numpy(), torch.cat(cosines).numpy()
+    return torch.cat(others), torch.cat(cosines)
 
 
 # -------------------------------------------------------------------------------------- the stories
@@ -275,35 +285,36 @@ def read_stories(units, stories, writes, device):
     |a| |w|, comes first. writes: (N, C)
     """
     lengths = writes.norm(dim=-1).to(device)  # (N)
-    lengths = lengths.view(-1, units.M + units.A)  # (L, U)
+    lengths = lengths.view(-1, units.U)  # (L, U)
     found, values = [], []
     for story in stories:
         idx = torch.from_numpy(story)[None].to(device)  # (1, T + 1)
         activations = units.activations(units.read(idx))[0, 1:]  # (T, L, U)
         written = activations.abs() * lengths
         if units.config.ablation == "none":
-            neurons, attention = written.split((units.M, units.A), -1)
+            neurons, attention = units.split(written)
             neurons = neurons.topk(STRONGEST).indices
             attention = attention.topk(min(STRONGEST, units.A)).indices
             shown = torch.cat((neurons, attention + units.M), -1)  # (T, L, k)
         else:
             shown = units.kept(idx)[0, 1:]  # (T, L, k)
-        order = written.gather(-1, shown).argsort(dim=-1, descending=True, stable=True)
+        written = written.gather(-1, shown)  # (T, L, k)
+        order = written.argsort(dim=-1, descending=True, stable=True)
         shown = shown.gather(-1, order)
-        found.append(shown.cpu().numpy())
-        values.append(activations.gather(-1, shown).cpu().numpy())
-    return np.concatenate(found), np.concatenate(values)
+        found.append(shown)
+        values.append(activations.gather(-1, shown))
+    return torch.cat(found).cpu(), torch.cat(values).cpu()
 
 
 # ------------------------------------------------------------------- what other experiments found
 
 
 def read_result(run, file):
-    """A result file beside a run; an empty dict if there is none of these weights."""
+    """A result file beside a run; None if there is none of these weights."""
     path = result_path(run.path, file)
     result = read_json(path) if path.exists() else {}
     weights = digests(run.model.state_dict())
-    return result if weights.items() <= result.items() else {}
+    return result if weights.items() <= result.items() else None
 
 
 def picked(entry, names):
@@ -336,12 +347,11 @@ def findings(run):
 
 
 def packed(arrays):
-    """Arrays as the page reads them: {name: its type, and its numbers, little-endian, in base64}.
-
-    Fractions in float32; whole numbers of more than a byte, which are places, in uint32.
-    """
+    """Arrays as the page reads them: {name: its type, and its numbers, little-endian, in base64}:
+    bytes, float32, or uint32 for places, units and tokens."""
     found = {}
     for name, array in arrays.items():
+        array = np.asarray(array)
         if array.dtype.itemsize > 1:
             array = array.astype("<f4" if array.dtype.kind == "f" else "<u4")
         text = base64.b64encode(array.tobytes()).decode()
@@ -392,7 +402,7 @@ def write_page(path, runs, args, device):
     for letter in "<>&":  # so no text of a story can end the script that it stands in
         text = text.replace(letter, f"\\u{ord(letter):04x}")
     write_text(path, TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1))
-    print(f"{path}: {len(text) / 1e6:.1f} MB")
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 # ------------------------------------------------------------------------------- the command line
@@ -409,9 +419,9 @@ def main():
     parser = run_parser(__doc__)
     add = parser.add_argument
     add("--page", type=html, metavar="FILE", help="one page of all these runs, side by side")
-    add("--windows", type=knobs.positive, default=400, help="windows of text to read (400)")
-    add("--snippets", type=knobs.positive, default=8, help="snippets of each unit (8)")
-    add("--stories", type=knobs.positive, default=8, help="stories to show token by token (8)")
+    add("--windows", type=knobs.positive, default=400, help="windows of text, at most (400)")
+    add("--snippets", type=knobs.positive, default=8, help="snippets of each unit, at most (8)")
+    add("--stories", type=knobs.positive, default=8, help="stories to show, at most (8)")
     args = parser.parse_args()
     device = knobs.pick_device(args.device)
     runs = open_runs(args.runs, args.data)

@@ -162,8 +162,7 @@ def measure_units(model, text, count, title):
     parts, arrays = [], {}
     for first in every.layers[::step]:
         layers = every.layers[first : first + step]
-        part = measure_layers(Units(model, layers), text, count, title)
-        parts.append(part)
+        parts.append(measure_layers(Units(model, layers), text, count, title))
     for name in parts[0]:
         arrays[name] = np.concatenate([part[name] for part in parts])
     return arrays
@@ -207,11 +206,12 @@ def gate_arrays(units, text, begin, length, title):
     places = np.arange(len(kept))  # (W T)
     counted = kept[places % text.T >= text.context]
     rates = np.bincount(counted.ravel(), minlength=N) / len(counted)
-    keys = places[:, None] * N + kept  # (W T, L k), one for each place and unit kept there
+    keys = (places[:, None] * N + kept).ravel()  # of every place and unit kept there, rising
     i = np.arange(WIDTH, dtype=np.uint32)
     shown = (begin[..., None] + i) * N  # (N, K, WIDTH)
     shown += np.arange(N)[:, None, None]
-    marked = np.isin(shown, keys) & (i < length[..., None])
+    nearest = np.searchsorted(keys, shown).clip(max=len(keys) - 1)
+    marked = (keys[nearest] == shown) & (i < length[..., None])
     marks = (marked << i).sum(-1, dtype=np.uint32)  # (N, K)
     return {"kept": rates, "marks": marks}
 

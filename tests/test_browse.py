@@ -215,7 +215,6 @@ def chromium():
 def opened(browser, path, place):
     """The page at this place. Nothing may be said in its console, raised or fetched."""
     page, noise, urls = browser.new_page(), [], set()
-    page.set_default_timeout(8000)
     page.on("console", lambda message: noise.append(message.text))
     page.on("pageerror", lambda error: noise.append(str(error)))
     page.on("dialog", lambda dialog: noise.append(dialog.message))

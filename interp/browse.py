@@ -1,206 +1,171 @@
-"""A page to look at each neuron: what it fires on, when the gate keeps it, what it writes.
+"""A page to look at every unit: what it fires on, when the gate keeps it, what it writes.
 
-    python interp/browse.py out/local_k2            writes out/local_k2/browse.html
-    python interp/browse.py out/*                   a page for each run
-    python interp/browse.py out/baseline out/local_k2 --page both.html     side by side on one page
+    python -m interp.browse out/local_k2            writes out/local_k2/browse.html
+    python -m interp.browse out/*                   a page for each run
+    python -m interp.browse out/baseline out/local_k2 --page both.html    one page, side by side
 
-The page is one file that needs no server and no network. It shows every unit of every layer, that
-is every neuron (L3N17) and every attention unit: a channel of the heads' outputs (L3A17) or, with
-attn_unit=head, a whole head (L3H4), whose activation is the norm of its output. From held-out text:
+The page is one file that needs no server and no network. It shows every neuron (L3N17) and every
+attention unit of every layer: a channel of the heads' outputs (L3A17) or, with attn_unit=head, a
+whole head (L3H4), whose activation is the norm of its output. Measured on held-out text:
 
     kept       the share of tokens at which the gate keeps the unit in the ablated stream
     fires      the share of tokens at which it is active in the clean stream: a neuron above 0, an
-               attention unit further from 0 than the root mean square of its layer's at that token
-    snippets   its strongest moments, one a story: the clean stream's activations, the gate's marks
+               attention unit further from 0 than the root mean square of its layer's units there
+    snippets   its strongest activations in the clean stream, one per story, with the gate's marks
     writes     the tokens whose logits its output weights raise and lower the most, see lens()
-    neighbours the units whose output weights point the same way: the cosine, see neighbours()
-    stories    token by token, the units that are kept there; without gates those that write most
+    neighbours the units whose output weights have the largest cosine with its own
+    stories    for each token, the units that are kept there; without a gate those that write most
 
-Graphs, explanations and gate usage are shown where interp/n2g.py, interp/explain.py and
-interp/units.py have left them beside the same weights; else the page says which command makes them.
+Graphs, explanations and gate usage are shown if interp.n2g, interp.explain and interp.units have
+left them beside the same weights. Otherwise the page shows the command that makes them. At most
+--windows windows of text are read. An interrupted call leaves no page: repeat the command.
 
-Nothing is kept of a page that is interrupted: the same command begins again. Of the text at most
---windows are read, so that the paper's geometry takes less than 2 minutes on 2 cores.
-
-Shape letters: W windows of T tokens, L layers, M neurons and A attention units in each, which are
-its U units in this order, N = L U, k units kept of a layer, K snippets of a unit, S stories, n
-tokens of a batch or of all stories, C channels of the residual stream, H heads, D = C / H, V.
+Shape letters: W windows of T tokens, L layers, M neurons and A attention units in each, together
+its U units in this order, N = L U, k units kept in a layer, K snippets of a unit, n tokens of a
+batch or of all stories, C channels of the residual stream, H heads, D = C / H, V.
 """
 
+import argparse
 import base64
-import hashlib
 import json
-import os
-import re
-import shlex
-import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # python puts interp/ there
 import config as knobs
-from eval import centred, trained_with
-from interp.common import ablation, check_range, check_writable, open_tasks, run_parser
+from eval import centred, open_runs, run_parser
 from interp.activations import (
-    TOKENS, UNITS, Site, Strongest, Text, kept_units, read_sites, read_windows, windows_at)
-from interp.results import check_finite, fits, is_of, read_json, result_path, write_text
-from prepare import UserError, load_tokenizer
+    TOKENS, UNITS, Site, Strongest, Text, kept_units, read_sites, read_windows, token_text,
+    windows_at)
+from interp.results import ROOT, digests, read_json, result_path, write_text
+from prepare import UserError, load_tokenizer, load_tokens
 
 TEMPLATE = ROOT / "assets" / "browse.html"
-MARK = '<meta name="generator" content="interp/browse.py">'  # what tells a page from other files
 LEFT, RIGHT = 15, 8  # tokens of a snippet on both sides of the strongest one
 WIDTH = LEFT + 1 + RIGHT  # at most 32: a bit for each of them in a uint32
 LISTED = 8  # tokens that a unit promotes, and that it suppresses
 NEAR = 6  # neighbours of a unit
 AT_ONCE = 2**26  # activations in memory at a time: 256 MB
-STRONGEST = 2  # neurons, and attention units, that a story shows of a layer without gates
+STRONGEST = 2  # neurons, and attention units, that a story shows in a layer without a gate
 GRAPH = 24  # nodes of a graph that are shown, at most
-# other experiments' files: their script, what is read, and what that must look like
-FINDINGS = {
-    "n2g": ("n2g_neurons.json", {"neurons": [{"layer": int, "neuron": int}]}),
-    "explain": ("explain_neurons.json", {"neurons": [{"layer": int, "neuron": int}]}),
-    "units": ("units.json", {"kinds": {"attn": dict, "mlp": dict}})}
-NUMBER = (int, float, type(None))
+# what the page shows of each neuron, or kind of units, in the files of other experiments
+EXPLANATION = ("layer", "neuron", "explanation", "score", "random_score", "reason")
+SCORES = ("layer", "neuron", "precision", "recall", "f1")
+USAGE = ("dead", "entropy", "effective", "mutual_information", "counted_information",
+         "shuffled_information", "token_share", "stability")
+
+# ------------------------------------------------------------------------------- units of a model
 
 
-# -------------------------------------------------------------------------------- units of a layer
+class Units:
+    """The units of some layers of a model: in each layer neurons, then attention units."""
 
+    def __init__(self, model, layers):
+        self.model, self.config = model, model.config
+        self.layers = layers
+        self.M = 4 * model.config.n_embd
+        self.A = model.config.attn_units
+        self.U = self.M + self.A
+        self.sites = [Site(model, layer, site) for layer in layers for site in UNITS]
 
-def unit_activations(x, config):
-    """What UNITS read side by side, x (..., M + C) -> activations (..., U)."""
-    if config.attn_unit == "dim":
-        return x
-    neurons, channels = x.split((4 * config.n_embd, config.n_embd), -1)
-    heads = channels.unflatten(-1, (config.n_head, -1)).norm(dim=-1)  # (..., H)
-    return torch.cat((neurons, heads), -1)
+    def read(self, idx):
+        """idx (B, T) -> what UNITS read (B, T, L, M + C)."""
+        x = read_sites(self.sites, idx)
+        return x.unflatten(-1, (len(self.layers), -1))
 
+    def heads(self, x):
+        """What read returns -> the outputs of the heads (..., H, D)."""
+        channels = x[..., self.M :]  # (..., C)
+        return channels.unflatten(-1, (self.config.n_head, -1))
 
-def strength(activations, M):
-    """How strong activations (..., U) are: those of attention units may have either sign."""
-    return torch.cat((activations[..., :M], activations[..., M:].abs()), -1)
+    def activations(self, x):
+        """What read returns -> (..., U)."""
+        if self.config.attn_unit == "dim":
+            return x
+        neurons = x[..., : self.M]
+        heads = self.heads(x).norm(dim=-1)  # (..., H)
+        return torch.cat((neurons, heads), -1)
 
+    def split(self, values):
+        """(..., U) -> those of neurons (..., M), and of attention units (..., A)."""
+        return values.split((self.M, self.A), -1)
 
-def fires(strengths, M):
-    """Where units of these strengths (..., U) fire: bool (..., U). See the head of this file."""
-    neurons, attention = strengths[..., :M], strengths[..., M:]
-    bar = attention.square().mean(-1, keepdim=True).sqrt()  # (..., 1)
-    return torch.cat((neurons > 0, attention > bar), -1)
+    def sizes(self, activations):
+        """Activations (..., U) -> their sizes, as attention units have either sign, and where units
+        fire: bool."""
+        neurons, attention = self.split(activations)
+        attention = attention.abs()
+        mean_square = attention.square().mean(-1, keepdim=True)  # (..., 1)
+        fires = attention > mean_square.sqrt()
+        sizes = torch.cat((neurons, attention), -1)
+        return sizes, torch.cat((neurons > 0, fires), -1)
 
+    def kept(self, idx):
+        """idx (B, T) -> the numbers of the units that the gates keep, (B, T, L, k)."""
+        kept = kept_units(self.model, idx)
+        attention = kept["attn"] + self.M
+        return torch.cat((kept["mlp"], attention), -1)
 
-def kept_of_both_kinds(model, idx):
-    """idx (B, T) -> the units that the gates keep, (B, T, L, k): neurons, then attention units."""
-    kept = kept_units(model, idx)
-    return torch.cat((kept["mlp"], kept["attn"] + 4 * model.config.n_embd), -1)
+    def writes(self, outputs):
+        """What units write into the residual stream per unit of activation: (N, C).
 
-
-def read_kept(model, text, title):
-    """The units that the gates keep at every token of all windows: (W, T, L, k) uint16."""
-    activate = partial(kept_of_both_kinds, model)
-    found = []
-    for _, kept in read_windows(
-            activate, text.tokens, text.starts, text.T, text.device, title=title):
-        found.append(kept.cpu().numpy().astype(np.uint16))
-    return np.concatenate(found)
-
-
-def rates(kept, U):
-    """How often units are kept: kept (W, T, L, k) -> shares of the W T tokens, (N)."""
-    W, T, L, _ = kept.shape
-    counts = []
-    for layer in range(L):
-        units = kept[:, :, layer].flatten()  # (W T k)
-        counts.append(np.bincount(units, minlength=U))
-    return np.concatenate(counts) / (W * T)
-
-
-class HeadOutputs:
-    """What the heads of a layer put out on average, for each unit of their norm.
-
-    The m (D) that makes norm(z) m as near as can be, by least squares, to a head's outputs z (D):
-    sum norm(z) z / sum norm(z)^2.
-    """
-
-    def __init__(self):
-        self.products = self.squares = 0
-
-    def add(self, z):
-        """z (n, H, D)"""
-        norm = z.double().norm(dim=-1, keepdim=True)  # (n, H, 1)
-        self.products += (norm * z).sum(0)
-        self.squares += norm.square().sum(0)
-
-    def mean(self):
-        """(H, D) float32"""
-        return (self.products / self.squares.clamp_min(1e-30)).float()
-
-
-def directions(model, layer, heads):
-    """What units write into the residual stream for each unit of their activation: (U, C).
-
-    Of a neuron or a channel its row of output weights; of a head, m W_O with the m of HeadOutputs.
-    """
-    block = model.transformer["h"][layer]
-    neurons = block.mlp.c_proj.weight.T  # (M, C)
-    attention = block.attn["attention"].out_proj.weight.T  # (C, C), from channels of the heads
-    if model.config.attn_unit == "head":
-        rows = attention.unflatten(0, (model.config.n_head, -1))  # (H, D, C)
-        attention = torch.einsum("hd,hdc->hc", heads.mean(), rows)
-    return torch.cat((neurons, attention))
+        A neuron or a channel writes its row of output weights; a head its outputs (L, H, D) W_O.
+        """
+        found = []
+        for place, layer in enumerate(self.layers):
+            block = self.model.transformer["h"][layer]
+            neurons = block.mlp.c_proj.weight.T  # (M, C)
+            attention = block.attn["attention"].out_proj.weight.T  # (C, C), from heads' channels
+            if self.config.attn_unit == "head":
+                rows = attention.unflatten(0, (self.A, -1))  # (H, D, C)
+                attention = torch.einsum("hd,hdc->hc", outputs[place], rows)
+            found += [neurons, attention]
+        return torch.cat(found).cpu()
 
 
 @torch.no_grad()
-def measure_layers(model, layers, text, count, title):
-    """What a Text says about the units of these layers, N of them: arrays of the first dimension N.
-
-    count: K
-    """
-    config, M, L = model.config, 4 * model.config.n_embd, len(layers)
-    sites = [Site(model, layer, site) for layer in layers for site in UNITS]
-    fired, tokens, best = 0, 0, Strongest(count)
-    heads = [HeadOutputs() for _ in layers]
-    for x, positions, stories in text.read(partial(read_sites, sites), title=title):
-        x = x.unflatten(-1, (L, -1))  # (n, L, M + C)
-        strengths = strength(unit_activations(x, config), M)  # (n, L, U)
-        fired += fires(strengths, M).sum(0)
+def measure_layers(units, text, count, title):
+    """What a Text says about all N units of these layers: arrays (N, ...). count: K."""
+    fired = tokens = products = squares = 0
+    best, outputs = Strongest(count), None
+    for x, positions, stories in text.read(units.read, title=title):  # x (n, L, M + C)
+        sizes, fires = units.sizes(units.activations(x))  # (n, L, U) each
+        fired += fires.sum(0)
         tokens += len(x)
-        best.add(strengths.flatten(1), positions, stories)
-        if config.attn_unit == "head":
-            z = x[..., M:].unflatten(-1, (config.n_head, -1))  # (n, L, H, D)
-            for layer, outputs in enumerate(heads):
-                outputs.add(z[:, layer])
+        best.add(sizes.flatten(1), positions, stories)
+        if units.config.attn_unit == "head":
+            z = units.heads(x).double()  # (n, L, H, D)
+            norm = z.norm(dim=-1, keepdim=True)  # (n, L, H, 1)
+            products += (norm * z).sum(0)
+            squares += norm.square().sum(0)
+            # per unit of norm, by least squares: the m for which norm(z) m is nearest to z
+            outputs = (products / squares.clamp_min(1e-30)).float()  # (L, H, D)
 
     def activate(idx):
-        x = read_sites(sites, idx).unflatten(-1, (L, -1))  # (B, T, L, M + C)
-        return unit_activations(x, config).flatten(2)  # (B, T, N)
+        return units.activations(units.read(idx)).flatten(2)  # (B, T, N)
 
     peaks, positions = best.found()  # (N, K) each
     snippets = text.snippets(activate, positions, LEFT, RIGHT)
     found = snippet_arrays(snippets, positions.numpy(), peaks.numpy(), text)
-    found["fires"] = fired.flatten().cpu().numpy() / tokens
-    found["largest"] = peaks[:, 0].numpy()
-    writes = [directions(model, layer, outputs) for layer, outputs in zip(layers, heads)]
-    found["directions"] = torch.cat(writes).cpu().numpy()  # (N, C)
+    found["fires"] = fired.flatten().cpu().double() / tokens
+    found["largest"] = peaks[:, 0]
+    found["writes"] = units.writes(outputs)  # (N, C)
     return found
 
 
 def measure_units(model, text, count, title):
     """The same for all layers of a model, as many of them in a pass as fit into AT_ONCE."""
-    config, found = model.config, []
-    units = 4 * config.n_embd + config.attn_units
-    step = max(1, AT_ONCE // (TOKENS * units))
-    for first in range(0, config.n_layer, step):
-        layers = range(config.n_layer)[first : first + step]
-        name = f"{title}: units from layer {first}"
-        found.append(measure_layers(model, layers, text, count, name))
-    joined = {}
-    for name in found[0]:
-        joined[name] = np.concatenate([arrays[name] for arrays in found])
-    return joined
+    every = Units(model, range(model.config.n_layer))
+    step = max(1, AT_ONCE // (TOKENS * every.U))
+    parts, arrays = [], {}
+    for first in every.layers[::step]:
+        layers = every.layers[first : first + step]
+        parts.append(measure_layers(Units(model, layers), text, count, title))
+    for name in parts[0]:
+        arrays[name] = np.concatenate([part[name] for part in parts])
+    return arrays
 
 
 def snippet_arrays(snippets, positions, peaks, text):
@@ -209,39 +174,46 @@ def snippet_arrays(snippets, positions, peaks, text):
     begin: the place of the first token in the windows one after the other. peak: which token is
     the strongest. values (N, K, WIDTH): activations in 127ths of the unit's largest one.
     """
-    windows = np.searchsorted(text.starts + text.context, positions, side="right") - 1  # (N, K)
-    offsets = positions - text.starts[windows]  # (N, K): the strongest token in its window
-    begin = np.zeros(positions.shape, np.uint32)
-    length = np.zeros(positions.shape, np.uint8)
-    peak = np.zeros(positions.shape, np.uint8)
-    values = np.zeros((*positions.shape, WIDTH), np.float32)
+    shape = positions.shape
+    length = np.zeros(shape, np.uint8)
+    peak = np.zeros(shape, np.uint8)
+    values = np.zeros((*shape, WIDTH), np.float32)
     for unit, place in np.argwhere(peaks > 0):
         snippet = snippets[unit][place]
-        first = offsets[unit, place] - snippet.peak
-        begin[unit, place] = windows[unit, place] * text.T + first
         length[unit, place] = len(snippet.tokens)
         peak[unit, place] = snippet.peak
         values[unit, place, : len(snippet.values)] = snippet.values
-    largest = np.maximum(peaks[:, :1, None], 1e-30)  # (N, 1, 1)
-    values = np.rint(127 * values / largest).clip(-127, 127)
-    return {"begin": begin, "length": length, "peak": peak, "values": values.astype(np.int8)}
+    counted_from = text.starts + text.context  # (W)
+    windows = np.searchsorted(counted_from, positions, side="right") - 1  # (N, K)
+    offsets = positions - text.starts[windows]  # (N, K), of the strongest token in its window
+    largest = np.maximum(peaks[:, :1], 1e-30)  # (N, 1)
+    values = 127 * values / largest[..., None]
+    values = np.rint(values).clip(-127, 127).astype(np.int8)
+    begin = windows * text.T + offsets - peak
+    return {"begin": begin, "length": length, "peak": peak, "values": values}
 
 
-def marks(begin, length, kept):
-    """At which tokens of their snippets, begin and length (N, K), the gate keeps the units.
-
-    kept (W, T, L, k) -> uint32 (N, K): bit i stands for token i.
-    """
-    W, T, L, _ = kept.shape
+def gate_arrays(units, text, begin, length, title):
+    """How often the gates keep each of N units, kept (N), and at which tokens of its snippets,
+    begin and length (N, K): marks (N, K), bit i stands for token i."""
+    N, parts = len(begin), []
+    layers = np.arange(0, N, units.U)[:, None]  # (L, 1): the first unit of each
+    batches = read_windows(units.kept, text.tokens, text.starts, text.T, text.device, title)
+    for _, kept in batches:
+        kept = kept.cpu().numpy() + layers  # (B, T, L, k), numbers below N
+        parts.append(kept.reshape(kept.shape[0] * text.T, -1))
+    kept = np.concatenate(parts)  # (W T, L k)
+    places = np.arange(len(kept))  # (W T)
+    counted = kept[places % text.T >= text.context]
+    rates = np.bincount(counted.ravel(), minlength=N) / len(counted)
+    keys = (places[:, None] * N + kept).ravel()  # of every place and unit kept there, rising
     i = np.arange(WIDTH, dtype=np.uint32)
-    found = []
-    for layer, first in enumerate(np.split(begin, L)):  # (U, K)
-        won = kept[:, :, layer].reshape(W * T, -1)  # (W T, k)
-        places = np.minimum(first[..., None] + i, W * T - 1)  # (U, K, WIDTH)
-        units = np.arange(len(first))[:, None, None, None]
-        found.append((won[places] == units).any(-1))
-    marked = np.concatenate(found) & (i < length[..., None])  # (N, K, WIDTH)
-    return (marked.astype(np.uint32) << i).sum(-1, dtype=np.uint32)
+    shown = (begin[..., None] + i) * N  # (N, K, WIDTH)
+    shown += np.arange(N)[:, None, None]
+    nearest = np.searchsorted(keys, shown).clip(max=len(keys) - 1)
+    marked = (keys[nearest] == shown) & (i < length[..., None])
+    marks = (marked << i).sum(-1, dtype=np.uint32)  # (N, K)
+    return {"kept": rates, "marks": marks}
 
 
 # ---------------------------------------------------------------------------------- what they write
@@ -252,9 +224,8 @@ def lens(model, writes):
     """The logit lens (nostalgebraist 2020) of weights: writes (N, C) -> tokens and logits, each
     (N, 2 LISTED), first the most promoted tokens, then the most suppressed ones.
 
-    (w - mean w) * gain of ln_f, times the unembedding, less the mean over the vocabulary (no
-    softmax sees it): how an activation of 1 moves the logits if nothing else reads it on the way,
-    but for the scale by which ln_f divides.
+    (w - mean w) * gain of ln_f, times the unembedding, minus the mean over the vocabulary: how an
+    activation of 1 moves the logits directly, up to the scale by which ln_f divides.
     """
     gain = model.transformer["ln_f"].weight.cpu()
     unembedding = model.lm_head.weight.cpu()  # (V, C)
@@ -266,7 +237,7 @@ def lens(model, writes):
         lowered = logits.topk(count, largest=False)
         tokens.append(torch.cat((raised.indices, lowered.indices), -1))
         values.append(torch.cat((raised.values, lowered.values), -1))
-    return torch.cat(tokens).numpy(), torch.cat(values).numpy()
+    return torch.cat(tokens), torch.cat(values)
 
 
 @torch.no_grad()
@@ -276,319 +247,193 @@ def neighbours(writes):
     Centred over channels, as LayerNorm sees them; neurons and attention units of all layers.
     """
     rows = F.normalize(centred(writes, -1), dim=-1)  # (N, C)
+    count = min(NEAR, len(rows) - 1)
     others, cosines = [], []
-    for part, own in zip(rows.split(512), torch.arange(len(rows)).split(512)):
-        cosine = (part @ rows.T).scatter_(-1, own[:, None], -2.0)  # (512, N): not itself
-        top = cosine.topk(min(NEAR, len(rows) - 1))
+    for own in torch.arange(len(rows)).split(512):
+        cosine = rows[own] @ rows.T  # (512, N)
+        cosine.scatter_(-1, own[:, None], -2.0)  # not itself
+        top = cosine.topk(count)
         others.append(top.indices)
         cosines.append(top.values)
-    return torch.cat(others).numpy(), torch.cat(cosines).numpy()
+    return torch.cat(others), torch.cat(cosines)
 
 
 # -------------------------------------------------------------------------------------- the stories
 
 
 def spread(count, total):
-    """At most count of the numbers below total, evenly over them."""
+    """At most count of the numbers below total, evenly spread."""
     return np.linspace(0, total, min(count, total), endpoint=False, dtype=int)
 
 
 def pick_stories(tokens, eot, T, count):
-    """Stories of a text, spread evenly, whole ones where they fit: windows (S, T) and lengths (S).
-
-    An end-of-text comes before each of them and fills the window behind it.
-    """
-    ends = np.append(np.flatnonzero(tokens == eot), len(tokens))
-    begins = np.append(0, ends[:-1] + 1)
-    sizes = ends - begins
-    chosen = np.flatnonzero((0 < sizes) & (sizes < T))
-    if not len(chosen):
-        chosen = np.flatnonzero(sizes)
-    chosen = chosen[spread(count, len(chosen))]
-    lengths = np.minimum(sizes[chosen], T - 1)
-    windows = np.full((len(chosen), T), eot, np.int64)
-    for window, begin, length in zip(windows, begins[chosen], lengths):
-        window[1 : length + 1] = tokens[begin : begin + length]
-    return windows, lengths
-
-
-def units_to_show(written, M, idx, model):
-    """The units of every layer and token of idx (1, T + 1), its first left out: (T, L, k).
-
-    The kept ones or, without gates, the STRONGEST of a kind by what they write, (T, L, U).
-    """
-    if model.config.ablation != "none":
-        return kept_of_both_kinds(model, idx)[0, 1:]
-    neurons, attention = written[..., :M], written[..., M:]
-    strongest = neurons.topk(min(STRONGEST, M)).indices
-    others = attention.topk(min(STRONGEST, attention.size(-1))).indices
-    return torch.cat((strongest, others + M), -1)
+    """At most count stories of a text, evenly spread, whole ones if any fit: a list of arrays of at
+    most T tokens. An end-of-text comes before each."""
+    text = np.append(eot, tokens)
+    begins = np.flatnonzero(text == eot)
+    stories = [story for story in np.split(text, begins) if len(story) > 1]
+    chosen = [story for story in stories if len(story) <= T] or stories
+    places = spread(count, len(chosen))
+    return [chosen[place][:T] for place in places]
 
 
 @torch.no_grad()
-def read_stories(model, windows, lengths, writes, device):
+def read_stories(units, stories, writes, device):
     """Which units to show at every token of the stories: units and activations, each (n, L, k).
 
-    What writes most, |a| |w|, comes first. writes: (L, U, C)
+    The kept ones or, without a gate, the STRONGEST of each kind. The unit that writes most,
+    |a| |w|, comes first. writes: (N, C)
     """
-    config, M = model.config, 4 * model.config.n_embd
-    sites = [Site(model, layer, site) for layer in range(config.n_layer) for site in UNITS]
-    sizes = writes.norm(dim=-1).to(device)  # (L, U)
-    units, values = [], []
-    for window, length in zip(windows, lengths):
-        idx = torch.from_numpy(window[None, : length + 1]).to(device)  # (1, T + 1)
-        x = read_sites(sites, idx)[0, 1:].unflatten(-1, (config.n_layer, -1))  # (T, L, M + C)
-        activations = unit_activations(x, config)  # (T, L, U)
-        written = activations.abs() * sizes
-        shown = units_to_show(written, M, idx, model)  # (T, L, k)
-        order = written.gather(-1, shown).sort(dim=-1, descending=True, stable=True).indices
+    lengths = writes.norm(dim=-1).to(device)  # (N)
+    lengths = lengths.view(-1, units.U)  # (L, U)
+    found, values = [], []
+    for story in stories:
+        idx = torch.from_numpy(story)[None].to(device)  # (1, T + 1)
+        activations = units.activations(units.read(idx))[0, 1:]  # (T, L, U)
+        written = activations.abs() * lengths
+        if units.config.ablation == "none":
+            neurons, attention = units.split(written)
+            neurons = neurons.topk(STRONGEST).indices
+            attention = attention.topk(min(STRONGEST, units.A)).indices
+            shown = torch.cat((neurons, attention + units.M), -1)  # (T, L, k)
+        else:
+            shown = units.kept(idx)[0, 1:]  # (T, L, k)
+        written = written.gather(-1, shown)  # (T, L, k)
+        order = written.argsort(dim=-1, descending=True, stable=True)
         shown = shown.gather(-1, order)
-        units.append(shown.cpu().numpy())
-        values.append(activations.gather(-1, shown).cpu().numpy())
-    return np.concatenate(units), np.concatenate(values)
+        found.append(shown)
+        values.append(activations.gather(-1, shown))
+    return torch.cat(found).cpu(), torch.cat(values).cpu()
 
 
 # ------------------------------------------------------------------- what other experiments found
 
 
-def read_finding(run, name, form):
-    """A result file beside a run; None where there is none of these weights. Raises UserError."""
-    path = result_path(run.path, name)
-    if not path.exists():
-        return None
-    found = read_json(path)
-    if not fits(found, {"checkpoint": str, **form}):
-        raise UserError(f"{path} is damaged: delete it, and make it again")
-    return found if is_of(found, run.model) else None
-
-
-def importance(node):
-    """What to sort the nodes of a graph by, the ones to show first."""
-    return (not node["activating"], -(node["importance"] or 0))
-
-
-def graph_of(entry):
-    """What is shown of an entry of n2g_neurons.json, at most GRAPH nodes of it, or None."""
-    graph = entry.get("graph")
-    node = {"id": str, "activating": bool, "importance": NUMBER}
-    if not fits(graph, {"nodes": [node], "edges": [{"source": str, "target": str}]}):
-        return None
-    nodes = sorted(graph["nodes"], key=importance)
-    shown = nodes[:GRAPH]
-    places = {node["id"]: place for place, node in enumerate(shown)}
-    edges = []
-    for edge in graph["edges"]:
-        ends = [places.get(edge["source"]), places.get(edge["target"])]
-        if None not in ends:
-            edges.append(ends)
-    return {"nodes": [list(map(node.get, ("id", "activating", "importance"))) for node in shown],
-            "edges": edges, "left_out": len(nodes) - len(shown)}
+def read_result(run, file):
+    """A result file beside a run; None if there is none of these weights."""
+    path = result_path(run.path, file)
+    result = read_json(path) if path.exists() else {}
+    weights = digests(run.model.state_dict())
+    return result if weights.items() <= result.items() else None
 
 
 def picked(entry, names):
-    """Those of the names that an entry has, with what it has there."""
-    return {name: entry[name] for name in names if name in entry}
+    return {name: entry.get(name) for name in names}
+
+
+def graph_of(entry):
+    """What is shown of an entry of n2g_neurons.json: scores, and at most GRAPH nodes."""
+    graph = entry["graph"] or {"nodes": [], "edges": []}
+    nodes = sorted(graph["nodes"], key=lambda node: (-node["activating"], -node["importance"]))
+    shown = nodes[:GRAPH]
+    names = {node["id"] for node in shown}
+    edges = [ends for ends in graph["edges"] if {ends["source"], ends["target"]} <= names]
+    return {**picked(entry, SCORES), "nodes": shown, "edges": edges,
+            "left_out": len(nodes) - len(shown)}
 
 
 def findings(run):
-    """What the page says of single neurons and layers, by the script that found it.
-
-    Where it has not, the command that does. Raises UserError on a damaged file.
-    """
-    config, found, commands = run.model.config, {}, {}
-    for script, (name, form) in FINDINGS.items():
-        found[script] = read_finding(run, name, form)
-        of_gates = script == "units"
-        if not found[script] and not (of_gates and config.ablation == "none"):
-            commands[script] = f"python interp/{script}.py {shlex.quote(str(run.path))}"
-    graphs, texts, usage = {}, {}, {}
-    for entry in found["n2g"]["neurons"] if found["n2g"] else ():
-        name = f"L{entry['layer']}N{entry['neuron']}"
-        graphs[name] = picked(entry, ("precision", "recall", "f1")) | {"graph": graph_of(entry)}
-    for entry in found["explain"]["neurons"] if found["explain"] else ():
-        name = f"L{entry['layer']}N{entry['neuron']}"
-        texts[name] = picked(entry, ("explanation", "score", "random_score", "reason"))
-    for kind, facts in found["units"]["kinds"].items() if found["units"] else ():
-        by_layer = [name for name in facts if fits(facts[name], [NUMBER])]
-        usage[kind] = picked(facts, by_layer)
-    return {"graphs": graphs, "explanations": texts, "usage": usage, "commands": commands}
+    """What other experiments found for the weights of this run; null where nothing is there."""
+    n2g = read_result(run, "n2g_neurons.json")
+    explain = read_result(run, "explain_neurons.json")
+    units = read_result(run, "units.json")
+    return {
+        "n2g": n2g and [graph_of(entry) for entry in n2g["neurons"]],
+        "explain": explain and [picked(entry, EXPLANATION) for entry in explain["neurons"]],
+        "usage": units and {kind: picked(use, USAGE) for kind, use in units["kinds"].items()}}
 
 
 # -------------------------------------------------------------------------------------- the page
 
 
-def choose_windows(task, count, device):
-    """The Text that a run is looked at on: at most count windows, spread evenly.
-
-    A quarter of a window stands before every token that counts.
-    """
-    T = task.run.model.config.block_size
-    context = T // 4
-    starts = np.arange(0, len(task.tokens) - T + 1, T - context)
-    starts = starts[spread(count, len(starts))]
-    return Text(task.tokens, task.meta["eot"], T, device, context, starts)
-
-
-def describe(run, text, count):
-    """What the page says of a run beside its arrays. count: K"""
-    config = run.model.config
-    gated = config.ablation != "none"
-    recipe = trained_with(run) | {"k_mlp": config.k_mlp if gated else 0}
-    return {
-        "recipe": ablation(recipe).replace("none", "baseline"), "step": run.step, "gated": gated,
-        "layers": config.n_layer, "neurons": 4 * config.n_embd, "attention": config.attn_units,
-        "attn_unit": config.attn_unit, "snippets": count,
-        "tokens": len(text.starts) * (text.T - text.context)}
+def packed(arrays):
+    """Arrays as the page reads them: {name: its type, and its numbers, little-endian, in base64}:
+    bytes, float32, or uint32 for places, units and tokens."""
+    found = {}
+    for name, array in arrays.items():
+        array = np.asarray(array)
+        if array.dtype.itemsize > 1:
+            array = array.astype("<f4" if array.dtype.kind == "f" else "<u4")
+        text = base64.b64encode(array.tobytes()).decode()
+        found[name] = {"type": array.dtype.name, "data": text}
+    return found
 
 
-def measure_run(task, windows, lengths, args, device):
-    """A run as the page knows it: a dict of facts, and of arrays by their name in the template.
-
-    windows (S, T), lengths (S): the stories. Those arrays that hold tokens are called *tokens.
-    """
-    run, config, title = task.run, task.run.model.config, str(task.run.path)
-    check_finite(run)
-    found = findings(run)  # before minutes pass
+def measure_run(run, stories, args, device):
+    """A run as the page reads it: a dict of facts, and of packed arrays."""
+    found = findings(run)
     model = run.model.to(device)
-    text = choose_windows(task, args.windows, device)
-    arrays = measure_units(model, text, args.snippets, title)
-    writes = torch.from_numpy(arrays.pop("directions"))  # (N, C)
-    if config.ablation != "none":
-        kept = read_kept(model, text, f"{title}: gates")  # (W, T, L, k)
-        U = len(writes) // config.n_layer
-        arrays["kept"] = rates(kept[:, text.context :], U)
-        arrays["marks"] = marks(arrays["begin"], arrays["length"], kept)
-    arrays["text_tokens"] = windows_at(text.tokens, text.starts, text.T, "cpu").numpy()
+    tokens = load_tokens(run.folder, "val")
+    T = model.config.block_size
+    context = T // 4  # tokens before every one that counts
+    starts = np.arange(0, len(tokens) - T + 1, T - context)
+    starts = starts[spread(args.windows, len(starts))]
+    text = Text(tokens, run.meta["eot"], T, device, context, starts)
+    arrays = measure_units(model, text, args.snippets, f"{run.path}: units")
+    writes = torch.from_numpy(arrays.pop("writes"))  # (N, C)
+    units = Units(model, range(model.config.n_layer))
+    if model.config.ablation != "none":
+        arrays |= gate_arrays(
+            units, text, arrays["begin"], arrays["length"], f"{run.path}: gates")
+    arrays["text_tokens"] = windows_at(tokens, starts, T, "cpu").numpy()  # (W, T)
     arrays["lens_tokens"], arrays["lens_values"] = lens(model, writes)
     arrays["near"], arrays["cosines"] = neighbours(writes)
-    by_layer = writes.unflatten(0, (config.n_layer, -1))  # (L, U, C)
-    arrays["story_units"], arrays["story_values"] = read_stories(
-        model, windows, lengths, by_layer, device)
-    facts = describe(run, text, arrays["begin"].shape[-1])
-    return {"run": str(run.path), **found, **facts, "arrays": arrays}
+    shown, values = read_stories(units, stories, writes, device)
+    arrays |= {"story_units": shown, "story_values": values}
+    return {
+        "run": run.path, "step": run.step, "config": vars(model.config),
+        "tokens": len(starts) * (T - context), "arrays": packed(arrays), **found}
 
 
-def packed(array):
-    """An array as the page reads it: its type, and its numbers, little-endian, in base64.
-
-    Fractions in float32; whole numbers of more than a byte, which are places, in uint32.
-    """
-    if array.dtype.itemsize > 1:
-        array = array.astype(np.float32 if array.dtype.kind == "f" else np.uint32)
-    numbers = array.astype(array.dtype.newbyteorder("<"))
-    return {"type": array.dtype.name, "data": base64.b64encode(numbers.tobytes()).decode()}
-
-
-def page_data(runs, windows, lengths, tokenizer):
-    """What the template's script reads: these runs, with only those tokens that it can show."""
-    stories = [window[1 : length + 1] for window, length in zip(windows, lengths)]
-    listed = {"story_tokens": np.concatenate(stories)}
-    used = [listed["story_tokens"]]
-    for run in runs:
-        used += [run["arrays"][name].flatten() for name in ("text_tokens", "lens_tokens")]
-    used = np.unique(np.concatenate(used))  # (tokens), rising
-    texts = []
-    for token in used.tolist():
-        text = tokenizer.decode_single_token_bytes(token)
-        texts.append(text.decode(errors="backslashreplace"))  # a token may end within a letter
-
-    def shown(arrays):
-        for name in arrays:
-            if name.endswith("tokens"):
-                arrays[name] = np.searchsorted(used, arrays[name])
-        return {name: packed(array) for name, array in arrays.items()}
-
-    return {"texts": texts, "width": WIDTH, "story_lengths": lengths.tolist(), **shown(listed),
-            "runs": [run | {"arrays": shown(run["arrays"])} for run in runs]}
-
-
-def render(data):
-    """The page: the template with this data in it.
-
-    No text of a story can end the script it stands in, as JSON needs none of < > & and letters
-    beyond ASCII, and the page may run this script and no other.
-    """
-    template = TEMPLATE.read_text(encoding="utf-8")
-    policy = ["default-src 'none'", "base-uri 'none'", "form-action 'none'"]
-    for tag in ("style", "script"):
-        content = re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1]
-        digest = hashlib.sha256(content.encode()).digest()
-        policy.append(f"{tag}-src 'sha256-{base64.b64encode(digest).decode()}'")
+def write_page(path, runs, args, device):
+    """Measure these runs, in this order, and write their page."""
+    first = runs[0]
+    tokenizer = load_tokenizer(first.tokenizer)
+    T = min(run.model.config.block_size for run in runs)
+    tokens = load_tokens(first.folder, "val")
+    stories = pick_stories(tokens, first.meta["eot"], T, args.stories)
+    story_tokens = np.concatenate([story[1:] for story in stories])
+    data = packed({"story_tokens": story_tokens}) | {
+        "width": WIDTH,
+        "story_lengths": [len(story) - 1 for story in stories],
+        "texts": [token_text(tokenizer, token) for token in range(tokenizer.n_vocab)],
+        "runs": [measure_run(run, stories, args, device) for run in runs]}
     text = json.dumps(data, separators=(",", ":"))
-    for letter in "<>&":
+    for letter in "<>&":  # so no text of a story can end the script that it stands in
         text = text.replace(letter, f"\\u{ord(letter):04x}")
-    page = template.replace("DATA", text, 1)  # first, as a digest may spell that
-    return page.replace("POLICY", "; ".join(policy), 1)
-
-
-def check_page(path):
-    """Raises UserError when path cannot be written, or is a file that is no earlier page."""
-    if os.path.isfile(path):  # False, not an error, for a name that is too long
-        with open(path, "rb") as file:
-            if MARK.encode() not in file.read(1000):
-                raise UserError(f"{path} is there and no page of this program: "
-                                f"delete it, or name another with --page")
-    check_writable(path)
-
-
-def write_page(path, tasks, args, device):
-    """Measures these runs, in this order, and writes their page."""
-    first = tasks[0]
-    tokenizer = load_tokenizer(first.run.tokenizer)
-    T = min(task.run.model.config.block_size for task in tasks)
-    windows, lengths = pick_stories(first.tokens, first.meta["eot"], T, args.stories)
-    runs = [measure_run(task, windows, lengths, args, device) for task in tasks]
-    write_text(path, render(page_data(runs, windows, lengths, tokenizer)))
+    write_text(path, TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 # ------------------------------------------------------------------------------- the command line
 
 
-def parse_arguments(argv):
-    """The command line. Raises UserError on what cannot work."""
-    parser = run_parser(__doc__)
-    add = parser.add_argument
-    add("--page", metavar="FILE", help="one page of all these runs, side by side (.html)")
-    add("--data", help="prepared data whose held-out text to use (default: the run's own)")
-    add("--windows", type=int, default=400, help="windows of text to read, at most (default 400)")
-    add("--snippets", type=int, default=8, help="snippets of each unit, at most (default 8)")
-    add("--stories", type=int, default=8, help="stories to show token by token (default 8)")
-    args = parser.parse_args(argv)
-    for name, most in (("windows", 100_000), ("snippets", 100), ("stories", 1000)):
-        check_range(args, name, 1, most)
-    if args.page is not None and Path(args.page).suffix != ".html":
-        raise UserError(f"--page={args.page} must end in .html")
-    return args
-
-
-def pages_of(tasks, page):
-    """[(path, its tasks)]: a page for each run, or this one for all. Raises UserError."""
-    paths = [result_path(task.run.path, "browse.html") for task in tasks]
-    seen = set()
-    for task, path in zip(tasks, paths):
-        if path.resolve() in seen:
-            raise UserError(f"{task.run.path} is given twice: give it once")
-        seen.add(path.resolve())
-    if page is None:
-        return [(path, [task]) for path, task in zip(paths, tasks)]
-    first = tasks[0]
-    for task in tasks:
-        if task.meta["checksum"] != first.meta["checksum"]:
-            raise UserError(f"{first.run.path} and {task.run.path} have different data: name "
-                            f"what to show both on with --data, or leave out --page")
-    return [(Path(page), tasks)]
+def html(path):
+    """For argparse: a page that can be written."""
+    if Path(path).suffix != ".html" or not Path(path).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is no .html in an existing folder")
+    return Path(path)
 
 
 def main():
-    args = parse_arguments(sys.argv[1:])
+    parser = run_parser(__doc__)
+    add = parser.add_argument
+    add("--page", type=html, metavar="FILE", help="one page of all these runs, side by side")
+    add("--windows", type=knobs.positive, default=400, help="windows of text, at most (400)")
+    add("--snippets", type=knobs.positive, default=8, help="snippets of each unit, at most (8)")
+    add("--stories", type=knobs.positive, default=8, help="stories to show, at most (8)")
+    args = parser.parse_args()
     device = knobs.pick_device(args.device)
-    tasks = open_tasks(args.runs, args.data)
-    pages = pages_of(tasks, args.page)
-    for path, _ in pages:
-        check_page(path)
-    for path, shown in pages:
-        write_page(path, shown, args, device)
+    runs = open_runs(args.runs, args.data)
+    if args.page:
+        checksums = {run.meta["checksum"] for run in runs}
+        if len(checksums) > 1:
+            raise UserError("these runs have different data: name data for all of them with "
+                            "--data, or leave out --page")
+        write_page(args.page, runs, args, device)
+    else:
+        for run in runs:
+            write_page(result_path(run.path, "browse.html"), [run], args, device)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def check_vocabulary(name, model, data):
     text = encoding.decode(load_tokens(data, "val")[:10_000].tolist())
     same = (model.config.vocab_size == meta["vocab_size"]
             and ours.get_vocab().items() <= theirs.get_vocab().items()
-            and ours.encode(text).ids == theirs.encode(text))
+            and ours.encode(text).ids == theirs.encode(text, verbose=False))
     if not same:
         raise UserError(f"{name} has no tokenizer, or another one than {data}: give data that were "
                         f"prepared with its tokenizer")
@@ -190,7 +190,7 @@ def import_run(name, out, data=None):
     save_checkpoint(out / "best.pt", model.config, model.state_dict(), **training)
 
 
-# ------------------------------------------------ autoencoders: d inputs, F features; command line
+# ------------------------------------------------------ autoencoders, of d inputs and F features
 
 
 def read_saes(run):

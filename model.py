@@ -412,6 +412,7 @@ class GPTNeo(nn.Module):
     def from_pretrained(cls, name):
         """A GPT-Neo of Hugging Face, in fp32 and without gates: a folder, or a name on the hub.
         Needs transformers. Raises ModelError."""
+        from safetensors.torch import load_file
         from transformers import AutoConfig, GPTNeoForCausalLM
 
         try:
@@ -420,13 +421,18 @@ class GPTNeo(nn.Module):
                       "layer_norm_epsilon": [1e-5], "tie_word_embeddings": [True],
                       "intermediate_size": [4 * theirs.hidden_size, None]}
             for field, values in wanted.items():
-                found = getattr(theirs, field, None)
-                if found not in values:
+                if (found := getattr(theirs, field, None)) not in values:
                     raise ValueError(f"{field}={found}, not {values[0]}")
             model, info = GPTNeoForCausalLM.from_pretrained(
                 name, dtype=torch.float32, output_loading_info=True)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot load {name}: {error}".splitlines()[0]) from None
+            for file in (*Path(name).glob("*.safetensors"), *Path(name).glob("pytorch_model*.bin")):
+                read = load_torch(file) if file.suffix == ".bin" else load_file(file)  # checks CRCs
+                if not all(w.is_floating_point() or "attention.bias" in k for k, w in read.items()):
+                    raise ValueError(f"weights in {file} are not floating point")
+            if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
+                raise ValueError("its lm_head is not its token embedding")
+        except Exception as error:  # damage can raise almost anything
+            raise ModelError(f"cannot load {name}: {' '.join(str(error).split())}") from None
         if info["missing_keys"]:
             raise ModelError(f"{name} lacks weights: {', '.join(info['missing_keys'])}")
         config = GPTNeoConfig(

@@ -1,15 +1,14 @@
-"""An exported model in TransformerLens, SAELens and AutoCircuit, the library that the paper found its circuits with.
+"""Exports in TransformerLens, SAELens, AutoCircuit, which the paper used, and old transformers.
 
-    make test-lens        makes .venv-lens and .venv-saelens, and runs this file in both
-
-Elsewhere all of it is skipped.
+    make test-lens        makes environments for them and runs this file; elsewhere it is skipped
 """
 
+import json
 import os
+import subprocess
 import sys
 import types
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from importlib.metadata import distributions
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the hub
@@ -17,128 +16,130 @@ os.environ["WANDB_MODE"] = "disabled"
 
 import pytest
 import torch
+from conftest import ROOT
+from test_hf import GEOMETRIES, exported, features, ids, snippets, write_saes
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "interp")]
-import acdc
 from eval import open_run
 from interp import hf
 from interp.activations import Site
-from test_hf import GEOMETRIES, data, ids, snippets, write_run, write_saes  # noqa: F401
+from prepare import load_tokenizer
+
+INSTALLED = {package.name for package in distributions()}
+OLD = ROOT / ".venv-old" / "bin" / "python"  # with tests/requirements-old.txt
+READ = """
+import json, sys, torch, transformers
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+text = sys.argv[2]
+batch = tokenizer([text, text[:9]], padding=True, return_tensors="pt")
+logits = model(**tokenizer(text, return_tensors="pt")).logits.double().tolist()
+print(json.dumps([transformers.__version__, [*batch], batch["input_ids"].tolist(), logits]))
+"""
 
 
-def installed(name):
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-LENS, SAELENS, CIRCUITS = map(installed, ("transformer-lens", "sae-lens", "auto-circuit"))
-lens = pytest.mark.skipif(not LENS, reason="TransformerLens is not installed here: make test-lens")
-saelens = pytest.mark.skipif(not SAELENS, reason="SAELens is not installed here: make test-lens")
-circuits = pytest.mark.skipif(not CIRCUITS, reason="AutoCircuit is not installed here: make test-lens")
-
-
-def exported(tmp_path, data, **changes):
-    model = write_run(tmp_path / "out" / "local_k2", data, **changes)
-    hf.export_run(open_run(str(tmp_path / "out" / "local_k2")), tmp_path / "local_k2_hf")
-    return model
+def needs(name):
+    reason = f"{name} is not installed here: make test-lens"
+    return pytest.mark.skipif(name not in INSTALLED, reason=reason)
 
 
 def bridge(folder):
     from transformer_lens.model_bridge import TransformerBridge
+
     return TransformerBridge.boot_transformers(str(folder), device="cpu")
 
 
-# ---- TransformerLens
+@pytest.mark.skipif(not OLD.exists(), reason="there is no .venv-old here: make test-lens")
+def test_old_transformers_reads_the_same(tmp_path):
+    ours, text = exported(tmp_path, block_size=64), "ab <b>\u00e9 <|endoftext|>\n\n ab"
+    words = [OLD, "-c", READ, tmp_path / "local_k2_hf", text]
+    printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    number, names, (tokens, padded), logits = json.loads(printed)
+    tokenizer = load_tokenizer(open_run(str(tmp_path / "out" / "local_k2")).tokenizer)
+    start = tokenizer.encode(text[:9])
+    assert number == "4.44.2" and names == ["input_ids", "attention_mask"]
+    assert tokens == tokenizer.encode(text, allowed_special="all")
+    assert padded == [tokenizer.eot_token] * (len(tokens) - len(start)) + start
+    with torch.no_grad():
+        want = ours(torch.tensor([tokens])).double()
+    torch.testing.assert_close(torch.tensor(logits).double(), want, rtol=0, atol=1e-5)
 
 
-@lens
+@needs("transformer-lens")
 @pytest.mark.parametrize("changes", GEOMETRIES, ids=str)
-def test_transformerlens_computes_the_same(changes, data, tmp_path):
-    ours = exported(tmp_path, data, **changes)
+def test_transformerlens_computes_the_same(changes, tmp_path):
+    ours = exported(tmp_path, **changes)
     idx = ids(3, ours.config.block_size)
     theirs = bridge(tmp_path / "local_k2_hf")
     with torch.no_grad():
-        want = ours(idx)
-        print(f"TransformerLens {LENS}: {(theirs(idx) - want).abs().max():.1e}")
-        torch.testing.assert_close(theirs(idx), want, rtol=0, atol=1e-5)
-        theirs.enable_compatibility_mode()  # its weight processing shifts all logits of a token alike
-        torch.testing.assert_close(theirs(idx).log_softmax(-1), want.log_softmax(-1), rtol=0, atol=1e-5)
+        want, (got, cache) = ours(idx), theirs.run_with_cache(idx)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+        for site, hook in hf.HOOKS.items():
+            seen = Site(ours, 0, site, center=False).read(idx)
+            found = cache[hook.format(0)].reshape(seen.shape)
+            torch.testing.assert_close(found, seen, rtol=0, atol=1e-5)
+        theirs.enable_compatibility_mode()  # shifts all logits of a token alike
+        got = theirs(idx).log_softmax(-1)
+        torch.testing.assert_close(got, want.log_softmax(-1), rtol=0, atol=1e-5)
 
 
-@lens
-def test_its_cache_holds_our_activations(data, tmp_path):
-    ours = exported(tmp_path, data)
-    idx = ids(3, 16)
-    _, cache = bridge(tmp_path / "local_k2_hf").run_with_cache(idx)
-    for site, hook in hf.HOOKS.items():
-        seen = Site(ours, 1, site, center=False).read(idx)
-        torch.testing.assert_close(cache[hook.format(1)].reshape(seen.shape), seen, rtol=0, atol=1e-5)
-
-
-@lens
-def test_the_readme_is_true_of_transformerlens(data, tmp_path, monkeypatch):
-    exported(tmp_path, data)
+@needs("transformer-lens")
+def test_the_readme_is_true_of_transformerlens(tmp_path, monkeypatch):
+    exported(tmp_path, block_size=64)
     monkeypatch.chdir(tmp_path)
-    first, *_ = snippets("transformer_lens")
-    exec(compile(first, "README.md", "exec"), {})
+    exec(compile(snippets("transformer_lens")[0], "README.md", "exec"), {})
 
 
-# ---- SAELens
-
-
-@saelens
-@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk"])
-@pytest.mark.parametrize("site", list(hf.HOOKS))
-def test_autoencoders_have_the_same_features_in_saelens(activation, site, data, tmp_path):
+@needs("sae-lens")
+@pytest.mark.parametrize("site", hf.HOOKS)
+def test_autoencoders_have_the_same_features_in_saelens(site, tmp_path):
     from sae_lens import SAE
-    ours = exported(tmp_path, data)
-    run = tmp_path / "out" / "local_k2"
-    autoencoder, _ = write_saes(run, activation, site)
-    name, _ = hf.export_saes(open_run(str(run)), tmp_path / "saes")
-    theirs, idx = SAE.load_from_disk(tmp_path / "saes" / name), ids(3, 16)
+
+    ours, run = exported(tmp_path), tmp_path / "out" / "local_k2"
+    row, _ = write_saes(run, site=site)
+    hf.export_saes(open_run(str(run)), tmp_path)
+    name = hf.HOOKS[site].format(1) + "_l1_5_seed1"
+    theirs, idx = SAE.load_from_disk(tmp_path / name), ids(3, 8)
     _, cache = bridge(tmp_path / "local_k2_hf").run_with_cache(idx)
-    x = Site(ours, 1, site, autoencoder.center).read(idx)
+    want = features(row, ours, idx, center=True).flatten(0, 1)  # (n, F)
+    decoded = want @ row["weights"]["W_dec"] + row["weights"]["b_dec"]  # (n, d)
     with torch.no_grad():
         got = theirs.encode(cache[theirs.cfg.metadata.hook_name])
-        want = autoencoder.encode(x.flatten(0, 1))
-        print(f"SAELens {SAELENS}: {(got.flatten(0, 1) - want).abs().max():.1e}")
         torch.testing.assert_close(got.flatten(0, 1), want, rtol=0, atol=2e-5)
-        torch.testing.assert_close(theirs.decode(got).reshape(want.shape[0], -1), autoencoder.decode(want), rtol=0, atol=5e-5)
+        back = theirs.decode(got).reshape(decoded.shape)
+        torch.testing.assert_close(back, decoded, rtol=0, atol=1e-4)
 
 
-@saelens
-def test_the_readme_is_true_of_saelens(data, tmp_path, monkeypatch):
-    exported(tmp_path, data, block_size=256, n_embd=128)
+@needs("sae-lens")
+def test_the_readme_is_true_of_saelens(tmp_path, monkeypatch):
+    exported(tmp_path, block_size=256, n_embd=128)
     run = tmp_path / "out" / "local_k2"
-    write_saes(run, "relu")
-    name, _ = hf.export_saes(open_run(str(run)), tmp_path / "local_k2_saes")
-    (tmp_path / "local_k2_saes" / name).rename(tmp_path / "local_k2_saes" / "blocks.0.hook_mlp_out_l1_5_seed1")
-    (tmp_path / "stories.txt").write_text("".join(f"word{i % 43} word{i % 7} the end word{i % 5}\n" * 5 for i in range(200)))
+    write_saes(run, layer=0)
+    (tmp_path / "local_k2_saes").mkdir()
+    hf.export_saes(open_run(str(run)), tmp_path / "local_k2_saes")
+    (tmp_path / "stories.txt").write_text("abc the <b> end, ab ab\na cab is bad\n" * 2000)
     monkeypatch.chdir(tmp_path)
     encode, train = snippets("sae_lens")
     found = {}
     exec(compile(encode, "README.md", "exec"), found)
     assert found["features"].shape[-1] == 24
     exec(compile(train, "README.md", "exec"), found)
-    assert found["sae"].W_dec.shape == (2048, 128) and (tmp_path / "local_k2_trained" / "sae_weights.safetensors").exists()
-
-
-# ---- the circuit
+    assert found["sae"].W_dec.shape == (2048, 128)
+    assert (tmp_path / "local_k2_trained" / "sae_weights.safetensors").exists()
 
 
 def hooked(folder):
-    """TransformerLens' HookedTransformer of an exported folder, in float64, with the hooks that AutoCircuit needs."""
+    """A HookedTransformer of an exported folder, in float64, with the hooks of AutoCircuit."""
     import transformers
     from transformer_lens import HookedTransformer, loading_from_pretrained
     from transformer_lens.pretrained.weight_conversions import convert_neo_weights
-    config = loading_from_pretrained.get_pretrained_model_config(str(folder), device="cpu", dtype=torch.float32)
+
+    config = loading_from_pretrained.get_pretrained_model_config(
+        str(folder), device="cpu", dtype=torch.float32)
     model = HookedTransformer(config, transformers.AutoTokenizer.from_pretrained(folder))
-    weights = convert_neo_weights(transformers.AutoModelForCausalLM.from_pretrained(folder), config)
-    unprocessed = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False)
-    model.load_and_process_state_dict(weights, **unprocessed)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model.load_and_process_state_dict(
+        convert_neo_weights(theirs, config), fold_ln=False, center_writing_weights=False,
+        center_unembed=False, fold_value_biases=False)
     model.cfg.dtype = torch.float64
     model.to(torch.float64)
     model.set_use_attn_result(True)
@@ -151,33 +152,38 @@ def circuit_of_the_library(folder, clean, corrupt, names, tau):
     """The edges that AutoCircuit's ACDC keeps when it asks for them in this order, by name."""
     import transformer_lens
     from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-    moved = types.ModuleType("transformer_lens.past_key_value_caching")  # where TransformerLens 2 had it
+
+    # where TransformerLens 2 had it
+    moved = types.ModuleType("transformer_lens.past_key_value_caching")
     moved.HookedTransformerKeyValueCache = TransformerLensKeyValueCache
     transformer_lens.HookedTransformerKeyValueCache = TransformerLensKeyValueCache
     sys.modules[moved.__name__] = moved
     from auto_circuit.prune_algos.ACDC import acdc_prune_scores
     from auto_circuit.utils.graph_utils import patchable_model
-    model = patchable_model(hooked(folder), factorized=True, slice_output="last_seq", separate_qkv=True,
-                            device=torch.device("cpu"))
+
+    model = patchable_model(hooked(folder), factorized=True, slice_output="last_seq",
+                            separate_qkv=True, device=torch.device("cpu"))
     edges = {edge.name: edge for edge in model.edges}
     assert edges.keys() == set(names)
-    model.edges = [edges[name] for name in names]  # else a set of strings, whose order hangs on a hash seed
-    scores = acdc_prune_scores(model, [SimpleNamespace(clean=clean, corrupt=corrupt)], None, tao_exps=[0],
-                               tao_bases=[tau])
+    model.edges = [edges[name] for name in names]  # else a set, in the order of a hash seed
+    pair = SimpleNamespace(clean=clean, corrupt=corrupt)
+    scores = acdc_prune_scores(model, [pair], None, tao_exps=[0], tao_bases=[tau])
     return [name for name in names if edges[name].prune_score(scores) == torch.inf]
 
 
-@circuits
+@needs("auto-circuit")
 @pytest.mark.parametrize("tau", [0.001, 0.003])
-def test_the_papers_library_finds_the_circuit_that_acdc_finds(tau, data, tmp_path):
-    ours = exported(tmp_path, data, noise=0.4, n_head=3, n_embd=12, attention_layers="global,local", window_size=4)
-    clean, corrupt = ids(4, 9), ids(4, 9).flip(0)
-    config, lengths = ours.config, torch.full((4,), 9)
-    model = acdc.PatchedModel(ours.clean_state_dict(), config.n_head, config.windows, clean, corrupt, lengths, torch.float64)
+def test_the_papers_library_finds_the_circuit_that_acdc_finds(tau, tmp_path):
+    from interp import acdc
+
+    ours = exported(tmp_path, n_layer=2, n_head=3, n_embd=12, block_size=16, window_size=4,
+                    attention_layers="global,local")
+    clean, corrupt, lengths = ids(4, 9), ids(4, 9).flip(0), torch.full((4,), 9)
+    model = acdc.PatchedModel(ours.clean_state_dict(), 3, ours.config.windows, clean, corrupt,
+                              lengths, torch.float64)
     edges = acdc.sweep_order(model.graph)
     state = acdc.discover(acdc.Circuit(model), edges, tau)
     names = [model.graph.edge_name(edge) for edge in edges]
     kept = [name for name, (put_back, _) in zip(names, state["decided"]) if put_back]
     assert state["margin"] > 1e-9 and 0 < len(kept) < len(edges)
     assert circuit_of_the_library(tmp_path / "local_k2_hf", clean, corrupt, names, tau) == kept
-    print(f"AutoCircuit {CIRCUITS} and acdc.py, tau {tau}: the same {len(kept)} of {len(edges)} edges")

@@ -7,23 +7,22 @@
     python -m interp.sae out/local_k2 --small --layer 0,1 --site mlp_out,resid
 
 nats_lost is the increase of the loss, in nats per token, when the SAE's output x^ replaces the
-activations x of the place. Lower is better. nats_zero is the same with zeros in place of x^. The CE
-score, 1 - nats_lost / nats_zero, says little where nats_zero is below 0.05.
+activations x of a place. Lower is better. nats_zero is the same with zeros in place of x^. The CE
+score, 1 - nats_lost / nats_zero, says little where nats_zero is below 0.05. One l1 gives two models
+different L0, so compare models at equal L0: several --l1 are interpolated at L0 = 3.
 
-One l1 gives two models different L0, so compare models at equal L0: a sweep over several --l1 is
-interpolated at L0 = 3. Places are every --layer with every --site. The paper trains on 409.6M
-activations, --small on 4.1M of 1M tokens. With d channels and F = 16 d features (SAELens 5.1.0):
+Places are every --layer with every --site. The paper trains on 409.6M activations, --small on 4.1M
+of 1M tokens. With d channels and F = 16 d features (SAELens 5.1.0):
     x~ = s x, with s such that the mean norm of x~ is sqrt(d)
     f = ReLU(x~ W_enc + b_enc)     x^ = f W_dec + b_dec     loss = |x^ - x~|^2 + l1 sum_i f_i
 
-Writes sae.json (every number, its settings and its history), sae.png and sae.pt into the run
-folder. The same command continues an interrupted one. load_saes("out/local_k2/sae.pt") gives the
-SAEs as modules, in the order of "saes" in sae.json. That file holds
+Writes sae.json (every number), sae.png and sae.pt into the run folder. The same command continues
+an interrupted one. load_saes("out/local_k2/sae.pt") gives the SAEs as modules. That file holds
     {"settings": as in sae.json, "checkpoint": digest of the clean stream, "gates": of the gates,
      "saes": [{"layer": int, "site": str, "seed": int, "l1": float, "weights":
                {"W_enc": (d, F), "b_enc": (F), "W_dec": (F, d), "b_dec": (d), all float32}}]}
-The weights read x itself: s is part of them. Where settings["center"] is true and the site is
-mlp_out, attn_out or resid, x is without its mean over channels.
+in the order of "saes" in sae.json. The weights read x itself: s is part of them. If
+settings["center"] and the site is mlp_out, attn_out or resid, x is without its mean over channels.
 
 Shape letters: n activations, d their size, F features; B windows of T tokens, V vocabulary.
 """
@@ -56,7 +55,7 @@ SIZES = {  # by default, as in Table 5; with --small; what it is
     "buffer": (262_144, 1_000_000, "activations in memory; where all fit, each is computed once"),
     "eval_windows": (400, 100, "held-out windows of block_size tokens, at most"),
 }
-SHARED = ["run", "layer", "site", "l1", "ce_clean", "ce_zero"]  # of SAEs of different seeds
+SHARED = ["run", "layer", "site", "l1", "nats_zero", "ce_clean", "ce_zero"]  # by all seeds
 MEASURED = ["nats_lost", "l0", "ce_score", "kl_score", "explained_variance", "dead", "ce_sae"]
 COLUMNS = {  # of the printed table: entry of a row, its format
     "run": "", "layer": "", "site": "", "l1": "g", "n": "", "nats_lost": ".4f", "l0": ".2f",
@@ -134,11 +133,8 @@ def load_saes(path):
 
 
 def schedule(step, steps, lr, l1):
-    """(lr, l1) of a step, counted from 0.
-
-    l1 rises linearly over the first twentieth, lr falls linearly over the last fifth (5,000 and
-    20,000 of the paper's steps).
-    """
+    """(lr, l1) of a step, counted from 0: l1 rises over the first twentieth, lr falls over the last
+    fifth (5,000 and 20,000 of the paper's steps)."""
     falling = min(1, (steps - step) / max(1, steps // 5))
     rising = min(1, step / max(1, steps // 20))
     return lr * falling, l1 * rising
@@ -161,7 +157,7 @@ def train_step(sae, optimizer, x, lr, l1):
     return error.detach(), penalty.detach(), f.detach()
 
 
-# ------------------------------------------------------------------------------ its training data
+# --------------------------------------------------------------------------------------- training
 
 
 @lru_cache(maxsize=4)
@@ -173,10 +169,9 @@ def shuffled(count, *key):
 class Batches:
     """Shuffled, scaled activations of the training stream: at(step) -> (batch_size, d).
 
-    A buffer holds some activations. Half of it, drawn at random, is served and then replaced by new
-    ones, so memory stays flat for any corpus. A corpus that fits into the buffer ("cached") is run
-    through the model once, and shuffled again each time it has been served. Every epoch reads the
-    windows in another order. Raises UserError when the text is too short.
+    Half of a buffer, drawn at random, is served and then replaced by new activations, so memory
+    stays flat for any corpus. A corpus that fits into the buffer ("cached") is run through the
+    model once, and shuffled each time it has been served. Raises UserError for too short a text.
     """
 
     def __init__(self, site, tokens, settings, seed, saved=None):
@@ -251,9 +246,6 @@ class Batches:
         return self.buffer[rows[: self.batch]]  # (batch, d)
 
 
-# --------------------------------------------------------------------------------------- training
-
-
 class Learner:
     """An SAE in training, its optimizer and its history."""
 
@@ -277,8 +269,7 @@ class Learner:
         """One step on x (n, d). A hundred of them go into the history. Raises UserError."""
         lr, l1 = schedule(step, steps, lr, self.l1)
         error, penalty, f = train_step(self.sae, self.optimizer, x, lr, l1)
-        fired = f.amax(0) > 0  # (F)
-        self.silent = (self.silent + 1) * ~fired
+        self.silent = (self.silent + 1) * (f.amax(0) == 0)
         if step % max(1, steps // 100) and step < steps - 1:
             return
         loss = (error + penalty).item()
@@ -291,25 +282,27 @@ class Learner:
             self.history[name].append(round(value, 5))
 
 
-def train_saes(site, tokens, settings, seed, saved, save, title):
+def train_saes(result, state, site, seed, tokens, title):
     """Train the SAEs of one place and seed, one for each l1, on the same batches: a dict each.
 
-    saved: what save was given last, before an interruption, or None.
+    state: of result, whose "current" is this training as it was before an interruption, or None.
     """
-    steps, F = settings["steps"], settings["expansion"] * site.d
-    device = next(site.model.parameters()).device
+    settings, device = result.key["settings"], next(site.model.parameters()).device
+    steps = settings["steps"]
+    F = settings["expansion"] * site.d
     learners = [Learner(SAE(site.d, F).initialise(seed).to(device), l1) for l1 in settings["l1"]]
-    saved = saved or {"step": 0, "learners": [], "batches": None}
-    for learner, state in zip(learners, saved["learners"]):
-        learner.load(state)
-    batches = Batches(site, tokens, settings, seed, saved["batches"])
-    bar = tqdm(range(saved["step"], steps), initial=saved["step"], total=steps, desc=title,
+    current = state["current"] or {"step": 0, "learners": [], "batches": None}
+    for learner, saved in zip(learners, current["learners"]):
+        learner.load(saved)
+    batches = Batches(site, tokens, settings, seed, current["batches"])
+    bar = tqdm(range(current["step"], steps), initial=current["step"], total=steps, desc=title,
                unit=" steps", mininterval=1)
     saved_at = time.time()
     for step in bar:
         if time.time() - saved_at > SAVE_EVERY:
-            states = [learner.state() for learner in learners]
-            save({"step": step, "learners": states, "batches": batches.state()})
+            current = {"step": step, "batches": batches.state(),
+                       "learners": [learner.state() for learner in learners]}
+            result.save(state | {"current": current})
             saved_at = time.time()
         x = batches.at(step)  # (n, d)
         for learner in learners:
@@ -358,26 +351,16 @@ class Score:
         self.error += (x - x_hat).cpu().double().square().sum().item()
         self.fired += (f > 0).sum(0).cpu()
 
-    def firing(self, n):
-        """What the n tokens say about how often features fire."""
-        shares = self.fired[self.fired > 0].numpy() / n
-        features, edges = np.histogram(np.log10(shares), bins=np.linspace(-7, 0, 29))
-        density = {"log10_edges": edges.round(4).tolist(), "features": features.tolist()}
-        silent = self.fired == 0
-        return {"l0": self.fired.sum().item() / n, "tokens": n, "density": density,
-                "never": silent.double().mean().item()}
-
 
 @torch.no_grad()
 def score_saes(site, saes, idx, title=None):
     """What each of several folded SAEs does to the model on the windows idx (B, T): a dict each.
 
     ce_*: nats per token over the predictions of tokens 2 to T of every window; _clean as it is,
-    _zero with the place replaced by 0, _sae by x^. nats_lost = sae - clean. ce_score = (zero - sae)
-    / (zero - clean); kl_score the same with KL(clean || .) over all positions. l0: features f_i > 0
-    per token. explained_variance = 1 - sum |x - x^|^2 / sum |x - mean x|^2. never: share of
-    features that are silent here; density: a histogram, over the others, of the share of tokens
-    they fire in. A ratio to 0 is None.
+    _zero with the place replaced by 0, _sae by x^. ce_score = (zero - sae) / (zero - clean);
+    kl_score the same with KL(clean || .) over all positions. l0: features f_i > 0 per token.
+    explained_variance = 1 - sum |x - x^|^2 / sum |x - mean x|^2. never: share of features that are
+    silent here; density: how many others fire in which share of tokens. A ratio to 0 is None.
     """
     n, predicted = idx.numel(), idx.numel() - len(idx)  # tokens
     zero = Score(SAE(site.d, 1).to(saes[0].W_dec))  # its x^ is 0
@@ -399,22 +382,25 @@ def score_saes(site, saes, idx, title=None):
     clean, zeroed = nats_clean / predicted, zero.nats / predicted
     rows = []
     for score in scores:
-        ce = score.nats / predicted
+        ce, fired = score.nats / predicted, score.fired
+        shares = fired[fired > 0].numpy() / n
+        features, edges = np.histogram(np.log10(shares), bins=np.linspace(-7, 0, 29))
+        density = {"log10_edges": edges.round(4).tolist(), "features": features.tolist()}
         rows.append({
             "ce_clean": clean, "ce_zero": zeroed, "ce_sae": ce, "nats_lost": ce - clean,
+            "nats_zero": zeroed - clean,
             "kl_zero": zero.kl / n, "kl_sae": score.kl / n,
             "ce_score": ratio(zeroed - ce, zeroed - clean),
             "kl_score": ratio(zero.kl / n - score.kl / n, zero.kl / n),
-            "explained_variance": ratio(variance - score.error, variance), **score.firing(n)})
+            "explained_variance": ratio(variance - score.error, variance),
+            "l0": fired.sum().item() / n, "never": (fired == 0).double().mean().item(),
+            "tokens": n, "density": density})
     return rows
 
 
 def value_at(sweep, name, l0):
-    """A number at this L0, interpolated between the SAEs whose L0 lie on both sides of it.
-
-    sweep: rows of one place and seed. Linear in log L0. None outside the range of their L0, and
-    where one of the two has no such number.
-    """
+    """A number at this L0: linear in log L0 between the SAEs on both sides of it, rows of one place
+    and seed. None outside the range of their L0, and where one of the two has no such number."""
     points = sorted((row for row in sweep if row["l0"] > 0), key=itemgetter("l0"))
     if not points:
         return None
@@ -441,7 +427,8 @@ def at_equal_l0(saes):
 
 def warnings(row):
     """What a reader of this row of "saes" has to know, a sentence each."""
-    place, cost = f"{row['site']} of block {row['layer']}", row["ce_zero"] - row["ce_clean"]
+    place = f"{row['site']} of block {row['layer']}"
+    cost = row["nats_zero"]
     if row["l0"] > row["features"] / 20:
         yield (f"{place}, l1 {row['l1']:g}, seed {row['seed']}: L0 {row['l0']:.0f} is more than a "
                f"twentieth of {row['features']} features: not converged (take more --steps or a "
@@ -454,29 +441,29 @@ def warnings(row):
 # ------------------------------------------------------------------------------ tables and picture
 
 
-def over_seeds(facts):
+def rows_of(facts):
+    return [{"run": result["run"], **row} for result in facts for row in result["saes"]]
+
+
+def over_seeds(rows):
     """A DataFrame with a row for each run, place and l1: means and deviations over the seeds."""
-    rows = [row | {"run": result["run"]} for result in facts for row in result["saes"]]
     frame = pd.DataFrame(rows, columns=SHARED + MEASURED)
     groups = frame.astype(dict.fromkeys(MEASURED, float)).groupby(SHARED, sort=False)
     table = groups.agg(n=("l0", "size"))
     for name in MEASURED:
         table[[name, f"{name}_sd", f"{name}_n"]] = groups[name].agg(["mean", "std", "count"])
-    table = table.reset_index()
-    return table.assign(nats_zero=table["ce_zero"] - table["ce_clean"])
+    return table.reset_index()
 
 
 def print_results(facts):
     """The table, the numbers at equal L0 where several l1 were trained, and the warnings."""
     settings = facts[0]["settings"]  # of all of them: they are the same
-    print_table(over_seeds(facts), COLUMNS)
+    print_table(over_seeds(rows_of(facts)), COLUMNS)
     if len(settings["l1"]) > 1:
         print(f"\nat L0 = {AT_L0}, interpolated, where the sweep of each seed reaches it")
-        rows = []
-        for result in facts:
-            for place in result["at_l0"]["places"]:
-                rows.append({"run": result["run"], "n": place["seeds"], **place})
-        print_table(pd.DataFrame(rows), COLUMNS)
+        places = [{"run": result["run"], "n": place["seeds"], **place}
+                  for result in facts for place in result["at_l0"]["places"]]
+        print_table(pd.DataFrame(places), COLUMNS)
     if len(settings["seeds"]) > 1:
         print("± is the sample standard deviation over seeds")
     for result in facts:
@@ -485,10 +472,7 @@ def print_results(facts):
 
 
 def draw_saes(path, facts):
-    """Training curves and firing densities of every SAE; nats lost and CE score against L0.
-
-    A colour is a run and place.
-    """
+    """Training and firing of every SAE; loss against L0. A colour is a run and place."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 7.5), layout="constrained")
@@ -500,18 +484,17 @@ def draw_saes(path, facts):
                 xlabel="log10 of the share of tokens it fires in")
     nats.set(title="nats lost (lower is better), held-out text", xlabel="L0", xscale="log")
     score.set(title="CE score, held-out text", xlabel="L0", xscale="log")
-    colors = {}
-    for key, points in over_seeds(facts).groupby(["run", "layer", "site"], sort=False):
-        color = colors[key] = f"C{len(colors)}"
-        name, points = plain("{}, block {}, {}".format(*key)), points.sort_values("l0")
-        nats.plot(points["l0"], points["nats_lost"], "o-", color=color, label=name)
-        score.plot(points["l0"], points["ce_score"], "o-", color=color)
-    for result in facts:
-        for row in result["saes"]:
-            color, history = colors[result["run"], *place_of(row)], row["history"]
+    for number, (key, rows) in enumerate(groupby(rows_of(facts), itemgetter(*SHARED[:3]))):
+        color, rows = f"C{number}", [*rows]
+        for row in rows:
+            history, firing = row["history"], row["density"]
             for axes, name in ((error, "error"), (l0, "l0"), (dead, "dead")):
                 axes.plot(history["step"], history[name], linewidth=1, color=color)
-            density.stairs(row["density"]["features"], row["density"]["log10_edges"], color=color)
+            density.stairs(firing["features"], firing["log10_edges"], color=color)
+        points = over_seeds(rows).sort_values("l0")
+        name = plain("{}, block {}, {}".format(*key))
+        nats.plot(points["l0"], points["nats_lost"], "o-", color=color, label=name)
+        score.plot(points["l0"], points["ce_score"], "o-", color=color)
     nats.legend(handles=nats.lines[:6], fontsize="small")
     for axes in figure.axes:
         axes.grid(alpha=0.3)
@@ -540,34 +523,32 @@ def open_result(run, args):
 def measure(result, title, device):
     """Train and score the SAEs of one run, or continue with them -> its facts."""
     run, settings = result.run, result.key["settings"]
-    sites, T = sites_of(run.model.to(device), settings), run.model.config.block_size
+    sites = sites_of(run.model.to(device), settings)
+    T = run.model.config.block_size
     train, val = load_tokens(run.folder, "train"), load_tokens(run.folder, "val")
     idx = windows_at(val, held_out_windows(val, T, settings["eval_windows"]), T, device)  # (B, T)
     state = result.state or {"rows": [], "current": None}
-    rows = state["rows"]  # of the places and seeds that are trained; current: of what is not
-
-    def save(current):
-        result.save({"rows": rows, "current": current})
-
+    rows = state["rows"]  # of the places and seeds that are trained
     done = len(rows) // len(settings["l1"])
     for site, seed in [*product(sites, settings["seeds"])][done:]:
-        name = f"{title}, {site.site} of block {site.layer}, seed {seed}"
-        rows += train_saes(site, train, settings, seed, state.pop("current", None), save, name)
-        save(None)
+        name = f"{title}, block {site.layer}, {site.site}, seed {seed}"
+        rows += train_saes(result, state, site, seed, train, name)
+        state["current"] = None
+        result.save(state)
     for site, (_, group) in zip(sites, groupby(rows, place_of)):
         group = [row for row in group if "l0" not in row]  # not yet scored
         if group:
             saes = [sae_from(row, site.center).to(device) for row in group]
             for row, score in zip(group, score_saes(site, saes, idx, "evaluation")):
                 row.update(score)
-            save(None)
+            result.save(state)
 
-    with replace_file(result.path(".pt")) as file:
-        names = ("layer", "site", "seed", "l1", "weights")
-        saes = [{name: row[name] for name in names} for row in rows]
-        torch.save({**result.key, "saes": saes}, file)
+    saes = []
     for row in rows:
-        del row["weights"]
+        kept = {name: row[name] for name in ("layer", "site", "seed", "l1")}
+        saes.append({**kept, "weights": row.pop("weights")})
+    with replace_file(result.path(".pt")) as file:
+        torch.save({**result.key, "saes": saes}, file)
     found = [warning for row in rows for warning in warnings(row)]
     facts = {"saes": rows, "at_l0": at_equal_l0(rows), "warnings": [*dict.fromkeys(found)]}
     draw_saes(result.path(".png"), [{"run": run.path, **facts}])

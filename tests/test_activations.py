@@ -147,7 +147,6 @@ def test_the_strongest_are_those_of_a_loop_over_everything():
 
 
 def test_a_model_is_read_alike_in_batches_of_any_size(monkeypatch):
-    """All neurons of all layers, over stories that span windows, against brute force."""
     model, stream = tiny_model().double(), letters(403)
     activate = partial(read_sites, [Site(model, layer, "mlp_act") for layer in range(3)])
     found = set()
@@ -165,7 +164,6 @@ def test_a_model_is_read_alike_in_batches_of_any_size(monkeypatch):
 
 @pytest.mark.parametrize("context, left, right", [(0, 3, 2), (4, 4, 0), (5, 100, 100)])
 def test_snippets_stay_in_their_story_and_window(context, left, right, monkeypatch):
-    """Against cutting them out by hand, at every position of a window."""
     monkeypatch.setattr(activations, "TOKENS", 24)
     stream, site = letters(203), Site(tiny_model().double(), 1, "mlp_act")
     text = Text(stream, EOT, T, "cpu", context)

@@ -2,22 +2,20 @@
 
 The 20 strongest moments of every neuron of a model in one pass over a text, and what is around:
 
-    sites = [Site(model, layer, "mlp_act") for layer in range(model.config.n_layer)]
-    activate = partial(read_sites, sites)     or any other function of tokens (B, T) -> (B, T, U)
-    text = Text(load_tokens(data, "val"), meta["eot"], model.config.block_size, device, context=64)
-    best = Strongest(20)
+    activate = partial(read_sites, [Site(model, layer, "mlp_act") for layer in range(n_layer)])
+    text, best = Text(tokens, eot, T, device, context=64), Strongest(20)
     for x, positions, stories in text.read(activate):
         best.add(x, positions, stories)
     values, positions = best.found()
     snippets = text.snippets(activate, positions, left=63, right=0)
-
-Memory stays flat for any text: a batch of activations, and what is kept.
 
 Shape letters: B windows of T tokens, d channels of a site, V vocabulary; n tokens of a batch, U
 units (channels, or features of an autoencoder), S stories in a batch, K moments kept of each unit.
 """
 
 from collections import defaultdict
+from contextlib import ExitStack, suppress
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -32,22 +30,17 @@ SITES = {"mlp_out": "mlp", "attn_out": "attn.attention", "resid": "", "mlp_act":
          "attn_act": "attn.attention.out_proj"}
 UNITS = ("mlp_act", "attn_act")  # or the input of: neurons, and the channels of all heads' outputs
 TOKENS = 8192  # in a forward pass that reads; a constant, so that a resumed run rounds alike
-SCAN = 2**24  # tokens looked through for end-of-text at a time
 
 
 class Reached(Exception):
     """Ends a forward pass whose rest nobody needs."""
 
 
-# -------------------------------------------------------------------------- a place in the stream
-
-
 class Site:
     """A place in the clean stream of a model: block `layer`, and one of SITES.
 
-    center: see x minus its mean over channels. LayerNorm hides that shift from the model; the
-    paper's library, which centres the weights that write to the residual stream, had it so. UNITS
-    are not in that stream and never centred. Raises UserError when there is no such block.
+    center: see x minus its mean over channels, as the paper's library does. LayerNorm hides that
+    shift from the model. UNITS are never centred. Raises UserError when there is no such block.
     """
 
     def __init__(self, model, layer, site, center=True):
@@ -60,21 +53,17 @@ class Site:
         self.module = model.transformer["h"][layer].get_submodule(SITES[site])
 
     def hook(self, use):
-        """From now on use(x) is called, x (B, T, d); what it returns, unless None, takes x's place.
-
-        -> a handle, whose remove() ends that.
-        """
-        def look(x):
-            return use(x - x.mean(-1, keepdim=True) if self.center else x)
-
+        """Call use(x), x (B, T, d), in every pass; what it returns, unless None, replaces x.
+        -> a handle: its remove(), or the end of a `with` block, ends that."""
         def on_input(module, args):
-            return look(args[0])
+            return use(args[0])
 
         def on_output(module, args, out):
-            if not isinstance(out, tuple):
-                return look(out)
-            x = look(out[0])  # blocks and attention return (x, keys and values)
-            return None if x is None else (x, *out[1:])
+            x, *others = out if isinstance(out, tuple) else (out,)  # others: keys and values
+            if self.center:
+                x = x - x.mean(-1, keepdim=True)
+            x = use(x)
+            return (x, *others) if others and x is not None else x
 
         if self.site in UNITS:
             return self.module.register_forward_pre_hook(on_input)
@@ -83,11 +72,8 @@ class Site:
     @torch.no_grad()
     def run(self, idx, edit):
         """idx (B, T) -> clean logits (B, T, V), this place's x (B, T, d) replaced by edit(x)."""
-        handle = self.hook(edit)
-        try:
+        with self.hook(edit):
             return self.model(idx)
-        finally:
-            handle.remove()
 
     def read(self, idx):
         """idx (B, T) -> x (B, T, d)."""
@@ -97,36 +83,24 @@ class Site:
 @torch.no_grad()
 def read_sites(sites, idx):
     """idx (B, T) -> x (B, T, U), U the channels of all these sites of one model, side by side.
-
-    One forward pass, which ends after the last of them.
-    """
+    One forward pass, which ends after the last of them."""
     found = {}
 
-    def keep_as(number):
-        def keep(x):
-            found[number] = x  # (B, T, d)
-            if len(found) == len(sites):
-                raise Reached
-        return keep
+    def keep(number, x):
+        found[number] = x  # (B, T, d)
+        if len(found) == len(sites):
+            raise Reached
 
-    handles = [site.hook(keep_as(number)) for number, site in enumerate(sites)]
-    try:
+    with suppress(Reached), ExitStack() as hooks:
+        for number, site in enumerate(sites):
+            hooks.enter_context(site.hook(partial(keep, number)))
         sites[0].model(idx)
-    except Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return torch.cat([found[number] for number in range(len(sites))], -1)  # (B, T, U)
-
-
-# --------------------------------------------------------------------------------- gates, controls
 
 
 @torch.no_grad()
 def kept_units(model, idx):
-    """What the gates keep at idx (B, T): -> {"attn", "mlp": (B, T, L, k)}, L layers, the numbers of
-    k units, rising."""
+    """The units that the gates keep at idx (B, T): -> {"attn", "mlp": (B, T, L, k), rising}."""
     hidden, inputs, caches = model.clean_pass(idx)
     _, masks = model.ablated_pass(hidden, inputs, caches)  # without logits, the most of the work
     kept = {}
@@ -137,14 +111,10 @@ def kept_units(model, idx):
 
 
 def untrained(config, seed):
-    """A model of this GPTNeoConfig with random weights, as training begins that is not given any
-    to begin with; nobody else's random numbers change."""
+    """A model of this GPTNeoConfig as it is before training. The random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPTNeo(config).eval()
-
-
-# ------------------------------------------------------------------------------ windows of a text
 
 
 def windows_at(tokens, starts, T, device):
@@ -169,10 +139,8 @@ def token_text(tokenizer, token):
 
 
 def read_windows(activate, tokens, starts, T, device, title=None):
-    """Yields, batch by batch, where windows start (B) and their activations (B, T, U).
-
-    activate: idx (B, T) -> (B, T, U), such as Site.read. Without a title there is no progress bar.
-    """
+    """Yields, batch by batch, where windows start (B) and their activations (B, T, U): of activate,
+    idx (B, T) -> (B, T, U), such as Site.read. Without a title there is no progress bar."""
     step = max(1, TOKENS // T)  # windows in a batch
     with tqdm(total=len(starts) * T, desc=title, unit=" tokens", unit_scale=True, leave=False,
               disable=title is None) as bar:
@@ -194,9 +162,8 @@ class Text:
     """A stream of tokens, stories that each end in eot, as windows of T tokens for a model to read.
 
     context: how many tokens at the start of a window are only read; they count in the window
-    before, which overlaps this one. So at least that many others stand before every token that
-    counts. starts: where the windows begin, rising; by default they cover the text, except its
-    first `context` tokens and an end that fills no window. Raises UserError where there is none.
+    before, which overlaps this one. starts: where the windows begin, rising; by default they cover
+    the text, except its first `context` tokens and an end that fills no window. Raises UserError.
     """
 
     def __init__(self, tokens, eot, T, device, context=0, starts=None):
@@ -207,9 +174,7 @@ class Text:
         if not len(self.starts):
             raise UserError(f"{len(tokens)} tokens are fewer than a window of {T}: "
                             f"choose other --data")
-        scans = range(0, len(tokens), SCAN)
-        ends = [np.flatnonzero(tokens[i : i + SCAN] == eot) + i for i in scans]
-        self.ends = np.concatenate(ends)  # where the end-of-text of every story is
+        self.ends = np.flatnonzero(tokens == eot)  # where the end-of-text of every story is
 
     def stories(self, positions):
         """The numbers of the stories that these tokens belong to. An end-of-text ends its own."""
@@ -224,21 +189,15 @@ class Text:
 
     def piece(self, position, start, left, right):
         """Where a snippet begins and ends: within its story, and the window from start on."""
-        begin, end = start, start + self.T
         story = self.stories(position)
-        if story > 0:
-            begin = max(begin, self.ends[story - 1] + 1)
-        if story < len(self.ends):
-            end = min(end, self.ends[story] + 1)
-        return max(begin, position - left), min(end, position + right + 1)
+        begin = self.ends[story - 1] + 1 if story else 0
+        end = self.ends[story] + 1 if story < len(self.ends) else len(self.tokens)
+        return max(begin, start, position - left), min(end, start + self.T, position + right + 1)
 
     def snippets(self, activate, positions, left, right, title=None):
-        """The text around positions (U, K) that count: -> for each unit a list of K Snippets.
-
-        Up to left tokens before the position and right tokens after it, as far as its story and
-        window go. Reads the windows that hold them again. activate: idx (B, T) -> (B, T, U), those
-        U units.
-        """
+        """The text around positions (U, K) that count: -> for each unit a list of K Snippets. Up to
+        left tokens before and right tokens after, within the story and the window, which is read
+        again. activate: idx (B, T) -> (B, T, U), those U units."""
         positions = np.asarray(positions)
         which = np.searchsorted(self.starts + self.context, positions, side="right") - 1  # (U, K)
         wanted = defaultdict(list)  # where a window begins: (unit, place) of what lies in it
@@ -256,9 +215,6 @@ class Text:
                         self.tokens[low:high].tolist(),
                         values[low - start : high - start, unit].tolist(), int(position - low))
         return found.tolist()
-
-
-# -------------------------------------------------------------------------- the strongest moments
 
 
 class Strongest:
@@ -298,9 +254,7 @@ class Strongest:
         return values[: self.count], places.gather(0, order)[: self.count]
 
     def found(self):
-        """values (U, K), largest first, and positions (U, K), on the CPU.
-
-        K < count where stories are few. Units that never fire are there too, with what they have.
-        """
+        """values (U, K), largest first, and positions (U, K), on the CPU; K < count where stories
+        are few. Units that never fire are there too, with what they have."""
         values, places = self.merged(self.open)
         return values.T.cpu(), places.T.cpu()

@@ -248,9 +248,10 @@ def over_seeds(frame):
     groups = frame.groupby(shared, sort=False)
     table = groups.agg(run=("run", common_name), n=("seed", "size"), seeds=("seed", list),
                        data=("data", "first"))
-    for name in frame.select_dtypes("number").columns.difference([*shared, "seed"], sort=False):
-        table[[name, f"{name}_sd", f"{name}_n"]] = groups[name].agg(["mean", "std", "count"])
-    return table.reset_index()
+    names = frame.select_dtypes("number").columns.difference([*shared, "seed"], sort=False)
+    numbers = groups[[*names]].agg(["mean", "std", "count"])
+    numbers.columns = [name + end for name in names for end in ("", "_sd", "_n")]
+    return table.join(numbers).copy().reset_index()  # a copy: pandas warns of scattered columns
 
 
 def differences(frame):

@@ -137,7 +137,12 @@ class Result:
         path = self.path(ending)
         if not path.exists():
             return None
-        found = read(path)
+        try:
+            found = read(path)
+        except ValueError:  # damaged
+            if not self.force:
+                raise
+            return None
         theirs = {name: found.get(name) for name in self.key}
         other = difference(self.key["settings"], theirs["settings"])
         other = other or difference(self.key, theirs)

@@ -13,14 +13,14 @@ records and 5 random ones; that of the random ones alone stands beside it. An un
 null with its reason, never 0. Means and their standard errors are over neurons with a score.
 
 The explanation is a table of the neuron's mean activation at each token, which knows no context.
-With --model it is a sentence of a language model behind any API like OpenAI's, whose key is in
-OPENAI_API_KEY; the table's scores on the same text stand beside it. The control is a model with
+With --model it is the sentence of a language model behind any API like OpenAI's, whose key is in
+OPENAI_API_KEY; its score stands beside the table's on the same text. The control is a model with
 random weights: much of a score needs no learning. Records are from the validation split, the table
 from the training split.
 
 Writes explain.json, explain_neurons.json and explain.png beside the checkpoint, explain_openai...
-for a language model. Its answers are added to explain_openai_answers.jsonl as they arrive, so that
-none is paid for twice. The same command continues after an interruption.
+for a language model. Answers are added to explain_openai_answers.jsonl as they arrive: none is paid
+for twice. The same command continues after an interruption.
 
 Letters: B windows of T tokens, U neurons at a time, V vocabulary, M neurons of a layer, n tokens.
 """
@@ -33,11 +33,10 @@ import math
 import os
 import re
 import statistics
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from functools import cache, partial
 from itertools import groupby
 from operator import itemgetter
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -63,6 +62,9 @@ OFTEN = 5  # tokens that stand less often in the text are not shown: their means
 BINS = np.linspace(-1, 1, 41)  # edges of the histogram of scores
 GEOMETRY = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "attention_layers",
             "window_size", "embd_std")  # what the control shares with a run
+# peak: the largest activation. Lists of Snippets: train, to explain the neuron from, and scored, to
+# score the explanation on, FIVE strong ones and FIVE random ones
+Neuron = namedtuple("Neuron", "layer neuron peak train scored")
 in_quotes = partial(json.dumps, ensure_ascii=False)  # a token as one visible word, such as " cat"
 
 # -------------------------------------------------------------------------------------- the records
@@ -101,16 +103,8 @@ def choose_texts(train, val, eot, settings, device):
     if len(np.unique(search.stories(search.starts))) < TOP:
         raise UserError(f"fewer than {TOP + RANDOM} stories of {T} tokens: choose other --data, a "
                         f"smaller --window or more --tokens")
-    corpus = text_of(train, story_windows(train, eot, T, device)[0])
-    return corpus, search, windows[RANDOM_VALID]
-
-
-class Neuron(NamedTuple):
-    layer: int
-    neuron: int
-    peak: float  # its largest activation in the text that was searched
-    train: list  # Snippets to explain it from
-    scored: list  # Snippets to score the explanation on: five strong ones, then five random ones
+    starts, _ = story_windows(train, eot, T, device)
+    return text_of(train, starts), search, windows[RANDOM_VALID]
 
 
 def find_records(activate, units, search, random_starts, title):
@@ -131,7 +125,7 @@ def find_records(activate, units, search, random_starts, title):
     return neurons
 
 
-# --------------------------------------------------------------------------- scores, tables of tokens
+# ------------------------------------------------------------------------- scores, tables of tokens
 
 
 def discretise(values, largest):
@@ -155,27 +149,24 @@ def correlation(real, simulated):
 
 def score_simulation(neuron, simulated, unreadable=0):
     """A simulated sequence for each of the neuron's scored records -> {"score", "random_score"},
-    of all and of the random ones alone, and "reason" where one of them is None. unreadable: how
-    many sequences there are not. A score of the others would not be comparable."""
+    of all and of the random ones alone, and "reason" where one of them is None. Where some are
+    unreadable, a score of the others would not be comparable."""
     if neuron.peak <= 0 or unreadable:
-        reason = f"{unreadable} answers about it could not be read"
-        return {"score": None, "random_score": None,
-                "reason": reason if unreadable else "it never fires"}
+        never = "it never fires"
+        reason = f"{unreadable} answers about it could not be read" if unreadable else never
+        return {"score": None, "random_score": None, "reason": reason}
     real = [record.values for record in neuron.scored]
     score, reason = correlation(real, simulated)
     random_score, random_reason = correlation(real[FIVE:], simulated[FIVE:])
-    found = {"score": score, "random_score": random_score}
     if random_reason:
-        found["reason"] = reason or f"in random text {random_reason}"
-    return found
+        reason = reason or f"in random text {random_reason}"
+    return {"score": score, "random_score": random_score} | ({"reason": reason} if reason else {})
 
 
 def lookup_table(batches, V, U, unseen=None):
-    """The mean activation of U neurons at each token (Bills et al. 2023, token lookup): (V, U), how
-    often the token stands in the text (V), and the value where it does not: by default the mean (U).
-
-    batches: tokens (n) and activations (n, U).
-    """
+    """The mean activation of U neurons at each token (Bills et al. 2023, token lookup), (V, U); how
+    often it stands in the text (V); and the value where it does not, by default the mean (U).
+    batches: tokens (n) and activations (n, U)."""
     sums, counts = torch.zeros(V, U).double(), np.zeros(V, dtype=int)
     for tokens, x in batches:
         sums.index_add_(0, torch.from_numpy(tokens), x.cpu().double())
@@ -230,6 +221,7 @@ GAP = r"(?:[ \t:,|=]|-+>|=>|→)+"
 LINE = re.compile(rf'^[ \t]*(?:[-*|] *)?(\d{{1,6}}){GAP}(?:"(?:\\.|[^"\\\n])*"{GAP})?'
                   r"(\d{1,2})(?:\.0*)?[ \t\r|]*$", re.MULTILINE)
 THOUGHTS = re.compile(r"\A.*</think>", re.DOTALL)
+WORD = re.compile(r"\w+|[^\w ]")  # about a token
 
 
 def explain_question(neuron, word):
@@ -369,7 +361,7 @@ class Answers:
 
     def __init__(self, args):
         self.args, self.kept = args, {}  # hash of a request: what is kept of its answer
-        self.planned = Counter()  # calls and tokens of a dry run
+        self.calls = self.tokens = 0  # of questions in a dry run
         self.spent = 0  # tokens paid for, and those that open requests may cost
         open_client(args)  # what the environment lacks is said before any work
 
@@ -400,9 +392,9 @@ class Answers:
         async with self.locks[key], self.free:  # of two alike one waits for the other's answer
             if key in self.kept:
                 return self.kept[key]
-            tokens = estimate_tokens(system + user)
+            tokens = len(WORD.findall(system + user))
             if args.dry_run:
-                self.planned.update(calls=1, tokens=tokens)
+                self.calls, self.tokens = self.calls + 1, self.tokens + tokens
                 return {"value": read("1\t0", None)[0], "used": {}}
             kept = await self.pay(request, tokens, read)
             with open(self.path, "a") as file:
@@ -417,8 +409,9 @@ class Answers:
             raise UserError("another answer may exceed --max_tokens_total: the same command "
                             "continues, with as many tokens again")
         self.spent += needed
+        limit = args.timeout * (args.retries + 1)
         try:
-            async with asyncio.timeout(args.timeout * (args.retries + 1)):  # also if bytes trickle
+            async with asyncio.timeout(limit):  # the client's own does not end if bytes trickle
                 response = await self.client.chat.completions.with_raw_response.create(**request)
             found = json.loads(response.text)
             choice, usage = found["choices"][0], found.get("usage") or {}
@@ -426,7 +419,9 @@ class Answers:
             logprobs = (choice.get("logprobs") or {}).get("content")
             value, unclear = read(text, logprobs)
             used = {"prompt_tokens": int(usage.get("prompt_tokens") or tokens),
-                    "answer_tokens": int(usage.get("completion_tokens") or estimate_tokens(text))}
+                    "answer_tokens": int(usage.get("completion_tokens") or len(WORD.findall(text)))}
+        except TimeoutError:
+            raise UserError(f"no whole answer of {args.base_url} within {limit} seconds") from None
         except Exception as error:  # of many kinds: of the network, or what is no chat completion
             raise UserError(f"no answer of {args.base_url} ({plainly(error.__cause__ or error)}): "
                             f"the same command continues with those that are there") from None
@@ -435,11 +430,6 @@ class Answers:
         used |= {"requests": 1, "unreadable": int(value is None), "unclear_lines": unclear,
                  "without_logprobs": int(not logprobs)}
         return {"text": text, "value": value, "used": used}
-
-
-def estimate_tokens(text):
-    """About how many tokens a text is: a word, a mark or a line break is one."""
-    return len(re.findall(r"\w+|[^\w ]", text))
 
 
 # --------------------------------------------------------------------------------- one run's models
@@ -533,9 +523,6 @@ def explain_run(result, title, results, load, answers, device):
     return facts
 
 
-# ------------------------------------------------------------------------------------ what is found
-
-
 def summary(entries):
     """{name: number or list} of dicts with "score", "random_score" and, with None, "reason"."""
     row = {"neurons": len(entries)}
@@ -559,20 +546,20 @@ def facts_of(entries):
 
 def models_of(results):
     """[(name, facts)] of the runs, then of their controls, each once."""
-    controls = {str(one["control"]): ("random weights", one["control"]) for one in results}
-    return [(one["run"], one) for one in results] + [
-        control for control in controls.values() if control[1]]
+    controls = {str(one["control"]): one["control"] for one in results if one["control"]}
+    runs = [(one["run"], one) for one in results]
+    return runs + [("random weights", control) for control in controls.values()]
 
 
 def print_scores(results):
-    """A row for each model and control; of a language model's, also by the table."""
+    """A row for each model and control; of a language model's, another one by the table."""
     settings, rows = results[0]["settings"], []
+    table = f"table, {settings['lookup']}"
     for name, facts in models_of(results):
-        by_table = {"run": name, "explained by": f"table, {settings['lookup']}"}
+        row = {"run": name, "explained by": settings["model"] or table}
+        rows.append(row | facts["all"] | facts.get("answers", {}))
         if "lookup" in facts:
-            rows.append({"run": name, "explained by": settings["model"], **facts["all"], **facts["answers"]})
-            facts = facts["lookup"]
-        rows.append(by_table | facts["all"])
+            rows.append(row | {"explained by": table} | facts["lookup"]["all"])
     columns = {"mean": "score", "se": "score_se", "random_mean": "random"}
     print_table(pd.DataFrame(rows).rename(columns=columns), COLUMNS)
     print("± is the standard error over neurons; random: score of the random records alone")
@@ -666,8 +653,8 @@ def main():
     if args.dry_run:
         for result in results:
             result.facts = result.facts or measure(result, result.run.path)
-        print("calls: {calls:,}, tokens of these questions: about {tokens:,}".format(**answers.planned))
-        return
+        return print("{:,} calls with about {:,} tokens; their answers have up to {:,} each".format(
+            answers.calls, answers.tokens, args.answer_tokens))
     found = measure_all(results, measure, device)
     print_scores(found)
     if args.plot:

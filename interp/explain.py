@@ -21,8 +21,7 @@ from the training split.
 Writes explain.json, explain_neurons.json and explain.png beside the checkpoint, explain_openai...
 for a language model. Answers are added to explain_openai_answers.jsonl as they arrive: none is paid
 for twice. The same command continues after an interruption.
-
-Letters: B windows of T tokens, U neurons at a time, V vocabulary, M neurons of a layer, n tokens.
+B windows of T tokens; U neurons at a time; V vocabulary; M neurons of a layer; n tokens of a batch.
 """
 
 import asyncio
@@ -108,7 +107,7 @@ def choose_texts(train, val, eot, settings, device):
 
 
 def find_records(activate, units, search, random_starts, title):
-    """The Neurons of these units. activate: idx (B, T) -> (B, T, U), those U units."""
+    """Yields the Neurons of these units. activate: idx (B, T) -> (B, T, U), those U units."""
     best, T = Strongest(TOP), search.T
     for x, positions, stories in search.read(activate, f"{title}: strongest windows"):
         best.add(x, positions, stories)
@@ -118,11 +117,9 @@ def find_records(activate, units, search, random_starts, title):
     strong = search.snippets(activate, used, T - 1, T - 1)
     idx = windows_at(search.tokens, random_starts, T, search.device)  # (5, T)
     at_random = activate(idx).permute(2, 0, 1).cpu().numpy()  # (U, 5, T)
-    neurons = []
     for unit, peak, top, others in zip(units, values[:, 0].tolist(), strong, at_random):
         scored = [*top[FIVE:], *map(Snippet, idx.tolist(), others, range(FIVE))]
-        neurons.append(Neuron(*unit, peak, top[:FIVE], scored))
-    return neurons
+        yield Neuron(*unit, peak, top[:FIVE], scored)
 
 
 # ------------------------------------------------------------------------- scores, tables of tokens
@@ -152,8 +149,8 @@ def score_simulation(neuron, simulated, unreadable=0):
     of all and of the random ones alone, and "reason" where one of them is None. Where some are
     unreadable, a score of the others would not be comparable."""
     if neuron.peak <= 0 or unreadable:
-        never = "it never fires"
-        reason = f"{unreadable} answers about it could not be read" if unreadable else never
+        reason = f"{unreadable} answers about it could not be read"
+        reason = reason if unreadable else "it never fires"
         return {"score": None, "random_score": None, "reason": reason}
     real = [record.values for record in neuron.scored]
     score, reason = correlation(real, simulated)
@@ -405,11 +402,11 @@ class Answers:
     async def pay(self, request, tokens, read):
         """The same from the server. tokens: about how many the question has."""
         args, needed = self.args, tokens + self.args.answer_tokens
+        limit = args.timeout * (args.retries + 1)
         if args.max_tokens_total and self.spent + needed > args.max_tokens_total:
             raise UserError("another answer may exceed --max_tokens_total: the same command "
                             "continues, with as many tokens again")
         self.spent += needed
-        limit = args.timeout * (args.retries + 1)
         try:
             async with asyncio.timeout(limit):  # the client's own does not end if bytes trickle
                 response = await self.client.chat.completions.with_raw_response.create(**request)
@@ -428,7 +425,7 @@ class Answers:
         self.spent += sum(used.values()) - needed
         value = None if choice.get("finish_reason") == "length" else value
         used |= {"requests": 1, "unreadable": int(value is None), "unclear_lines": unclear,
-                 "without_logprobs": int(not logprobs)}
+                 "without_logprobs": int("logprobs" in request and not logprobs)}
         return {"text": text, "value": value, "used": used}
 
 
@@ -452,12 +449,7 @@ def reader_of(model, units):
     layers = sorted({layer for layer, _ in units})
     sites = [Site(model, layer, "mlp_act") for layer in layers]
     places = [layers.index(layer) * sites[0].d + neuron for layer, neuron in units]
-    whole = places == list(range(len(layers) * sites[0].d))
-
-    def activate(idx):
-        found = read_sites(sites, idx)
-        return found if whole else found[..., places]  # without a copy of 100 MB
-    return activate
+    return lambda idx: read_sites(sites, idx)[..., places]
 
 
 def explain_units(model, units, texts, lookup, word, answers, title):
@@ -467,7 +459,7 @@ def explain_units(model, units, texts, lookup, word, answers, title):
     batches = ((corpus.tokens[positions].astype(np.int64), x)
                for x, positions, _ in corpus.read(activate, f"{title}: means by token"))
     values, counts, mean = lookup_table(batches, V, len(units))
-    neurons, entries = find_records(activate, units, search, random_starts, title), []
+    neurons, entries = [*find_records(activate, units, search, random_starts, title)], []
     for unit, neuron in enumerate(neurons):
         of_unit = values[:, unit]
         if lookup == "records":
@@ -579,8 +571,8 @@ def draw_scores(path, results):
         scores.stairs(shares, BINS, label=plain(name), **look)
         scores.axvline(of_all["mean"] or 0, **look)
         layers.errorbar(table["layer"], table["mean"], table["se"], marker="o", **look)
-    scores.set(xlabel="explanation score", ylabel="share of neurons", title="lines are means")
-    layers.set(xlabel="layer", ylabel="mean explanation score ± standard error over neurons")
+    scores.set(xlabel="explanation score", ylabel="share of neurons", title="lines: means")
+    layers.set(xlabel="layer", ylabel="mean score", title="bars: standard errors over neurons")
     layers.xaxis.get_major_locator().set_params(integer=True)
     handles, labels = scores.get_legend_handles_labels()
     figure.legend(handles[:6], labels[:6], loc="outside lower center", ncols=2)
@@ -592,13 +584,12 @@ def draw_scores(path, results):
 SETTINGS = ("lookup", "window", "tokens", "neurons", "seed", "control", "model", "base_url",
             "simulation", "temperature", "answer_tokens")
 COLUMNS = {"run": "", "explained by": "", "neurons": ",", "scored": ",", "score": ".3f",
-           "random": ".3f", "requests": ",", "unreadable": ",", "unclear_lines": ",",
-           "without_logprobs": ",", "prompt_tokens": ",", "answer_tokens": ","}
+           "random": ".3f", **dict.fromkeys(("requests", "unreadable", "unclear_lines",
+           "without_logprobs", "prompt_tokens", "answer_tokens"), ",.0f")}
 MODEL_FLAGS = {  # which need --model
     "base_url": dict(default="https://api.openai.com/v1", help="address of the API"),
     "simulation": dict(choices=[*FORMS], default="sparse",
-                       help="sparse: the model writes the tokens that fire; full: every token, and "
-                            "levels are expected ones where the server gives logprobs"),
+                       help="full: of every token, expected levels where there are logprobs"),
     "temperature": dict(type=float, default=0.0, help="some models take only 1"),
     "answer_tokens": dict(type=knobs.positive, default=1000, help="longer answers are unreadable"),
     "concurrency": dict(type=knobs.positive, default=4, help="requests at a time"),
@@ -613,9 +604,8 @@ def parse_arguments():
     parser = run_parser(__doc__)
     add = parser.add_argument
     add("--lookup", choices=["corpus", "records"], default="corpus",
-        help="the table's means: over training text, or the five records (default corpus)")
-    add("--tokens", type=knobs.positive, default=500_000,
-        help="of each split that are read at most, spread over it (default 500000)")
+        help="the table's means: over training text (default), or over the five records")
+    add("--tokens", type=knobs.positive, default=500_000, help="of each split, default 500000")
     add("--window", type=knobs.positive, default=64, help="tokens of a record (default 64)")
     add("--neurons", type=knobs.positive, help="a sample of so many in each layer (default all)")
     add("--seed", type=int, default=0, help="of the sample, the random records and the control")
@@ -637,16 +627,15 @@ def parse_arguments():
 def main():
     args, results = parse_arguments(), []
     device, runs = knobs.pick_device(args.device), open_runs(args.runs, args.data)
-    kind, prompts = ("openai", PROMPTS) if args.model else ("lookup", None)
-    settings = {"explainer": kind, "prompts": prompts}
-    settings |= {name: getattr(args, name) for name in SETTINGS}
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings["prompts"] = PROMPTS if args.model else None
     for run in runs:
         block_size = run.model.config.block_size
         if args.window > block_size:
             raise UserError(f"--window={args.window}: {run.path} reads at most {block_size} tokens")
-        results.append(Result(run, "explain_openai" if args.model else "explain",
-                              {"data": run.meta["checksum"], **settings}, args.force,
-                              ["_neurons.json", ".png"]))
+        results.append(Result(
+            run, "explain_openai" if args.model else "explain",
+            {"data": run.meta["checksum"], **settings}, args.force, ["_neurons.json", ".png"]))
     answers = Answers(args) if args.model else None
     measure = partial(explain_run, results=results, load=cache(load_tokens), answers=answers,
                       device=device)

@@ -1,5 +1,5 @@
-"""interp/explain.py: against the oracle, brute force and neurons of known meaning; and a real server
-on loopback, behind the real package openai.
+"""interp/explain.py: against the oracle, brute force, neurons of known meaning and a real server on
+loopback, behind the real package openai.
 
     python -m pytest tests/test_explain.py
 """
@@ -171,9 +171,12 @@ def test_sparse_answers(text, levels, unclear):
 
 def api(*tokens):
     """Tokens with their {alternative: probability} as a server writes them."""
-    return [{"token": token, "logprob": math.log(tops.get(token, 1)),
-             "top_logprobs": [{"token": t, "logprob": math.log(p)} for t, p in tops.items()]}
-            for token, tops in tokens]
+    found = []
+    for token, tops in tokens:
+        likely = [{"token": text, "logprob": math.log(p)} for text, p in tops.items()]
+        found.append({"token": token, "logprob": math.log(tops.get(token, 1)),
+                      "top_logprobs": likely})
+    return found
 
 
 LIKELY, LESS = {"0": 0.5, "2": 0.5}, {"10": 0.6, "9": 0.2, "the": 0.2}

@@ -23,7 +23,7 @@ import prepare
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
 OF_OTHER_LIBRARIES = "elsewhere.md"  # its Python runs in test_hf.py and test_lens.py
 NOT_RUN = re.compile(
-    r"make |pip|python3|torchrun|bash|bench/|prepare.py( --dataset|$)|explain openai|gpt-neo")
+    r"make |pip|python3|torchrun|bash|bench/|prepare.py( --dataset|$)|--dry_run|gpt-neo")
 # what is added to a command, so that it takes a second
 TINY = ("--data=data/toy --n_layer=2 --n_head=2 --n_embd=16 --block_size=32 --batch_size=4 "
         "--max_iters=2 --eval_windows=2 --device=cpu")

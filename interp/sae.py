@@ -187,9 +187,9 @@ class Batches:
                             f"buffer of {settings['buffer']:,} are too few for batches of "
                             f"{batch:,}: give a smaller --batch_size or more of the others")
         self.T, self.batch, self.windows, self.size, self.served = T, batch, windows, size, served
-        self.refill = 0
+        self.refill = 0  # after a resume too: repeating the current refill changes nothing
         if saved:
-            self.refill, self.scale = saved["refill"], saved["scale"]
+            self.scale = saved["scale"]
             self.buffer = saved["buffer"].to(self.device)  # (size, d)
         else:
             self.fill()
@@ -198,7 +198,7 @@ class Batches:
         """What continuing needs. A cached corpus is rather run through the model once more."""
         if self.cached:
             return None
-        return {"refill": self.refill, "scale": self.scale, "buffer": self.buffer}
+        return {"scale": self.scale, "buffer": self.buffer}
 
     def fill(self):
         """Fill the buffer. The scale is that of 1,000 batches, or of all of a cached corpus."""

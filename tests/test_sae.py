@@ -313,7 +313,7 @@ def test_resumed_is_uninterrupted(run, typed, monkeypatch, words):
             return function(*rest)
         monkeypatch.setattr(sae, function.__name__, counted)
 
-    stop_at(sae.train_step, 14, 103)
+    stop_at(sae.train_step, 18, 103)
     stop_at(sae.score_saes, 1)
     assert [typed(sae.main, *words)[0] for _ in range(4)] == ["stopped"] * 3 + [None]
     assert 160 < len(calls) < 170  # 160 steps, three of them twice, and two evaluations

@@ -25,8 +25,8 @@ test: .venv/dev.stamp  # two workers of one thread: in tensors this small a seco
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 
-# TransformerLens, SAELens and the paper's circuit library: 4 GB and minutes of installing, so no part of `test`
-test-lens: .venv-lens/stamp .venv-saelens/stamp
+# TransformerLens, SAELens, the paper's circuit library and the oldest transformers: 5 GB, so no part of `test`
+test-lens: .venv-lens/stamp .venv-saelens/stamp .venv-old/stamp
 	OMP_NUM_THREADS=1 .venv-lens/bin/python -m pytest -q tests/test_lens.py
 	OMP_NUM_THREADS=1 .venv-saelens/bin/python -m pytest -q tests/test_lens.py
 
@@ -46,4 +46,4 @@ test-lens: .venv-lens/stamp .venv-saelens/stamp
 	touch $@
 
 clean:  # the environments only: data/ and out/ are yours
-	rm -rf .venv .venv-lens .venv-saelens
+	rm -rf .venv .venv-lens .venv-saelens .venv-old

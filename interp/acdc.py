@@ -1,20 +1,19 @@
 """Circuits: the edges of a model that the indirect-object task needs (paper: Table 1).
 
-    python -m interp.acdc out/local_k2                     tau 0.03, 64 prompts
-    python -m interp.acdc out/*_seed? --tau 0.03,0.01,0.1 --plot frontier.png
-                                                           several models and thresholds
-    python -m interp.acdc out/local_k2 --orders 8          8 random orders of the edges too
-    python -m interp.acdc out/local_k2 --prompts mine.json     your own prompts, a JSON list of
-                        {"clean": TEXT, "corrupt": TEXT, "answer": " Tom", "wrong": " Sue"}
+    python -m interp.acdc out/local_k2                          tau 0.03, 64 prompts
+    python -m interp.acdc out/*_seed? --tau 0.03,0.01,0.1,0.3   several models at equal KL
+    python -m interp.acdc out/local_k2 --orders 8               8 random orders of the edges too
+    python -m interp.acdc out/local_k2 --prompts mine.json      a JSON list of prompts like
+               {"clean": TEXT, "corrupt": TEXT, "answer": " Tom", "wrong": " Sue"}
 
 Task: "Then, Tom and Sue went to the park. Sue gave a ball to" -> " Tom". A corrupt prompt has other
 names in the three places. A circuit is a set of edges. An edge in it carries what its source gives
 in the circuit; every other edge carries what its source gives on the corrupt prompt.
 
 The method is ACDC (Conmy et al. 2023) as the paper ran it. Its result depends on the order of the
-edges, and in the paper's library a part of that order depends on Python's hash seed. Here the order
-is fixed, and --orders shows how much it matters. One tau gives two models circuits of different
-quality, so compare models at equal KL: edges_at_kl, interpolated between several taus.
+edges, part of which depends on Python's hash seed in the paper's library. Here the order is fixed,
+and --orders shows how much it matters. One tau gives two models circuits of different quality, so
+compare models at equal KL: edges_at_kl, interpolated between several taus.
 
 Writes acdc.json and acdc.png beside the checkpoint. After Ctrl-C the same command continues.
 
@@ -52,8 +51,7 @@ TEMPLATES = (  # A and B in the order of their mention; G is the giver, one of t
     "Soon, {A} and {B} found a {object} at the {place}. {G} gave the {object} to",
 )
 WINDOW = 16  # edges tried in one batch; of a larger one, more is thrown away when one is put back
-GPU_WINDOW = 32  # the same on a GPU, where more is faster
-RANDOM = 10  # random circuits of the same size that a circuit's KL is compared with
+RANDOM = 10  # circuits that the KL of one is compared with
 KNOWS = 0.5  # a model that is right in a smaller share of prompts has no circuit for the task
 AT_KL = ("0.1", "0.3", "1")  # nats, at which models are compared
 LEAST_KL = 1e-6  # float32 does not tell less from 0, which has no logarithm
@@ -83,26 +81,20 @@ class Tokens(NamedTuple):
         return Tokens(*(tensor[start:stop] for tensor in self))
 
 
-def single_tokens(words, tokenizer):
-    """The words that are one token with a space before them."""
-    return [word for word in words if len(tokenizer.encode_ordinary(f" {word}")) == 1]
-
-
 def make_prompts(tokenizer, count, seed):
     """Distinct Prompts; the giver is named first in half of them.
 
     Each name of a corrupt prompt is drawn independently of the other two. Raises UserError on a
-    vocabulary that lacks too many of our words.
+    vocabulary in which too few of our words are single tokens with a space before them.
     """
-    rng, lists = random.Random(seed), word_lists()
-    every_name = lists["girls"] + lists["more_girls"] + lists["boys"] + lists["more_boys"]
-    names = single_tokens(every_name, tokenizer)
-    places = single_tokens(lists["places"], tokenizer)
-    objects = single_tokens(lists["objects"], tokenizer)
+    rng, lists = random.Random(seed), {}
+    for kind, words in word_lists().items():
+        lists[kind] = [word for word in words if len(tokenizer.encode_ordinary(f" {word}")) == 1]
+    names = lists["girls"] + lists["more_girls"] + lists["boys"] + lists["more_boys"]
+    places, objects = lists["places"], lists["objects"]
     if len(names) < 5 or not places or not objects:
-        raise UserError(f"only {len(names)} of our names, {len(places)} places and {len(objects)} "
-                        f"objects are single tokens of this tokenizer: give prompts of its own "
-                        f"with --prompts FILE")
+        raise UserError("too few of our names, places and objects are single tokens of this "
+                        "tokenizer: give prompts of its own with --prompts FILE")
     prompts = {}  # by the clean text
     for turn in range(100 * count):
         round_number, template = divmod(turn, len(TEMPLATES))
@@ -125,30 +117,10 @@ def make_prompts(tokenizer, count, seed):
 def read_prompts(path):
     """The Prompts of a --prompts file. Raises UserError."""
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-        return [Prompt(**row) for row in rows]
+        return [Prompt(**row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError) as error:
-        keys = ", ".join(Prompt._fields)
-        raise UserError(f"cannot read prompts from {path}, a JSON list of objects with {keys}: "
-                        f"{error}") from None
-
-
-def check_prompt(prompt, tokens, block_size):
-    """Raises UserError where clean and corrupt cannot be compared position by position.
-
-    tokens: a list for each text of the Prompt.
-    """
-    length, corrupt, *names = map(len, tokens)
-    problem = ""
-    if length != corrupt:
-        problem = f"its corrupt prompt has {corrupt} tokens, not {length}: make them equally long"
-    elif length > block_size:
-        problem = f"it has {length} tokens, the model takes {block_size}"
-    elif names != [1, 1]:
-        problem = (f"{prompt.answer!r} and {prompt.wrong!r} must be single tokens, "
-                   f"as a rule with a space in front")
-    if problem:
-        raise UserError(f"{prompt.clean!r}: {problem}")
+        raise UserError(f"cannot read prompts from {path}, a JSON list of objects with "
+                        f"{', '.join(Prompt._fields)}: {error}") from None
 
 
 def pad(rows):
@@ -158,11 +130,16 @@ def pad(rows):
 
 
 def tokenize(prompts, tokenizer, block_size):
-    """Prompts -> Tokens. Raises UserError on prompts that do not fit each other or the model."""
+    """Prompts -> Tokens. Raises UserError where positions cannot be compared one by one."""
     rows = []
     for prompt in prompts:
         tokens = [tokenizer.encode_ordinary(text) for text in prompt]
-        check_prompt(prompt, tokens, block_size)
+        length, corrupt, *names = map(len, tokens)
+        if not length == corrupt <= block_size or names != [1, 1]:
+            raise UserError(
+                f"clean and corrupt of {prompt.clean!r} have {length} and {corrupt} tokens, its "
+                f"names {names}: the texts must be equally long, of {block_size} tokens at most, "
+                f"and a name one token, as a rule with a space in front")
         rows.append(tokens)
     clean, corrupt, answers, wrong = zip(*rows)
     lengths = torch.tensor([len(row) for row in clean])
@@ -188,9 +165,9 @@ class Graph:
     """Names and numbers of nodes and edges.
 
     Nodes are numbered in the order of computation: 0 is Resid Start (token + position embedding),
-    then each block's heads and its MLP, last Resid End (what ln_f reads). A head's output is without
-    the bias of out_proj, which is always there. Every node has an edge to each input of every node
-    of a later stage, so a block's heads feed its own MLP. LayerNorm acts on the sum at each input.
+    then each block's heads and its MLP, last Resid End (what ln_f reads). A head's output lacks the
+    bias of out_proj, which is always there. Every node has an edge to each input of every node of a
+    later stage, so a block's heads feed its own MLP. LayerNorm acts on the sum at each input.
     """
 
     def __init__(self, n_layer, n_head):
@@ -204,16 +181,14 @@ class Graph:
         self.stage = {node: at for at, nodes in enumerate(self.stages) for node in nodes}
 
     def place(self, node):
-        """Block and head of a head; block and None of an MLP."""
+        """Block and head of a head; block and None of another node."""
         block, head = divmod(node - 1, self.n_head + 1)
-        return block, head if head < self.n_head else None
-
-    def is_head(self, node):
-        return 0 < node < self.end and self.place(node)[1] is not None
+        return block, head if node < self.end and head < self.n_head else None
 
     def dests(self, node):
         """The inputs of a node."""
-        return [Dest(node, part) for part in ("QKV" if self.is_head(node) else [""])]
+        parts = [""] if self.place(node)[1] is None else "QKV"
+        return [Dest(node, part) for part in parts]
 
     def sources(self, node):
         """The nodes that feed this one: all of earlier stages."""
@@ -224,9 +199,7 @@ class Graph:
         if node in (0, self.end):
             return "Resid End" if node else "Resid Start"
         block, head = self.place(node)
-        if head is None:
-            return f"MLP {block}"
-        return f"A{block}.{head}.{part}".removesuffix(".")
+        return f"MLP {block}" if head is None else f"A{block}.{head}.{part}".removesuffix(".")
 
     def edge_name(self, edge):
         return f"{self.name(edge.source)}->{self.name(*edge.dest)}"
@@ -242,39 +215,6 @@ class Graph:
             if edge.dest.node in reaching:
                 reaching.add(edge.source)
         return [edge for edge in kept if edge.source in reached and edge.dest.node in reaching]
-
-
-# --------------------------------------------------------------------------------------- the metric
-
-
-class Divergence:
-    """KL(clean model || circuit) in nats, at the last position, mean over prompts.
-
-    With p the clean model's distribution, E_p the mean over the vocabulary by it, and d the change
-    of the logits, the circuit's log q is log p + d - log E_p[exp d], and so
-        KL = E_p[log p - log q] = log E_p[exp d] - E_p[d]
-    Nothing large cancels here, so fp32 keeps the digits of a small KL; only sums need float64.
-    """
-
-    def __init__(self, clean, unembed):
-        """clean: what ln_f gives in the clean model, (B, C); unembed (C, V)."""
-        p = (clean @ unembed).double().softmax(-1)  # (B, V)
-        self.clean, self.unembed = clean, unembed
-        self.log_p = p.log().to(clean.dtype)  # (B, V)
-        self.p_unembed = p @ unembed.double().T  # (B, C), for E_p[d] without logits
-
-    def __call__(self, circuits):
-        """What ln_f gives in K circuits, (K, B, C) -> (K) float64."""
-        change = circuits - self.clean  # (K, B, C)
-        mean = (change.double() * self.p_unembed).sum(-1)  # (K, B), E_p[d]
-        buffer = torch.empty_like(self.log_p)  # one circuit at a time: K x B x V would fit no cache
-        log_mean_exp = []
-        for row in change:
-            logits = torch.addmm(self.log_p, row, self.unembed, out=buffer)  # (B, V), log p + d
-            top = logits.amax(-1, keepdim=True)  # (B, 1)
-            total = logits.sub_(top).exp_().sum(-1).double()  # (B)
-            log_mean_exp.append(total.log() + top[:, 0].double())
-        return (torch.stack(log_mean_exp) - mean).mean(-1)
 
 
 # ---------------------------------------------------------------------------------------- the model
@@ -312,19 +252,18 @@ class PatchedModel:
         # what every source gives, (S, B, T, C), and what every stage reads, a list of (B, T, C)
         self.clean, self.clean_residual = self.run(clean.to(device), position)
         self.corrupt, self.corrupt_residual = self.run(corrupt.to(device), position)
-        clean_end = self.norm("ln_f", self.clean_residual[-1][:, -1])  # (B, C)
-        self.divergence = Divergence(clean_end, self.unembed)
+        self.end = self.norm("ln_f", self.clean_residual[-1][:, -1])  # (B, C)
+        p = (self.end @ self.unembed).double().softmax(-1)  # (B, V)
+        self.log_p = p.log().to(dtype)  # (B, V)
+        self.p_unembed = p @ self.unembed.double().T  # (B, C), for E_p[d] without logits
 
     def split_heads(self, block):
         """A block's matrices head by head: Q, K and V (H, C, D), O (H, D, C)."""
-        heads, n_head = {}, self.graph.n_head
-        for part, name in (("Q", "q_proj"), ("K", "k_proj"), ("V", "v_proj"), ("O", "out_proj")):
-            matrix = self.weights[f"h.{block}.attn.attention.{name}.weight"].T  # (C, C)
-            if part == "O":
-                matrix = matrix.unflatten(0, (n_head, -1))  # (H, D, C)
-            else:
-                matrix = matrix.unflatten(1, (n_head, -1)).transpose(0, 1)  # (H, C, D)
-            heads[part] = matrix.contiguous()
+        name, split = f"h.{block}.attn.attention", (self.graph.n_head, -1)
+        heads = {"O": self.weights[f"{name}.out_proj.weight"].T.unflatten(0, split).contiguous()}
+        for part in "QKV":
+            matrix = self.weights[f"{name}.{part.lower()}_proj.weight"]  # (C, C), H * D rows
+            heads[part] = matrix.unflatten(0, split).mT.contiguous()
         return heads
 
     def norm(self, name, x):
@@ -335,10 +274,8 @@ class PatchedModel:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
 
     def project(self, dest, x):
-        """The first step of a node on one of its inputs (..., C).
-
-        Of a head its queries, keys or values, (..., D); of an MLP the LayerNorm.
-        """
+        """What a node first makes of one of its inputs (..., C): a head its queries, keys or
+        values, (..., D), an MLP the LayerNorm."""
         block, head = self.graph.place(dest.node)
         if head is None:
             return self.norm(f"h.{block}.ln_2", x)
@@ -372,17 +309,28 @@ class PatchedModel:
                 x = x + self.weights[f"h.{block}.attn.attention.out_proj.bias"]
         return torch.stack(outputs), [*residual, x]
 
+    def divergence(self, ends):
+        """KL(clean model || circuit) in nats at the last position, mean over prompts, of K
+        circuits: what ln_f gives in each, (K, B, C) -> (K) float64.
+
+        With p the clean model's distribution, E_p the mean over the vocabulary by it, and d the
+        change of the logits, the circuit's log q is log p + d - log E_p[exp d], and so
+            KL = E_p[log p - log q] = log E_p[exp d] - E_p[d]
+        Nothing large cancels here, so fp32 keeps the digits of a small KL; only sums need float64.
+        """
+        change = ends - self.end  # (K, B, C)
+        mean = (change.double() * self.p_unembed).sum(-1)  # (K, B), E_p[d]
+        buffer = torch.empty_like(self.log_p)  # one circuit at a time: K x B x V would fit no cache
+        log_mean_exp = []
+        for row in change:
+            logits = torch.addmm(self.log_p, row, self.unembed, out=buffer)  # (B, V), log p + d
+            top = logits.amax(-1, keepdim=True)  # (B, 1)
+            total = logits.sub_(top).exp_().sum(-1).double()  # (B)
+            log_mean_exp.append(total.log() + top[:, 0].double())
+        return (torch.stack(log_mean_exp) - mean).mean(-1)
+
 
 # -------------------------------------------------------------------------------------- the circuit
-
-
-class Attempt(NamedTuple):
-    """A circuit without the first, the first two, ... of some edges: K of them."""
-
-    edges: list  # K edges of one stage
-    inputs: dict  # {Dest: (K, B, T or 1, C)} what it reads in each, where that has changed
-    outputs: dict  # {node: (K, B, T or 1, C)} what it gives in each, where that has changed
-    kl: list  # K floats
 
 
 class Circuit:
@@ -417,19 +365,15 @@ class Circuit:
                     self.everywhere.update(self.kept[dest])
         self.current = self.model.clean.clone()  # (S, B, T, C), what every source gives
         self.changed = set()  # the sources that no longer give what they give in the clean model
-        # {Dest: ...}, made when first needed: what it reads, (B, T or 1, C), and its projection
-        self.inputs, self.projections = {}, {}
+        self.inputs = {}  # {Dest: what it reads, (B, T or 1, C)}, made when first needed
         for node in sorted(self.live - {0, graph.end}):
-            if any(self.removed[dest] or not self.is_clean(dest) for dest in graph.dests(node)):
+            dests = graph.dests(node)
+            if any(self.removed[dest] or self.changed & {*self.kept[dest]} for dest in dests):
                 self.set_output(node, self.output_of(node, {}))
 
     def positions(self, dest):
         """The positions of an input that count."""
         return ALL if dest.part in ("K", "V") or dest.node in self.everywhere else LAST
-
-    def is_clean(self, dest):
-        """Whether all kept sources of an input give what they give in the clean model."""
-        return self.changed.isdisjoint(self.kept[dest])
 
     def set_output(self, node, output):
         """output (B, T or 1, C) is what this node gives from now on."""
@@ -445,7 +389,7 @@ class Circuit:
         if dest not in self.inputs:
             model, stage = self.model, self.graph.stage[dest.node]
             removed, kept = self.removed[dest], self.kept[dest]
-            if len(removed) < len(kept) and self.is_clean(dest):
+            if len(removed) < len(kept) and self.changed.isdisjoint(kept):
                 x = model.clean_residual[stage]  # (B, T, C)
                 change = model.corrupt[removed] - model.clean[removed]  # (removed, B, T, C)
             else:
@@ -455,18 +399,12 @@ class Circuit:
         return self.inputs[dest]
 
     def output_of(self, node, new):
-        """What a node gives, (..., B, T or 1, C), when some of its inputs read something new.
-
-        new: {Dest: (..., B, T or 1, C)}
-        """
+        """What a node gives, (..., B, T or 1, C), when some of its inputs read something new,
+        {Dest: (..., B, T or 1, C)}."""
         projected = []
         for dest in self.graph.dests(node):
-            if dest in new:
-                projected.append(self.model.project(dest, new[dest]))
-                continue
-            if dest not in self.projections:
-                self.projections[dest] = self.model.project(dest, self.input_of(dest))
-            projected.append(self.projections[dest])
+            x = new[dest] if dest in new else self.input_of(dest)
+            projected.append(self.model.project(dest, x))
         return self.model.output(node, projected)
 
     def removals(self, edges):
@@ -486,54 +424,50 @@ class Circuit:
         return inputs
 
     def attempt(self, edges):
-        """An Attempt to remove the first, the first two, ... of these edges of one stage.
+        """Try to remove the first, the first two, ... of these K edges of one stage.
 
-        K circuits in one batch. A removal changes its own input and what that still reaches: live
-        nodes behind it, with a kept source that has changed. Only they are computed.
+        -> KL of these K circuits, a list, and what differs in each from now: {Dest: what it reads},
+        {node: what it gives}, (K, B, T or 1, C) each. All are computed in one batch: only live
+        nodes behind the removed edges that have a kept source that changes.
         """
         inputs, outputs = self.removals(edges), {}
         first = min(dest.node for dest in inputs)
         for node in sorted(node for node in self.live if node >= first):
             dests = self.graph.dests(node)
             for dest in dests:
-                sources = [source for source in self.kept[dest] if source in outputs]
-                if sources:
-                    inputs[dest] = self.input_of(dest) + self.changes(sources, outputs, dest)
+                rows, change = self.positions(dest), 0
+                changing = [source for source in self.kept[dest] if source in outputs]
+                for source in changing:
+                    new, old = outputs[source][:, :, rows], self.current[source][:, rows]
+                    change = change + (new - old)  # (K, B, T or 1, C)
+                if changing:
+                    inputs[dest] = self.input_of(dest) + change
             new = {dest: inputs[dest] for dest in dests if dest in inputs}
             if new and node != self.graph.end:
                 outputs[node] = self.output_of(node, new)
         end = self.model.norm("ln_f", inputs[self.end][:, :, -1])  # (K, B, C)
-        return Attempt(edges, inputs, outputs, self.model.divergence(end).tolist())
+        return self.model.divergence(end).tolist(), inputs, outputs
 
-    def changes(self, sources, outputs, dest):
-        """How much new outputs of these sources change what an input reads: (K, B, T or 1, C)."""
-        rows, change = self.positions(dest), 0
-        for source in sources:
-            change = change + (outputs[source][:, :, rows] - self.current[source][:, rows])
-        return change
-
-    def commit(self, attempt, count):
-        """Remove the first count of the edges of an attempt, the last one made."""
-        if count == 0:
-            return
-        for node, outputs in attempt.outputs.items():
-            self.set_output(node, outputs[count - 1])
-        swept = {edge.dest for edge in attempt.edges}
-        for dest, inputs in attempt.inputs.items():
-            self.projections.pop(dest, None)
-            if dest in swept:
-                self.inputs[dest] = inputs[count - 1]
+    def commit(self, edges, inputs, outputs):
+        """Remove these edges, the first ones of the last attempt, which gave inputs and outputs."""
+        number, stage = len(edges) - 1, self.graph.stage
+        for node, output in outputs.items():
+            self.set_output(node, output[number])
+        for dest, x in inputs.items():
+            if stage[dest.node] == stage[edges[0].dest.node]:
+                self.inputs[dest] = x[number]
             else:
                 del self.inputs[dest]  # to be summed anew: adding up changes would drift
-        for edge in attempt.edges[:count]:
+        for edge in edges:
             self.removed[edge.dest].append(edge.source)
 
     def read_out(self):
         """What ln_f gives at the last position, (B, C)."""
         return self.model.norm("ln_f", self.input_of(self.end)[:, -1])
 
-    def kl(self):
-        """KL(clean model || circuit), a float."""
+    def kl_without(self, removed):
+        """KL(clean model || circuit) once exactly these edges are removed, a float."""
+        self.set_removed(removed)
         return self.model.divergence(self.read_out()[None]).item()
 
     def logits(self):
@@ -554,21 +488,18 @@ class Circuit:
 # The sweep below decides the same, but tries several edges in one batch, and fewer of them.
 
 
-def sweep_order(graph, order="descending", rng=None):
+def sweep_order(graph, rng=None):
     """Every edge, in the order in which the sweep tries them: stage by stage, from the end.
 
-    Within a stage: heads ascending, Q, K, V, and the sources of each descending (as in ACDC) or
-    ascending. With rng, a random.Random, the edges of every stage are shuffled instead.
+    Within a stage: heads ascending, Q, K, V, and the sources of each descending, as in ACDC. With
+    rng, a random.Random, the edges of every stage are shuffled instead.
     """
     edges = []
     for stage in reversed(graph.stages):
         stage_edges = []
         for node in stage:
-            sources = graph.sources(node)
-            if order == "descending":
-                sources = sources[::-1]
             for dest in graph.dests(node):
-                stage_edges += [Edge(source, dest) for source in sources]
+                stage_edges += [Edge(source, dest) for source in reversed(graph.sources(node))]
         if rng is not None:
             rng.shuffle(stage_edges)
         edges += stage_edges
@@ -579,26 +510,27 @@ def decide(circuit, edges, kl, tau):
     """The rule for the next edges, up to the first that is put back.
 
     -> a verdict for each, [whether it is kept, by how much its removal raised KL], and the new KL.
-
     All are tried in one batch, each with those before it removed too. That is what the rule asks
     for until one is put back; what was tried after it counts for nothing.
     """
-    attempt = circuit.attempt(edges)
+    kls, inputs, outputs = circuit.attempt(edges)
     verdicts, removed = [], 0
-    for kl_without in attempt.kl:
+    for kl_without in kls:
         rise = kl_without - kl
         kept = not rise < tau
         verdicts.append([kept, rise])
         if kept:
             break
         kl, removed = kl_without, removed + 1
-    circuit.commit(attempt, removed)
+    if removed:
+        circuit.commit(edges[:removed], inputs, outputs)
     return verdicts, kl
 
 
 def sweep_stage(circuit, edges, tau, state, bar):
     """Decide the edges of the next stage. -> the state of the sweep after it, see discover."""
-    began, done, state = time.time(), state["decided"], dict(state)
+    began = time.time()
+    done, state = state["decided"], dict(state)
     # from scratch for every stage, so that a continued sweep is equal to the last bit
     circuit.set_removed([edge for edge, (kept, _) in zip(edges, done) if not kept])
     stage_of, left = circuit.graph.stage, edges[len(done) :]
@@ -611,7 +543,7 @@ def sweep_stage(circuit, edges, tau, state, bar):
 
     # On a CPU many edges cost more than one: begin with one after each that is put back.
     on_cpu = circuit.current.device.type == "cpu"
-    smallest, largest = (1, WINDOW) if on_cpu else (GPU_WINDOW, GPU_WINDOW)
+    smallest, largest = (1, WINDOW) if on_cpu else (2 * WINDOW, 2 * WINDOW)
     size = smallest
     while untried:
         tried = untried[:size]
@@ -629,18 +561,17 @@ def sweep_stage(circuit, edges, tau, state, bar):
     return state
 
 
-def discover(circuit, edges, tau, state=None, save=lambda state: None):
+def discover(circuit, edges, tau, state=None, save=lambda state: None, title=""):
     """ACDC's sweep over these edges, in this order -> the state it ends in, a dict of plain values:
 
     decided: a verdict for every edge so far, see decide. kl: of what is left of the model, in nats.
-    margin: how close a rise of KL came to tau. evaluations, batches, seconds: what it took.
-
+    margin: how close a rise of KL came to tau. batches, evaluations, seconds: what it took.
     save is called with the state after every stage. A given state is continued.
     """
     state = state or {"decided": [], "kl": 0.0, "margin": math.inf,
-                      "evaluations": 0, "batches": 0, "seconds": 0.0}
+                      "batches": 0, "evaluations": 0, "seconds": 0.0}
     with tqdm(total=len(edges), initial=len(state["decided"]), unit=" edges",
-              desc=f"tau {tau:g}", mininterval=1) as bar:
+              desc=f"{title} tau {tau:g}", mininterval=1) as bar:
         while len(state["decided"]) < len(edges):
             state = sweep_stage(circuit, edges, tau, state, bar)
             save(state)
@@ -653,10 +584,9 @@ def discover(circuit, edges, tau, state=None, save=lambda state: None):
 def accuracy(logits, tokens):
     """logits (B, V) -> the share of prompts in which the answer is the likeliest token, and in
     which it beats the wrong name."""
-    rows = torch.arange(len(logits), device=logits.device)
-    answers, wrong = tokens.answers.to(logits.device), tokens.wrong.to(logits.device)
-    exact = logits.argmax(-1) == answers  # (B)
-    right = logits[rows, answers] > logits[rows, wrong]  # (B)
+    names = torch.stack([tokens.answers, tokens.wrong], -1).to(logits.device)  # (B, 2)
+    answer, wrong = logits.gather(1, names).T  # (B) each
+    exact, right = logits.argmax(-1) == names[:, 0], answer > wrong  # (B) each
     return exact.double().mean().item(), right.double().mean().item()
 
 
@@ -676,26 +606,11 @@ def ablated_logits(model, tokens):
     return logits
 
 
-def kl_without(circuit, removed):
-    """The KL of a circuit without these edges."""
-    circuit.set_removed(removed)
-    return circuit.kl()
-
-
-def random_removals(edges, kept, rng):
-    """The edges that are missing in each of RANDOM circuits of so many kept edges."""
-    removals = []
-    for _ in range(RANDOM):
-        chosen = set(rng.sample(range(len(edges)), kept))
-        removals.append([edge for at, edge in enumerate(edges) if at not in chosen])
-    return removals
-
-
 def describe_model(model, circuits, tokens):
-    """What a result says of the model itself, a dict. ablated_* are None without gates.
+    """What a result says of the model itself, a dict; None stands for the stream it lacks.
 
-    circuits: {ending of names: Circuit of all edges}, "" on the prompts that circuits are found on,
-    which are the tokens, and "_heldout" on others, if there are any.
+    circuits: {"": a Circuit of all edges on the prompts that circuits are found on, the tokens,
+    "_heldout": one on other prompts, if any}. The keys end the names of what is measured there.
     """
     exact, right = accuracy(circuits[""].logits(), tokens)
     everything = sweep_order(circuits[""].graph)
@@ -705,44 +620,43 @@ def describe_model(model, circuits, tokens):
         exact, right = accuracy(ablated_logits(model, tokens), tokens)
         facts |= {"ablated_exact": exact, "ablated_right": right}
     for ending, circuit in circuits.items():
-        facts[f"kl_corrupt{ending}"] = kl_without(circuit, everything)
+        facts[f"kl_corrupt{ending}"] = circuit.kl_without(everything)
     return facts
 
 
 def describe_circuit(circuits, edges, state, tokens, seed):
-    """What a result says of the circuit that a sweep of these edges ended in, a dict.
-
-    circuits, tokens: see describe_model.
-    """
+    """What a result says of the circuit that a sweep of these edges ended in, a dict."""
     graph = circuits[""].graph
     kept, removed = {}, {}  # {edge: by how much its removal raised KL}
     for edge, (put_back, rise) in zip(edges, state["decided"]):
         (kept if put_back else removed)[edge] = rise
     connected = graph.connected(kept)
     ends = {node for edge in connected for node in (edge.source, edge.dest.node)}
-    facts = {"edges": len(kept), "connected": len(connected), "heads": sum(map(graph.is_head, ends))}
-    facts |= {name: state[name] for name in ("margin", "evaluations", "batches", "seconds")}
-    removals = random_removals(edges, len(kept), random.Random(seed))
+    heads = sum(graph.place(node)[1] is not None for node in ends)
+    facts = {"edges": len(kept), "connected": len(connected), "heads": heads}
+    facts |= {name: state[name] for name in ("margin", "batches", "evaluations", "seconds")}
+    removals, rng = [], random.Random(seed)  # of random circuits of the same size
+    for _ in range(RANDOM):
+        chosen = set(rng.sample(edges, len(kept)))
+        removals.append([edge for edge in edges if edge not in chosen])
     for ending, circuit in circuits.items():
-        kls = [kl_without(circuit, others) for others in removals]
+        kls = [circuit.kl_without(others) for others in removals]
         facts[f"kl_random{ending}"] = statistics.mean(kls)
         facts[f"kl_random{ending}_sd"] = statistics.stdev(kls)
-        facts[f"kl{ending}"] = kl_without(circuit, removed)
+        facts[f"kl{ending}"] = circuit.kl_without(removed)
     facts["circuit_exact"], facts["circuit_right"] = accuracy(circuits[""].logits(), tokens)
     facts["circuit"] = {graph.edge_name(edge): rise for edge, rise in kept.items()}
     facts["removed"] = {graph.edge_name(edge): rise for edge, rise in removed.items()}
     return facts
 
 
-def find_warnings(exact, first, dtype):
-    """Why not to believe the first circuit, a line each."""
-    warnings = []
+def find_warnings(exact, margin, dtype):
+    """Why not to believe a circuit, a line each."""
     if exact < KNOWS:
-        warnings.append("gives the right answer in under half of the prompts: "
-                        "its circuit is not one for that task")
-    if first["margin"] < 1e-5 and dtype == "float32":
-        warnings.append("a decision came as close to tau as rounding: --dtype float64 settles it")
-    return warnings
+        yield ("gives the right answer in under half of the prompts: "
+               "its circuit is not one for that task")
+    if margin < 1e-5 and dtype == "float32":
+        yield "a decision came as close to tau as rounding: --dtype float64 settles it"
 
 
 def load_prompts(run, args):
@@ -775,33 +689,28 @@ def find_circuits(result, title, args, device):
     circuits = {}  # see describe_model
     for ending, part in {"": found_on, "_heldout": heldout}.items():
         if len(part.clean):
-            patched = PatchedModel(weights, config.n_head, config.windows, *part[:3],
-                                   getattr(torch, args.dtype), device)
-            circuits[ending] = Circuit(patched)
+            circuits[ending] = Circuit(PatchedModel(
+                weights, config.n_head, config.windows, part.clean, part.corrupt, part.lengths,
+                getattr(torch, args.dtype), device))
     facts = describe_model(model, circuits, found_on)
-    print(f"{title}: {facts['total']:,} edges; the answer is the likeliest token in "
-          f"{facts['ioi_exact']:.0%} of the prompts", flush=True)
-
     state = result.state or {"circuits": [], "sweep": None}  # finished ones, the one in progress
     rows, sweep, graph = state["circuits"], state["sweep"], circuits[""].graph
-
-    def save(sweep):
-        result.save({"circuits": rows, "sweep": sweep})
-
     orders = ["descending", *range(args.orders)]  # a number is that of a random order
     to_find = [(tau, order) for tau in args.tau for order in orders]
     for tau, order in to_find[len(rows) :]:
         is_random = order != "descending"
         rng = random.Random(f"{args.seed} {order}") if is_random else None
         edges = sweep_order(graph, rng=rng)
-        sweep = discover(circuits[""], edges, tau, sweep, save)
+        sweep = discover(circuits[""], edges, tau, sweep, title=title,
+                         save=lambda sweep: result.save({"circuits": rows, "sweep": sweep}))
         row = describe_circuit(circuits, edges, sweep, found_on, args.seed)
         if is_random:  # the numbers alone: a sweep of 8 x 16 has 23,981 edges
             del row["circuit"], row["removed"]
         rows.append({"tau": tau, "order": order, **row})
         sweep = None
-    facts |= {"circuits": rows, "prompts": [prompt._asdict() for prompt in prompts],
-              "warnings": find_warnings(facts["ioi_exact"], rows[0], args.dtype)}
+    warnings = find_warnings(facts["ioi_exact"], rows[0]["margin"], args.dtype)
+    facts |= {"circuits": rows, "warnings": list(warnings),
+              "prompts": [prompt._asdict() for prompt in prompts]}
     facts["edges_at_kl"] = edges_at_kl(facts)
     draw_circuit(result.path(".png"), result.run.path, facts, graph)
     return facts
@@ -811,14 +720,13 @@ def find_circuits(result, title, args, device):
 
 
 def measured_points(facts):
-    """(edges, KL) of a model's circuits: the one without edges, then one a tau, in the fixed order.
-
-    On held-out prompts, or on those they were found on where none are held out.
-    """
+    """(edges, KL) of a model's circuits: the one without edges, then one a tau, in the fixed order;
+    on held-out prompts if there are any."""
     ending = "_heldout" if "kl_corrupt_heldout" in facts else ""
-    fixed = [row for row in facts["circuits"] if row["order"] == "descending"]
     points = [(0, facts[f"kl_corrupt{ending}"])]
-    points += [(row["edges"], row[f"kl{ending}"]) for row in fixed]
+    for row in facts["circuits"]:
+        if row["order"] == "descending":
+            points.append((row["edges"], row[f"kl{ending}"]))
     return [(edges, max(kl, LEAST_KL)) for edges, kl in points]
 
 
@@ -832,10 +740,9 @@ def frontier(points):
 
 
 def edges_for_kl(points, kl):
-    """How many edges a KL of at most kl takes, a float; None where these (edges, KL) do not say.
+    """How many edges a KL of at most kl takes, a float; None out of the range of these points.
 
-    Between two neighbours on the frontier log KL is taken to fall in a line, as it is drawn. A KL
-    that the circuit without edges reaches takes 0; nothing else is guessed.
+    Between two neighbours on the frontier log KL is taken to fall in a line.
     """
     best = frontier(points)
     for (fewer, high), (more, low) in zip(best, best[1:]):
@@ -845,11 +752,8 @@ def edges_for_kl(points, kl):
 
 
 def edges_at_kl(facts):
-    """{"0.1": edges_for_kl, ...} for every AT_KL.
-
-    All None with a single tau, and for a model that does not know the answers: it needs next to no
-    edges, for next to nothing.
-    """
+    """{"0.1": edges_for_kl, ...} for every AT_KL. None of a single tau, and of a model that does
+    not know the answers: it needs next to no edges, for next to nothing."""
     points = measured_points(facts)
     if len(points) < 3 or facts["ioi_exact"] < KNOWS:
         return dict.fromkeys(AT_KL)
@@ -858,9 +762,8 @@ def edges_at_kl(facts):
 
 # ------------------------------------------------------------------------------------- the pictures
 
-
-COLORS = {"Q": "tab:red", "K": "tab:blue", "V": "tab:green", "": "0.35"}
-LABELS = {"Q": "queries", "K": "keys", "V": "values", "": "an MLP or the end"}
+PARTS = {"Q": ("tab:red", "queries"), "K": ("tab:blue", "keys"), "V": ("tab:green", "values"),
+         "": ("0.35", "an MLP or the end")}
 
 
 def spot(graph, node):
@@ -871,68 +774,32 @@ def spot(graph, node):
     return (graph.n_head + 0.5, 2 * block + 1.4) if head is None else (head, 2 * block + 0.6)
 
 
-def draw_edges(axes, graph, rises):
-    """rises: {kept Edge: how much KL its removal costs}; the more, the thicker."""
-    connected, top = set(graph.connected(rises)), max(rises.values(), default=1)
-    for edge, rise in sorted(rises.items(), key=lambda item: item[1]):
-        (x0, y0), (x1, y1) = spot(graph, edge.source), spot(graph, edge.dest.node)
-        x1 += {"Q": -0.15, "V": 0.15}.get(edge.dest.part, 0)  # a head's three inputs side by side
-        axes.plot((x0, x1), (y0, y1), color=COLORS[edge.dest.part], alpha=0.65, zorder=1,
-                  lw=0.6 + 4 * math.sqrt(max(rise, 0) / top), solid_capstyle="round",
-                  ls="-" if edge in connected else ":")
-    for part, label in LABELS.items():
-        axes.plot([], [], color=COLORS[part], lw=2, label=f"into {label}")
-    axes.plot([], [], color=COLORS[""], ls=":", label="dangling: on no path from start to end")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
-
-
-def draw_nodes(axes, graph, used):
-    """The name of every node that has a kept edge, a dot for the others."""
-    box = {"boxstyle": "round", "fc": "white", "ec": "black", "lw": 0.8}
-    for node in range(graph.end + 1):
-        x, y = spot(graph, node)
-        if node in used:
-            axes.text(x, y, graph.name(node), ha="center", va="center", fontsize=8, bbox=box,
-                      zorder=3)
-        else:
-            axes.plot(x, y, "o", color="0.85", ms=4, zorder=2)
-    axes.axis("off")
-
-
-def draw_circuit(path, name, facts, graph):
-    """The first circuit of a result."""
+def draw_circuit(path, title, facts, graph):
+    """The first circuit of a result: the more KL the removal of an edge costs, the thicker."""
     from matplotlib.figure import Figure  # here, so that --help need not wait for it
 
     row = facts["circuits"][0]
     edges = {graph.edge_name(edge): edge for edge in sweep_order(graph)}
     rises = {edges[name]: rise for name, rise in row["circuit"].items()}
-    size = max(6, 0.6 * graph.n_head + 3), max(4, 1.1 * graph.n_layer + 1.5)  # inches
-    figure = Figure(figsize=size, layout="constrained")
+    connected, top = set(graph.connected(rises)), max(rises.values(), default=1)
+    figure = Figure(figsize=(graph.n_head / 2 + 5, graph.n_layer + 3), layout="constrained")
     axes = figure.subplots()
-    draw_edges(axes, graph, rises)
-    draw_nodes(axes, graph, {node for edge in rises for node in (edge.source, edge.dest.node)})
-    axes.set_title(f"{plain(name)}\n{row['edges']} of {facts['total']:,} edges at tau "
-                   f"{row['tau']:g}, KL {row['kl']:.2f}\nanswer exact: model "
-                   f"{facts['ioi_exact']:.0%}, circuit {row['circuit_exact']:.0%}", loc="left",
-                   fontsize="medium")
-    save_figure(path, figure)
-
-
-def draw_frontiers(path, results):
-    """KL against edges: a line for every run, and a point for every tau, also off the line."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 5.5), layout="constrained")
-    axes = figure.subplots()
-    lines = []
-    for result in results:
-        points = measured_points(result)
-        lines += axes.plot(*zip(*frontier(points)), label=plain(result["run"]))
-        axes.plot(*zip(*points[1:]), "o", color=lines[-1].get_color())
-    axes.set(yscale="log", xlabel="edges", ylabel="KL(model || circuit) in nats")
-    axes.set_title("the lower, the better a circuit of so many edges", loc="left")
-    axes.grid(alpha=0.3)
-    figure.legend(handles=lines[:6], loc="outside right upper", frameon=False)
+    for edge, rise in rises.items():
+        color, _ = PARTS[edge.dest.part]
+        (x0, y0), (x1, y1) = spot(graph, edge.source), spot(graph, edge.dest.node)
+        x1 += {"Q": -0.15, "V": 0.15}.get(edge.dest.part, 0)  # a head's three inputs side by side
+        axes.plot((x0, x1), (y0, y1), "-" if edge in connected else ":", color=color, alpha=0.65,
+                  lw=0.6 + 4 * math.sqrt(max(rise, 0) / top))
+    for node in {node for edge in rises for node in (edge.source, edge.dest.node)}:
+        axes.text(*spot(graph, node), graph.name(node), ha="center", va="center", fontsize=8,
+                  bbox={"boxstyle": "round", "fc": "white"})
+    for color, label in PARTS.values():
+        axes.plot([], [], color=color, label=f"into {label}")
+    axes.plot([], [], ":", color="0.35", label="dangling: on no path from start to end")
+    figure.legend(loc="outside right upper", fontsize=8)
+    axes.axis("off")
+    axes.set_title(f"{plain(title)}\n{row['edges']} of {facts['total']:,} edges have KL "
+                   f"{row['kl']:.2f}, answer exact {row['circuit_exact']:.0%}")
     save_figure(path, figure)
 
 
@@ -990,15 +857,12 @@ def main():
         "many more, or the rest of a file, are held out")
     add("--seed", type=int, default=0, help="of prompts, random orders and random circuits (0)")
     add("--dtype", choices=("float32", "float64"), default="float32")
-    add("--plot", type=knobs.picture, metavar="FILE", help="plot KL against edges of all runs")
     add("--force", action="store_true", help="replace a result of other settings")
     args = parser.parse_args()
     device = knobs.pick_device(args.device)
     results = [open_result(path, args) for path in args.runs]
     found = measure_all(results, partial(find_circuits, args=args, device=device), device)
     print_results(found)
-    if args.plot:
-        draw_frontiers(args.plot, found)
 
 
 if __name__ == "__main__":

@@ -571,7 +571,7 @@ def discover(circuit, edges, tau, state=None, save=lambda state: None, title="")
     state = state or {"decided": [], "kl": 0.0, "margin": math.inf,
                       "batches": 0, "evaluations": 0, "seconds": 0.0}
     with tqdm(total=len(edges), initial=len(state["decided"]), unit=" edges",
-              desc=f"{title} tau {tau:g}", mininterval=1) as bar:
+              desc=f"{title} tau {tau:g}".strip(), mininterval=1) as bar:
         while len(state["decided"]) < len(edges):
             state = sweep_stage(circuit, edges, tau, state, bar)
             save(state)
@@ -586,7 +586,8 @@ def accuracy(logits, tokens):
     which it beats the wrong name."""
     names = torch.stack([tokens.answers, tokens.wrong], -1).to(logits.device)  # (B, 2)
     answer, wrong = logits.gather(1, names).T  # (B) each
-    exact, right = logits.argmax(-1) == names[:, 0], answer > wrong  # (B) each
+    exact = logits.argmax(-1) == names[:, 0]  # (B)
+    right = answer > wrong  # (B)
     return exact.double().mean().item(), right.double().mean().item()
 
 
@@ -781,12 +782,14 @@ def draw_circuit(path, title, facts, graph):
     row = facts["circuits"][0]
     edges = {graph.edge_name(edge): edge for edge in sweep_order(graph)}
     rises = {edges[name]: rise for name, rise in row["circuit"].items()}
-    connected, top = set(graph.connected(rises)), max(rises.values(), default=1)
+    connected = set(graph.connected(rises))
+    top = max(rises.values(), default=1)
     figure = Figure(figsize=(graph.n_head / 2 + 5, graph.n_layer + 3), layout="constrained")
     axes = figure.subplots()
     for edge, rise in rises.items():
         color, _ = PARTS[edge.dest.part]
-        (x0, y0), (x1, y1) = spot(graph, edge.source), spot(graph, edge.dest.node)
+        x0, y0 = spot(graph, edge.source)
+        x1, y1 = spot(graph, edge.dest.node)
         x1 += {"Q": -0.15, "V": 0.15}.get(edge.dest.part, 0)  # a head's three inputs side by side
         axes.plot((x0, x1), (y0, y1), "-" if edge in connected else ":", color=color, alpha=0.65,
                   lw=0.6 + 4 * math.sqrt(max(rise, 0) / top))

@@ -199,7 +199,9 @@ class Graph:
         if node in (0, self.end):
             return "Resid End" if node else "Resid Start"
         block, head = self.place(node)
-        return f"MLP {block}" if head is None else f"A{block}.{head}.{part}".removesuffix(".")
+        if head is None:
+            return f"MLP {block}"
+        return f"A{block}.{head}.{part}".removesuffix(".")
 
     def edge_name(self, edge):
         return f"{self.name(edge.source)}->{self.name(*edge.dest)}"
@@ -438,7 +440,8 @@ class Circuit:
                 rows, change = self.positions(dest), 0
                 changing = [source for source in self.kept[dest] if source in outputs]
                 for source in changing:
-                    new, old = outputs[source][:, :, rows], self.current[source][:, rows]
+                    new = outputs[source][:, :, rows]
+                    old = self.current[source][:, rows]
                     change = change + (new - old)  # (K, B, T or 1, C)
                 if changing:
                     inputs[dest] = self.input_of(dest) + change
@@ -561,7 +564,7 @@ def sweep_stage(circuit, edges, tau, state, bar):
     return state
 
 
-def discover(circuit, edges, tau, state=None, save=lambda state: None, title=""):
+def discover(circuit, edges, tau, state=None, save=lambda state: None, title="ACDC"):
     """ACDC's sweep over these edges, in this order -> the state it ends in, a dict of plain values:
 
     decided: a verdict for every edge so far, see decide. kl: of what is left of the model, in nats.
@@ -571,7 +574,7 @@ def discover(circuit, edges, tau, state=None, save=lambda state: None, title="")
     state = state or {"decided": [], "kl": 0.0, "margin": math.inf,
                       "batches": 0, "evaluations": 0, "seconds": 0.0}
     with tqdm(total=len(edges), initial=len(state["decided"]), unit=" edges",
-              desc=f"{title} tau {tau:g}".strip(), mininterval=1) as bar:
+              desc=f"{title} tau {tau:g}", mininterval=1) as bar:
         while len(state["decided"]) < len(edges):
             state = sweep_stage(circuit, edges, tau, state, bar)
             save(state)
@@ -772,7 +775,9 @@ def spot(graph, node):
     if node in (0, graph.end):
         return graph.n_head / 2, 2 * graph.n_layer + 1.5 if node else -0.5
     block, head = graph.place(node)
-    return (graph.n_head + 0.5, 2 * block + 1.4) if head is None else (head, 2 * block + 0.6)
+    if head is None:
+        return graph.n_head + 0.5, 2 * block + 1.4
+    return head, 2 * block + 0.6
 
 
 def draw_circuit(path, title, facts, graph):

@@ -17,8 +17,10 @@ A neuron is a unit of an MLP after its activation function, in the clean stream.
     trie        The same paths predict where the neuron reaches half of its maximum in the held-out
                 snippets: precision, recall, F1.
 
-Written into the run folder: n2g.json (metrics by layer), n2g_neurons.json (all graphs), n2g.png. The
-same command continues after an interruption. Nothing here is random. How to read the metrics:
+Written beside the checkpoint: n2g.json (metrics by layer), n2g.png, n2g_neurons.json (all graphs;
+interp.browse shows them). The same command continues after an interruption. Nothing here is random.
+
+How to read the metrics:
 - The paper does not say whether neurons without a graph count. n2g.json has both: *_mean_non_empty
   (only neurons with a graph; printed) and *_mean_all (a neuron without a graph counts 0).
 - The paper's graphs have self-loops (--self_loops): a pivot without context points to itself.
@@ -336,7 +338,7 @@ def judge(trie, peak, held_out):
     for tokens, values in held_out:
         for place, value in enumerate(values, len(tokens) - len(values)):
             fires = value >= bar
-            # the look-up of the pivot first: predict is slow, and most tokens are no pivot
+            # most tokens are no pivot: they need no search
             expected = tokens[place] in trie.root and trie.predict(tokens, place) >= bar
             both += fires and expected
             predicted += expected
@@ -359,13 +361,13 @@ def graph_of(examples, name, self_loops=False):
         for prompt in example.variants():
             nodes = [name(prompt[place]) for place in places]
             for node, place in zip(nodes, places):
-                share = example.importance[place]
-                importance[node] = max(share, importance.get(node, share))
+                here = example.importance[place]
+                importance[node] = max(here, importance.get(node, here))
             pivots.add(nodes[-1])
             edges += list(pairwise(nodes)) or [(nodes[0], nodes[0])]
     graph = nx.DiGraph()
-    for node, share in importance.items():
-        graph.add_node(node, importance=share, activating=node in pivots)
+    for node, largest in importance.items():
+        graph.add_node(node, importance=largest, activating=node in pivots)
     graph.add_edges_from(edge for edge in edges if self_loops or edge[0] != edge[1])
     return graph
 
@@ -663,14 +665,14 @@ def draw_layers(path, frame):
 # ---------------------------------------------------------------------------- the command line
 
 
-def share(text):
+def fraction(text):
     """For argparse: a number above 0, at most 1."""
     if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
     return float(text)
 
 
-def numbers(text):
+def layer_list(text):
     """For argparse: "3,0" -> [0, 3]."""
     return sorted({int(word) for word in text.split(",")})
 
@@ -680,11 +682,12 @@ def main():
     add = parser.add_argument
     add("--tokens", type=knobs.positive, default=1_000_000,
         help="training tokens to look for snippets in, from the first on (1000000)")
-    add("--layer", type=numbers, help="layers, from 0, separated by commas (default: all)")
-    add("--snippets", type=knobs.positive, default=20, help="per neuron, half of them held out (20)")
-    add("--threshold", type=share, default=0.5,
+    add("--layer", type=layer_list, help="layers, from 0, separated by commas (default: all)")
+    add("--snippets", type=knobs.positive, default=20,
+        help="per neuron, half of them held out (20)")
+    add("--threshold", type=fraction, default=0.5,
         help="prune, augment: the share of the activation to keep (0.5)")
-    add("--importance", type=share, default=0.5, help="from which on a token is important (0.5)")
+    add("--importance", type=fraction, default=0.5, help="from which on a token is important (0.5)")
     add("--substitutes", default="ngram", metavar="NAME",
         help="ngram: tokens seen between the same neighbours (default); or a masked language model "
              "of transformers, a folder or a name on the hub (the paper: distilbert-base-uncased)")

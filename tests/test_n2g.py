@@ -12,7 +12,6 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import EOT, ORACLES, make_run, tiny_model
 
 from interp import n2g
@@ -55,7 +54,7 @@ def test_metrics_means_and_entropies_are_the_oracles(path):
 
 def ago(idx, steps):
     """The tokens this many places earlier, -1 before the first one. (B, T) -> (B, T)"""
-    return F.pad(idx, (steps, 0), value=-1)[:, :-steps]
+    return torch.nn.functional.pad(idx, (steps, 0), value=-1)[:, :-steps]
 
 
 @oracle
@@ -108,7 +107,6 @@ def test_ngrams_are_counted_by_brute_force():
         assert found == expected[:5]
         backed_off += not set(found) <= set(between)
     assert backed_off
-    assert source([((9999, 1, 2), 1)]) == [[]]
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +161,7 @@ def test_a_trie_predicts_as_all_its_paths_by_brute_force():
         path = (rng.integers(4), *rng.integers(-1, 4, rng.integers(3)))  # -1 is IGNORE
         paths[path] = max(value, paths.get(path, 0))
         trie.add(path, value)
+        trie.add(path, value / 2)  # the larger one counts
     tokens = rng.integers(0, 5, 60).tolist()
     for place in range(len(tokens)):
         back, found = tokens[place::-1], [0]
@@ -201,12 +200,9 @@ def test_a_graph_leads_from_important_tokens_and_their_fillers_to_the_pivot():
 
 
 def test_every_token_has_one_of_eight_types():
-    expect = {n2g.PUNCTUATION: [".", "\n", EOT_TEXT, ' "'], "article": [" The", " a"],
-              "preposition": [" to"], "conjunction": [" and"], "pronoun": [" she", " That"],
-              "auxiliary": [" was", "'t"], n2g.FRAGMENT: ["'em", "ing", "the", "\\xe2"],
-              n2g.CONTENT: [" cat", "Once", " 3", "7"]}
-    assert list(expect) == list(n2g.TYPES)
-    for kind, tokens in expect.items():
+    expect = [[".", "\n", EOT_TEXT, ' "'], [" The", " a"], [" to"], [" and"], [" she", " That"],
+              [" was", "'t"], ["'em", "ing", "the", "\\xe2"], [" cat", "Once", " 3", "7"]]
+    for kind, tokens in zip(n2g.TYPES, expect, strict=True):
         assert {n2g.token_type(token) for token in tokens} == {kind}
 
 
@@ -222,17 +218,18 @@ class KnownNeurons:
     def read(self, idx):
         A, B, C, D, E, G = (idx == letter for letter in b"abcdeg")
         after_a, after_c = (ago(idx, 1) == letter for letter in b"ac")
-        back = D & (ago(idx, 3) == ord("c"))
-        two = (idx == ord("f")) + 0.3 * G
-        units = [E, B & after_a, back, two, B & (after_a | after_c), A & C]
-        return 10 * torch.stack([unit.float() for unit in units], -1) - 1  # (B, T, U)
+        F, back = 1.0 * (idx == ord("f")), ago(idx, 3) == ord("c")
+        units = [E, B & after_a, D & back, F + 0.3 * G, B & (after_a | after_c), A & C]
+        x = 10.0 * torch.stack(units, -1)  # (B, T, U)
+        grade = 1 - (15 * ago(idx, 1) + ago(idx, 2)) / 1e5  # a bit stronger after "a" than "g"
+        return x * grade[..., None] - 1
 
 
 def stories():
-    """Random letters a to n. Nothing fires on the end of a story in the next one."""
+    """Random letters a to g. Nothing fires on the end of a story in the next one."""
     rng, tokens = np.random.default_rng(0), []
     for length in rng.integers(3, 30, 700):
-        tokens += [*rng.integers(ord("a"), ord("n") + 1, length).tolist(), *b"hij", EOT]
+        tokens += [*rng.integers(ord("a"), ord("g") + 1, length).tolist(), *b"hij", EOT]
     return np.array(tokens, dtype="<u2")
 
 
@@ -252,29 +249,33 @@ def test_neurons_of_known_meaning_get_the_right_graphs(run, typed, monkeypatch):
     monkeypatch.setattr(n2g, "read_sites", lambda sites, idx: sites[0].read(idx))
     monkeypatch.setattr(
         n2g, "graph_of", lambda examples, *more: seen.append(examples) or graph_of(examples, *more))
-    assert typed(n2g.main, out, "--device=cpu", "--layer=0")[0] is None
+    assert typed(n2g.main, out, "--device=cpu", "--layer=0", "--snippets=100")[0] is None
     (layer,), means, neurons = found_in(out)
     edges, pivots = [], []
     for entry in neurons[:-1]:
-        assert (entry["peak"], *map(entry.get, SCORES)) == (9, 1, 1, 1)
+        assert entry["recall"] == 1 and entry["precision"] > 0.95
+        assert entry["peak"] == pytest.approx(9, rel=0.03)
         edges.append({edge["source"] + edge["target"] for edge in entry["graph"]["edges"]})
         pivots.append({node["id"] for node in entry["graph"]["nodes"] if node["activating"]})
+    # at the start of a window the model does not see the context that the trie sees
+    assert neurons[2]["precision"] == 56 / 57
     assert edges == [set(), {"ab"}, {"cd"}, set(), {"ab", "cb"}]
     assert pivots == [{"e"}, {"b"}, {"d"}, {"f"}, {"b"}]
-    assert neurons[0]["graph"]["nodes"][0]["importance"] == 1 - -1 / 9  # 9 with e, -1 without
+    assert neurons[0]["graph"]["nodes"][0]["importance"] == pytest.approx(10 / 9, 0.01)
     assert [neurons[4][name] for name in n2g.METRICS] == [1 / 3, 0, 2, 2, 2 / 3]
     assert neurons[5]["graph"] is neurons[5]["f1"] is neurons[5]["out_degree"] is None
 
     for one in seen[2]:  # the context reaches back to c, and no filler does as well
         assert len(one.prompt) == 4 and (one.important, one.fillers) == ([0], [])
-    assert {filler for one in seen[4] for filler in one.fillers} == {(0, ord("a")), (0, ord("c"))}
+    assert {filler for one in seen[4] for filler in one.fillers} == {(0, ord("c"))}
     for one in sum(seen, []):  # of one story, and of half a window at most
         assert len(one.text) <= 8 and EOT not in one.text
+        read = KnownNeurons().read(torch.tensor([[EOT, *one.text]]))  # (1, T, U)
+        assert one.value == read[0, -1, one.unit]
 
     assert (layer["neurons"], layer["non_empty"], layer["pruned"]) == (6, 5, 1)
-    assert [layer["pool"][letter] for letter in "bedf"] == [20, 10, 10, 10]
+    assert [layer["pool"][letter] for letter in "bedf"] == [100, 50, 50, 50]
     assert layer["diversity"] == len("abcdef") and layer["out_degree_pooled"] == 4 / 9
-    assert layer["types"][n2g.FRAGMENT] == 1
     assert means == {name: layer[name] for name in means}
 
 

@@ -6,9 +6,9 @@ python prepare.py --dataset Skylion007/openwebtext           # another hub datas
 python prepare.py --train a.txt b.jsonl.gz --val c.parquet   # local files
 python prepare.py toy                                        # stories from assets/toy.txt, offline
 
-In a .txt file <|endoftext|> separates stories; elsewhere each row is one story. White space around
-a story is dropped, line ends CRLF and CR become LF. A .bin file holds little-endian uint16 tokens,
-end-of-text after every story. meta.json is written last: a folder that has one is complete.
+A row of a jsonl, csv or parquet file is one story. In any other file <|endoftext|> separates them.
+White space around a story is dropped, line ends CRLF and CR become LF. A .bin file holds uint16
+tokens, end-of-text after every story. meta.json is written last: a folder that has one is complete.
 """
 
 import argparse
@@ -23,16 +23,13 @@ import random
 import re
 import shutil
 import signal
-import sys
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-try:
+with suppress(ImportError):  # Windows has no fcntl
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 import numpy as np
 import regex
@@ -44,9 +41,6 @@ SPLITS = ("train", "val")
 # how GPT-2 cuts text before it merges bytes: words with their leading space, numbers, white space
 PIECE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 LONG_SPACE = 100_000  # characters of white space in a row; tiktoken fails at a million
-# file ending: loader of the datasets package
-KINDS = {"txt": "text", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
-BATCH = 128  # stories that a thread encodes at a time, about 0.1 MB of TinyStories
 ASSETS = Path(__file__).resolve().parent / "assets"
 
 
@@ -54,35 +48,27 @@ class UserError(ValueError):
     """A mistake that the user can fix. Scripts print its message, one line, without a traceback."""
 
 
-# --------------------------------------------------------------------- for all other programs
-
-
 @contextmanager
 def locked(folder):
     """Makes a folder and keeps other processes out while the block runs. Raises UserError.
 
-    The system releases the lock when its process ends in any way.
+    The system releases the lock when its process ends in any way. Windows has no such lock.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
+        if os.name != "nt":
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise UserError(f"cannot make the folder {folder} ({error.strerror}): choose another --out")
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(f"another process is writing {folder}: wait for it, stop it, or choose "
-                        f"another --out") from None
+        raise UserError(f"cannot lock the folder {folder} ({error.strerror}): choose another --out "
+                        "if another process is writing it") from None
     try:
         yield
     finally:
-        os.close(handle)
         with suppress(OSError):  # an empty folder is not left behind
             os.rmdir(folder)
+        if os.name != "nt":
+            os.close(lock)
 
 
 def load_meta(folder):
@@ -105,14 +91,11 @@ def load_tokens(folder, split):
     Reads the file once, a second a gigabyte. Raises UserError if it is not the one in meta.json.
     """
     path, expected = Path(folder) / f"{split}.bin", load_meta(folder)[split]["sha256"]
-    if not path.is_file() or sha256(path) != expected:
-        raise UserError(f"{path} is damaged or missing: run prepare.py again with --force")
-    return np.memmap(path, dtype="<u2", mode="r")
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with suppress(OSError, ValueError):  # no file, or not a whole number of tokens
+        tokens = np.memmap(path, dtype="<u2", mode="r")
+        if hashlib.sha256(tokens).hexdigest() == expected:
+            return tokens
+    raise UserError(f"{path} is damaged or missing: run prepare.py again with --force")
 
 
 def load_tokenizer(spec):
@@ -137,9 +120,6 @@ def word_lists():
     return {name: " ".join(lines).split() for name, lines in read_asset("words.txt").items()}
 
 
-# ---------------------------------------------------------------------------------- toy stories
-
-
 def read_asset(name):
     """{slot: [text, ...]} of a file with lines "slot text|text": ¶ is a new line, # a comment."""
     texts = {}
@@ -159,12 +139,7 @@ def toy_texts(count, seed):
 class Story(dict):
     """{slot: text} of one toy story. Slots of the grammar are filled when they are asked for."""
 
-    def __init__(self, rng, grammar, words):
-        """Draws people, places and objects. Who is named first and who gives are independent.
-
-        A and B are two friends, X and Y the same in the order in which they are named, G gives and
-        R receives, M is a grown-up.
-        """
+    def __init__(self, rng, grammar, words):  # assets/toy.txt explains the slots
         self.rng, self.grammar = rng, grammar
         friends = rng.sample(words["girls"] + words["boys"], 2)
         cast = friends + rng.sample(friends, 2) + rng.sample(friends, 2)
@@ -184,100 +159,74 @@ class Story(dict):
         return self[slot]
 
 
-# ------------------------------------------------------------------------------ text to stories
+def texts_of(args):
+    """{split: texts}, without "val" where a share of train is for it. Raises UserError."""
+    if args.toy:
+        return {"train": toy_texts(args.stories, args.seed)}
+    if args.train:
+        files = {"train": args.train, "val": args.val}
+        return {split: read_files(files[split], args.text_column)
+                for split in SPLITS if files[split]}
+    from datasets import load_dataset
+
+    try:
+        data = load_dataset(args.dataset, args.config)
+    except Exception as error:  # many kinds of exceptions, the same advice
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"cannot load the dataset {args.dataset!r}: {reason}. Without a network: "
+                        "python prepare.py --train FILE or python prepare.py toy") from error
+    names = {"train": "train", "val": "validation"}
+    return {split: texts_in(data[names[split]], args.text_column)
+            for split in SPLITS if names[split] in data}
+
+
+def read_files(paths, column):
+    """The texts of local files. Raises UserError if a file cannot be read."""
+    for path in paths:
+        kind = path.name.removesuffix(".gz").rpartition(".")[2]
+        try:
+            if kind not in ("json", "jsonl", "csv", "parquet"):
+                yield from read_txt(path)
+                continue
+            from datasets import load_dataset
+
+            options = {"keep_default_na": False} if kind == "csv" else {}  # "NA" is text, too
+            table = load_dataset(kind.rstrip("l"), data_files=glob.escape(str(path)),
+                                 split="train", streaming=True, **options)
+            yield from texts_in(table, column)
+        except (OSError, EOFError, ValueError, StopIteration) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"cannot read {path}, damaged or not UTF-8: {reason}") from error
 
 
 def read_txt(path):
-    """The texts of a .txt file. Holds one text at a time, and a block of 1 MB."""
-    parts, end = [], ""
-    opener = gzip.open if path.suffix == ".gz" else open
+    """The texts of a .txt file. Holds one text at a time."""
+    opener, parts = gzip.open if path.suffix == ".gz" else open, []
     with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-        while block := file.read(2**20):
-            *texts, end = (end + block).split(EOT)
-            for text in texts:
-                yield "".join([*parts, text])
+        for line in file:
+            *ends, start = line.split(EOT)
+            for end in ends:
+                yield "".join([*parts, end])
                 parts = []
-            parts.append(end[: 1 - len(EOT)])
-            end = end[1 - len(EOT) :]  # a separator may begin here and end in the next block
-    yield "".join([*parts, end])
+            parts.append(start)
+    yield "".join(parts)
 
 
-def kind_of(path):
-    """The file ending without .gz, such as "jsonl"."""
-    return path.name.removesuffix(".gz").rpartition(".")[2]
-
-
-def read_file(path, column):
-    """The texts of a local file. Raises UserError if it cannot be read."""
-    try:
-        if kind_of(path) == "txt":
-            yield from read_txt(path)
-        else:
-            yield from read_table(path, column)
-    except UserError:
-        raise
-    except UnicodeDecodeError as error:
-        marks = (b"\xff\xfe", b"\xfe\xff")  # how a file in UTF-16 begins
-        encoding = "utf-16" if error.object.startswith(marks) else "latin1"
-        raise UserError(f"{path} is not UTF-8: convert it, for example with "
-                        f"iconv -f {encoding} -t utf-8") from error
-    except (OSError, EOFError, ValueError, StopIteration) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-
-
-def read_table(path, column):
-    from datasets import load_dataset
-
-    options = {}
-    if kind_of(path) == "csv":  # numbers and "NA" are text, too
-        options = {"keep_default_na": False, "converters": {column: str}}
-    table = load_dataset(KINDS[kind_of(path)], data_files=glob.escape(str(path)), split="train",
-                         streaming=True, **options)
-    return texts_in(table, column, path)
-
-
-def texts_in(table, column, where):
-    """The texts in a table of the datasets package. Raises UserError if it has none."""
+def texts_in(table, column):
+    """The texts in a table of the datasets package. Raises UserError if it has no such column."""
     for batch in table.iter(1000):
-        values = batch.get(column, [0])  # 0 is no text: a missing column is reported
-        if not all(isinstance(value, str | None) for value in values):
-            raise UserError(f"{where} has no column {column!r} of texts, its columns are "
-                            f"{', '.join(batch)}: name the column of texts with --text_column")
-        yield from filter(None, values)
-
-
-def load_hub(name, config, column):
-    """{split: texts}. Raises UserError if the dataset cannot be loaded or has no train split."""
-    from datasets import load_dataset
-
-    try:
-        data = load_dataset(name, config)
-        tables = {"train": data["train"]}
-    except Exception as error:  # many kinds of exceptions, the same advice
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"cannot load the dataset {name!r}: {reason}. Without a network: "
-                        "python prepare.py --train FILE or python prepare.py toy") from error
-    if "validation" in data:
-        tables["val"] = data["validation"]
-    return {split: texts_in(table, column, name) for split, table in tables.items()}
+        if column not in batch:
+            raise UserError(f"no column {column!r}, the columns are {', '.join(batch)}: name the "
+                            "column of texts with --text_column")
+        yield from filter(None, batch[column])
 
 
 def stories_of(args, warnings):
     """Yields (split, story). Counts in warnings what the user should know, {message: count}."""
-    if args.toy:
-        texts = {"train": toy_texts(args.stories, args.seed)}
-    elif args.train:
-        files = {"train": args.train, "val": args.val}
-        texts = {split: itertools.chain.from_iterable(read_file(p, args.text_column) for p in paths)
-                 for split, paths in files.items() if paths}
-    else:
-        texts = load_hub(args.dataset, args.config, args.text_column)
-    if "val" not in texts:
-        yield from split_off(trimmed(texts["train"], warnings), args.val_share, args.seed)
-        return
-    for split in SPLITS:
-        for story in trimmed(texts[split], warnings):
-            yield split, story
+    stories = {split: trimmed(texts, warnings) for split, texts in texts_of(args).items()}
+    if "val" not in stories:
+        return split_off(stories["train"], args.val_share, args.seed)
+    return ((split, story) for split in SPLITS for story in stories[split])
 
 
 def trimmed(texts, warnings):
@@ -308,15 +257,11 @@ def split_off(stories, share, seed):
         yield fixed.get(digest, drawn), story
 
 
-# ---------------------------------------------------------------------------- stories to tokens
-
-
 def frequent_pieces(stories, count):
     """The `count` most frequent pieces longer than a byte, the most frequent first."""
     words, pieces = Counter(), Counter()
-    for story in tqdm(stories, desc="counting", unit=" stories", unit_scale=True):
-        # a piece never goes on over a space before a word: a cut there changes no piece
-        words.update(re.split(r"(?= \S)", story))
+    for story in stories:
+        words.update(re.split(r"(?= \S)", story))  # every piece lies in one of these parts
     for word, number in words.items():
         for piece in regex.findall(PIECE, word):
             pieces[piece] += number
@@ -325,7 +270,7 @@ def frequent_pieces(stories, count):
 
 
 def encode(story, encoding):
-    """The tokens of a story and end-of-text, uint16 (tokens,). A separator in it is ordinary text."""
+    """The tokens of a story, and end-of-text. A separator inside the story is ordinary text."""
     parts = [story]
     if len(story) > LONG_SPACE:
         # PIECE ends a piece before the last character of white space: a cut there changes no token
@@ -335,16 +280,15 @@ def encode(story, encoding):
 
 
 def encode_all(stories, encoding):
-    """Yields (split, story, tokens), in order. A thread a core: tiktoken releases Python's lock."""
-
+    """Yields (split, story, tokens), in order. A thread per core: tiktoken releases the GIL."""
     def encode_batch(batch):
         return [(split, story, encode(story, encoding)) for split, story in batch]
 
-    threads, futures, stories = os.cpu_count() or 1, deque(), iter(stories)
+    stories, futures, threads = iter(stories), deque(), os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as pool:
-        while batch := list(itertools.islice(stories, BATCH)):
+        while batch := list(itertools.islice(stories, 128)):
             futures.append(pool.submit(encode_batch, batch))
-            if len(futures) > 2 * threads:  # no more: the corpus may be larger than the memory
+            if len(futures) > 2 * threads:  # no more: a corpus may be larger than the memory
                 yield from futures.popleft().result()
         for future in futures:
             yield from future.result()
@@ -354,7 +298,6 @@ def write_tokens(folder, stories, encoding):
     """Writes train.bin and val.bin. -> {split: its entry in meta.json}. Raises UserError."""
     facts = {split: {"tokens": 0, "stories": 0, "bytes": 0} for split in SPLITS}
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-        stories = tqdm(stories, desc="tokenizing", unit=" stories", unit_scale=True)
         for split, story, tokens in encode_all(stories, encoding):
             (train if split == "train" else val).write(tokens)
             facts[split]["tokens"] += len(tokens)
@@ -364,11 +307,27 @@ def write_tokens(folder, stories, encoding):
         if not facts[split]["stories"]:
             raise UserError(f"no story for the {split} split: give files with text in them, or at "
                             f"least two different stories; in .txt files {EOT} separates them")
-        facts[split]["sha256"] = sha256(folder / f"{split}.bin")
+        tokens = np.memmap(folder / f"{split}.bin", mode="r")
+        facts[split]["sha256"] = hashlib.sha256(tokens).hexdigest()
     return facts
 
 
-# ------------------------------------------------------------------------------ the command line
+def write_data(args, folder, warnings):
+    """Writes the three files into folder. -> meta"""
+    progress = dict(unit=" stories", unit_scale=True)
+    spec = {"name": args.tokenizer}
+    if args.tokenizer == "words":
+        stories = tqdm(stories_of(args, Counter()), desc="counting words", **progress)
+        train = (story for split, story in stories if split == "train")
+        spec["pieces"] = frequent_pieces(train, args.vocab_size - 257)
+    encoding = load_tokenizer(spec)
+    stories = tqdm(stories_of(args, warnings), desc="tokenizing", **progress)
+    facts = write_tokens(folder, stories, encoding)
+    identity = json.dumps([spec, facts["train"]["sha256"], facts["val"]["sha256"]])
+    meta = {"tokenizer": spec, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, **facts,
+            "source": vars(args), "checksum": hashlib.sha256(identity.encode()).hexdigest()[:16]}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1, default=str))
+    return meta
 
 
 class Parser(argparse.ArgumentParser):
@@ -376,70 +335,39 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def text_file(text):
-    """For argparse: a file that can be read here."""
-    if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"no file {text}")
-    if kind_of(Path(text)) not in KINDS:
-        raise argparse.ArgumentTypeError(f"{text} has an unknown ending, known: {', '.join(KINDS)}")
-    return Path(text)
-
-
-def vocabulary(text):
-    """For argparse: room for a word beside the bytes; a token is a uint16."""
-    if not 258 <= int(text) <= 65_536:
-        raise argparse.ArgumentTypeError(f"{text} is not between 258 and 65,536")
-    return int(text)
-
-
 def parse_arguments(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source, add = parser.add_mutually_exclusive_group(), parser.add_argument
-    source.add_argument("toy", nargs="?", choices=["toy"],
-                        help="write stories from the grammar in assets/toy.txt")
-    source.add_argument("--dataset", default="roneneldan/TinyStories",
-                        help="name on the hub, or a folder")
-    source.add_argument("--train", nargs="+", type=text_file, metavar="FILE",
-                        help="txt, jsonl or csv, each also .gz, or parquet")
-    add("--val", nargs="+", type=text_file, metavar="FILE", help="(a share of --train)")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("toy", nargs="?", choices=["toy"], help="write stories from the grammar in assets/toy.txt")
+    add("--dataset", default="roneneldan/TinyStories", help="name on the hub, or a folder")
+    add("--train", nargs="+", type=Path, metavar="FILE", default=[], help="each may also be .gz")
+    add = parser.add_argument
+    add("--val", nargs="+", type=Path, metavar="FILE", default=[], help="(a share of --train)")
+    add("--val_share", type=float, default=0.01, help="share for val if it has no files (0.01)")
     add("--stories", type=int, default=50_000, help="toy: stories in both splits (50000)")
     add("--config", help="configuration of the dataset, where it has several")
     add("--text_column", default="text", help="column or JSON field that holds the text (text)")
-    add("--val_share", type=float, default=0.01, help="share for val if it has no files (0.01)")
     add("--seed", type=int, default=0, help="of the toy stories and of the share for val (0)")
     add("--tokenizer", choices=["gpt2", "words"], help="(gpt2; words for toy)")
-    add("--vocab_size", type=vocabulary, default=10_000,
-        help="words: bytes and end-of-text too (10000)")
+    add("--vocab_size", type=int, default=10_000, help="words: bytes and end-of-text too (10000)")
     add("--out", type=Path, help="folder to write (data/<name of the source>)")
     add("--force", action="store_true", help="replace existing data, once the new are complete")
     args = parser.parse_args(argv)
     if args.val and not args.train:
         parser.error("--val goes with --train")
+    if not 258 <= args.vocab_size <= 65_536:  # at least a word; a token is a uint16
+        parser.error("--vocab_size must be between 258 and 65,536")
+    for path in args.train + args.val:
+        if not path.is_file():
+            parser.error(f"no file {path}")
     args.tokenizer = args.tokenizer or ("words" if args.toy else "gpt2")
-    name = args.toy or [*(args.train or []), Path(args.dataset.lower())][0].name.split(".")[0]
+    name = args.toy or [*args.train, Path(args.dataset.lower())][0].name.split(".")[0]
     args.out = args.out or Path("data", name)
     return args
 
 
-def write_data(args, folder):
-    """Writes the three files into folder. -> (meta, warnings)"""
-    spec, warnings = {"name": args.tokenizer}, Counter()
-    if args.tokenizer == "words":
-        train = (story for split, story in stories_of(args, Counter()) if split == "train")
-        spec["pieces"] = frequent_pieces(train, args.vocab_size - 257)
-    encoding = load_tokenizer(spec)
-    facts = write_tokens(folder, stories_of(args, warnings), encoding)
-    identity = json.dumps([spec, facts["train"]["sha256"], facts["val"]["sha256"]])
-    source = {name: value for name, value in vars(args).items()
-              if value is not None and name not in ("out", "force")}
-    meta = {"tokenizer": spec, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, **facts,
-            "source": source, "checksum": hashlib.sha256(identity.encode()).hexdigest()[:16]}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1, default=str))
-    return meta, warnings
-
-
 def main(argv=None):
-    args = parse_arguments(argv)
+    args, warnings = parse_arguments(argv), Counter()
     if not args.force and (args.out / "meta.json").exists():
         raise UserError(f"{args.out} already holds data: add --force or choose another --out")
     folder = args.out / "unfinished"
@@ -447,7 +375,7 @@ def main(argv=None):
         try:
             shutil.rmtree(folder, ignore_errors=True)  # of a killed run
             folder.mkdir()
-            meta, warnings = write_data(args, folder)
+            meta = write_data(args, folder, warnings)
             (args.out / "meta.json").unlink(missing_ok=True)  # a reader never finds a mixture
             for name in ("train.bin", "val.bin", "meta.json"):
                 os.replace(folder / name, args.out / name)
@@ -465,7 +393,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     logging.disable()  # libraries log in many lines what we report in one
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # unfinished files are removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         main()
     except UserError as error:

@@ -12,7 +12,6 @@ tokens, end-of-text after every story. meta.json is written last: a folder that 
 """
 
 import argparse
-import glob
 import gzip
 import hashlib
 import itertools
@@ -23,13 +22,10 @@ import random
 import re
 import shutil
 import signal
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-
-with suppress(ImportError):  # Windows has no fcntl
-    import fcntl
 
 import numpy as np
 import regex
@@ -41,7 +37,6 @@ SPLITS = ("train", "val")
 # how GPT-2 cuts text before it merges bytes: words with their leading space, numbers, white space
 PIECE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 LONG_SPACE = 100_000  # characters of white space in a row; tiktoken fails at a million
-ASSETS = Path(__file__).resolve().parent / "assets"
 
 
 class UserError(ValueError):
@@ -50,25 +45,20 @@ class UserError(ValueError):
 
 @contextmanager
 def locked(folder):
-    """Makes a folder and keeps other processes out while the block runs. Raises UserError.
-
-    The system releases the lock when its process ends in any way. Windows has no such lock.
-    """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        if os.name != "nt":
-            lock = os.open(folder, os.O_RDONLY)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(f"cannot lock the folder {folder} ({error.strerror}): choose another --out "
-                        "if another process is writing it") from None
-    try:
+    """Makes a folder and keeps other processes out while the block runs. Raises UserError."""
+    with ExitStack() as stack:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            if os.name != "nt":  # Windows has no such lock
+                import fcntl
+                handle = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, handle)  # also when the process ends in any way
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"cannot lock {folder} ({error.strerror}): if another process is "
+                            "writing it, wait or stop it; or choose another --out") from None
+        stack.callback(lambda: os.listdir(folder) or os.rmdir(folder))  # no empty folder is left
         yield
-    finally:
-        with suppress(OSError):  # an empty folder is not left behind
-            os.rmdir(folder)
-        if os.name != "nt":
-            os.close(lock)
 
 
 def load_meta(folder):
@@ -86,14 +76,11 @@ def load_meta(folder):
 
 
 def load_tokens(folder, split):
-    """The tokens of "train" or "val": uint16 (tokens,), read-only, mapped from disk, not loaded.
-
-    Reads the file once, a second a gigabyte. Raises UserError if it is not the one in meta.json.
-    """
+    """The tokens of "train" or "val": uint16 (tokens,), mapped from disk. Raises UserError."""
     path, expected = Path(folder) / f"{split}.bin", load_meta(folder)[split]["sha256"]
     with suppress(OSError, ValueError):  # no file, or not a whole number of tokens
         tokens = np.memmap(path, dtype="<u2", mode="r")
-        if hashlib.sha256(tokens).hexdigest() == expected:
+        if hashlib.sha256(tokens).hexdigest() == expected:  # a second per gigabyte
             return tokens
     raise UserError(f"{path} is damaged or missing: run prepare.py again with --force")
 
@@ -123,7 +110,8 @@ def word_lists():
 def read_asset(name):
     """{slot: [text, ...]} of a file with lines "slot text|text": ¶ is a new line, # a comment."""
     texts = {}
-    for line in (ASSETS / name).read_text(encoding="utf-8").splitlines():
+    path = Path(__file__).resolve().parent / "assets" / name
+    for line in path.read_text(encoding="utf-8").splitlines():
         if line.strip() and not line.startswith("#"):
             slot, text = line.split(maxsplit=1)
             texts.setdefault(slot, []).extend(text.replace("¶", "\n").split("|"))
@@ -143,7 +131,7 @@ class Story(dict):
         self.rng, self.grammar = rng, grammar
         friends = rng.sample(words["girls"] + words["boys"], 2)
         cast = friends + rng.sample(friends, 2) + rng.sample(friends, 2)
-        cast.append(rng.choice(["mom", "grandma", "dad", "grandpa"]))
+        cast += [rng.choice(["mom", "grandma", "dad", "grandpa"])]
         for slot, name in zip("ABXYGRM", cast):
             female = name in [*words["girls"], "mom", "grandma"]
             self[slot] = name
@@ -159,109 +147,83 @@ class Story(dict):
         return self[slot]
 
 
-def texts_of(args):
-    """{split: texts}, without "val" where a share of train is for it. Raises UserError."""
-    if args.toy:
-        return {"train": toy_texts(args.stories, args.seed)}
-    if args.train:
-        files = {"train": args.train, "val": args.val}
-        return {split: read_files(files[split], args.text_column)
-                for split in SPLITS if files[split]}
-    from datasets import load_dataset
-
-    try:
-        data = load_dataset(args.dataset, args.config)
-    except Exception as error:  # many kinds of exceptions, the same advice
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"cannot load the dataset {args.dataset!r}: {reason}. Without a network: "
-                        "python prepare.py --train FILE or python prepare.py toy") from error
-    names = {"train": "train", "val": "validation"}
-    return {split: texts_in(data[names[split]], args.text_column)
-            for split in SPLITS if names[split] in data}
-
-
-def read_files(paths, column):
-    """The texts of local files. Raises UserError if a file cannot be read."""
-    for path in paths:
-        kind = path.name.removesuffix(".gz").rpartition(".")[2]
-        try:
-            if kind not in ("json", "jsonl", "csv", "parquet"):
-                yield from read_txt(path)
-                continue
-            from datasets import load_dataset
-
-            options = {"keep_default_na": False} if kind == "csv" else {}  # "NA" is text, too
-            table = load_dataset(kind.rstrip("l"), data_files=glob.escape(str(path)),
-                                 split="train", streaming=True, **options)
-            yield from texts_in(table, column)
-        except (OSError, EOFError, ValueError, StopIteration) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"cannot read {path}, damaged or not UTF-8: {reason}") from error
-
-
 def read_txt(path):
-    """The texts of a .txt file. Holds one text at a time."""
+    """The texts of a file between separators. Holds one of them at a time."""
     opener, parts = gzip.open if path.suffix == ".gz" else open, []
     with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
         for line in file:
-            *ends, start = line.split(EOT)
-            for end in ends:
-                yield "".join([*parts, end])
-                parts = []
-            parts.append(start)
+            end, *starts = line.split(EOT)
+            parts.append(end)
+            for start in starts:
+                yield "".join(parts)
+                parts = [start]
     yield "".join(parts)
 
 
-def texts_in(table, column):
-    """The texts in a table of the datasets package. Raises UserError if it has no such column."""
-    for batch in table.iter(1000):
-        if column not in batch:
-            raise UserError(f"no column {column!r}, the columns are {', '.join(batch)}: name the "
-                            "column of texts with --text_column")
-        yield from filter(None, batch[column])
+def texts_in(source, column):
+    """The texts of a path, of a table of the datasets package, or of a generator of texts."""
+    if isinstance(source, Path):
+        kind = source.name.removesuffix(".gz").rpartition(".")[2]
+        if kind not in ("json", "jsonl", "csv", "parquet"):
+            return read_txt(source)
+        from datasets import load_dataset
+        options = {"keep_default_na": False} if kind == "csv" else {}  # "NA" is text, too
+        source = load_dataset(kind.rstrip("l"), data_files=str(source), split="train",
+                              streaming=True, **options)
+    if not hasattr(source, "iter"):
+        return source
+    return (text for batch in source.iter(1000) for text in batch[column] if text)
+
+
+def texts_of(args):
+    """Yields (split, text). split is None if a share of train is for val. Raises UserError."""
+    source, train, val = args.dataset, args.train, args.val
+    try:
+        if args.toy:
+            train = [toy_texts(args.stories, args.seed)]
+        elif not train:
+            from datasets import load_dataset
+            data = load_dataset(args.dataset, args.config)
+            train, val = [data["train"]], val or [data[n] for n in data if n == "validation"]
+        for source in train:
+            split = "train" if val else None
+            yield from ((split, text) for text in texts_in(source, args.text_column))
+        for source in val:
+            yield from (("val", text) for text in texts_in(source, args.text_column))
+    except (KeyError, OSError, EOFError, ValueError, StopIteration) as error:
+        reason = " ".join(f"cannot read {source} ({type(error).__name__}: {error})".split())
+        raise UserError(f"{reason}: damaged, not UTF-8, without the column {args.text_column!r} "
+                        "(--text_column), or no network?") from error
 
 
 def stories_of(args, warnings):
-    """Yields (split, story). Counts in warnings what the user should know, {message: count}."""
-    stories = {split: trimmed(texts, warnings) for split, texts in texts_of(args).items()}
-    if "val" not in stories:
-        return split_off(stories["train"], args.val_share, args.seed)
-    return ((split, story) for split in SPLITS for story in stories[split])
+    """Yields (split, story). Counts in warnings what the user should know, {message: count}.
 
-
-def trimmed(texts, warnings):
-    """Yields the stories that are not empty, without separators and white space around them."""
-    for text in texts:
+    The hash of a story decides if it is held out, so equal stories go to the same split. But the
+    first story always trains and the next different one always validates: no split is empty.
+    """
+    fixed, key = {}, str(args.seed).encode()  # fixed: {digest: split}
+    for split, text in tqdm(texts_of(args), unit=" texts", unit_scale=True):
         story = text.strip()
         while story.startswith(EOT) or story.endswith(EOT):
             story = story.removeprefix(EOT).removesuffix(EOT).strip()
         warnings[f"times {EOT} stands inside a text; there it is ordinary text"] += story.count(EOT)
         warnings["line ends CRLF or CR became LF"] += story.count("\r")
         story = story.replace("\r\n", "\n").replace("\r", "\n")
-        if story:
-            yield story
-
-
-def split_off(stories, share, seed):
-    """Yields (split, story), a share of them "val".
-
-    The hash of a story decides, so equal stories go to the same split and no list is kept. But the
-    first story always trains and the next different one always validates: no split is empty.
-    """
-    fixed = {}  # digest: split
-    for story in stories:
-        digest = hashlib.blake2b(story.encode(), digest_size=8, key=str(seed).encode()).digest()
-        if len(fixed) < 2:
+        digest = hashlib.blake2b(story.encode(), digest_size=8, key=key).digest()
+        if story and len(fixed) < 2:
             fixed.setdefault(digest, SPLITS[len(fixed)])
-        drawn = "val" if int.from_bytes(digest, "little") < share * 2**64 else "train"
-        yield fixed.get(digest, drawn), story
+        drawn = "val" if int.from_bytes(digest, "little") < args.val_share * 2**64 else "train"
+        if story:
+            yield split or fixed.get(digest, drawn), story
 
 
 def frequent_pieces(stories, count):
     """The `count` most frequent pieces longer than a byte, the most frequent first."""
     words, pieces = Counter(), Counter()
-    for story in stories:
-        words.update(re.split(r"(?= \S)", story))  # every piece lies in one of these parts
+    for split, story in stories:
+        if split == "train":
+            words.update(re.split(r"(?= \S)", story))  # every piece lies in one of these parts
     for word, number in words.items():
         for piece in regex.findall(PIECE, word):
             pieces[piece] += number
@@ -271,38 +233,32 @@ def frequent_pieces(stories, count):
 
 def encode(story, encoding):
     """The tokens of a story, and end-of-text. A separator inside the story is ordinary text."""
-    parts = [story]
-    if len(story) > LONG_SPACE:
-        # PIECE ends a piece before the last character of white space: a cut there changes no token
-        parts = regex.split(rf"(?=\s\S)(?<=\s{{{LONG_SPACE}}})", story)
+    # PIECE ends a piece before the last character of white space: a cut there changes no token
+    cut = rf"(?=\s\S)(?<=\s{{{LONG_SPACE}}})"
+    parts = regex.split(cut, story) if len(story) > LONG_SPACE else [story]
     tokens = [encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
     return np.concatenate([*tokens, [encoding.eot_token]]).astype("<u2")
 
 
-def encode_all(stories, encoding):
-    """Yields (split, story, tokens), in order. A thread per core: tiktoken releases the GIL."""
+def write_tokens(folder, stories, encoding):
+    """Writes train.bin and val.bin. -> {split: its entry in meta.json}. Raises UserError."""
     def encode_batch(batch):
         return [(split, story, encode(story, encoding)) for split, story in batch]
 
-    stories, futures, threads = iter(stories), deque(), os.cpu_count() or 1
-    with ThreadPoolExecutor(threads) as pool:
-        while batch := list(itertools.islice(stories, 128)):
-            futures.append(pool.submit(encode_batch, batch))
-            if len(futures) > 2 * threads:  # no more: a corpus may be larger than the memory
-                yield from futures.popleft().result()
-        for future in futures:
-            yield from future.result()
-
-
-def write_tokens(folder, stories, encoding):
-    """Writes train.bin and val.bin. -> {split: its entry in meta.json}. Raises UserError."""
+    threads = os.cpu_count() or 1  # they run at the same time: tiktoken releases the GIL
+    batches = iter(lambda: list(itertools.islice(stories, 128)), [])
     facts = {split: {"tokens": 0, "stories": 0, "bytes": 0} for split in SPLITS}
-    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-        for split, story, tokens in encode_all(stories, encoding):
-            (train if split == "train" else val).write(tokens)
-            facts[split]["tokens"] += len(tokens)
-            facts[split]["stories"] += 1
-            facts[split]["bytes"] += len(story.encode())
+    with (open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val,
+          ThreadPoolExecutor(threads) as pool):
+        results = (pool.submit(encode_batch, batch) for batch in batches)
+        waiting = list(itertools.islice(results, 2 * threads))  # not all: memory is limited
+        while waiting:
+            for split, story, tokens in waiting.pop(0).result():
+                (train if split == "train" else val).write(tokens)
+                facts[split]["tokens"] += len(tokens)
+                facts[split]["stories"] += 1
+                facts[split]["bytes"] += len(story.encode())
+            waiting += itertools.islice(results, 1)
     for split in SPLITS:
         if not facts[split]["stories"]:
             raise UserError(f"no story for the {split} split: give files with text in them, or at "
@@ -310,24 +266,6 @@ def write_tokens(folder, stories, encoding):
         tokens = np.memmap(folder / f"{split}.bin", mode="r")
         facts[split]["sha256"] = hashlib.sha256(tokens).hexdigest()
     return facts
-
-
-def write_data(args, folder, warnings):
-    """Writes the three files into folder. -> meta"""
-    progress = dict(unit=" stories", unit_scale=True)
-    spec = {"name": args.tokenizer}
-    if args.tokenizer == "words":
-        stories = tqdm(stories_of(args, Counter()), desc="counting words", **progress)
-        train = (story for split, story in stories if split == "train")
-        spec["pieces"] = frequent_pieces(train, args.vocab_size - 257)
-    encoding = load_tokenizer(spec)
-    stories = tqdm(stories_of(args, warnings), desc="tokenizing", **progress)
-    facts = write_tokens(folder, stories, encoding)
-    identity = json.dumps([spec, facts["train"]["sha256"], facts["val"]["sha256"]])
-    meta = {"tokenizer": spec, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, **facts,
-            "source": vars(args), "checksum": hashlib.sha256(identity.encode()).hexdigest()[:16]}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1, default=str))
-    return meta
 
 
 class Parser(argparse.ArgumentParser):
@@ -353,8 +291,6 @@ def parse_arguments(argv):
     add("--out", type=Path, help="folder to write (data/<name of the source>)")
     add("--force", action="store_true", help="replace existing data, once the new are complete")
     args = parser.parse_args(argv)
-    if args.val and not args.train:
-        parser.error("--val goes with --train")
     if not 258 <= args.vocab_size <= 65_536:  # at least a word; a token is a uint16
         parser.error("--vocab_size must be between 258 and 65,536")
     for path in args.train + args.val:
@@ -367,27 +303,32 @@ def parse_arguments(argv):
 
 
 def main(argv=None):
-    args, warnings = parse_arguments(argv), Counter()
+    args = parse_arguments(argv)
     if not args.force and (args.out / "meta.json").exists():
         raise UserError(f"{args.out} already holds data: add --force or choose another --out")
-    folder = args.out / "unfinished"
-    with locked(args.out):
-        try:
-            shutil.rmtree(folder, ignore_errors=True)  # of a killed run
-            folder.mkdir()
-            meta = write_data(args, folder, warnings)
-            (args.out / "meta.json").unlink(missing_ok=True)  # a reader never finds a mixture
-            for name in ("train.bin", "val.bin", "meta.json"):
-                os.replace(folder / name, args.out / name)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    folder, spec, warnings = args.out / "unfinished", {"name": args.tokenizer}, Counter()
+    with locked(args.out), ExitStack() as stack:
+        shutil.rmtree(folder, ignore_errors=True)  # of a killed run
+        folder.mkdir()
+        stack.callback(shutil.rmtree, folder)
+        if args.tokenizer == "words":
+            spec["pieces"] = frequent_pieces(stories_of(args, Counter()), args.vocab_size - 257)
+        encoding = load_tokenizer(spec)
+        facts = write_tokens(folder, stories_of(args, warnings), encoding)
+        identity = json.dumps([spec, facts["train"]["sha256"], facts["val"]["sha256"]])
+        checksum = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        meta = {"tokenizer": spec, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
+                **facts, "source": vars(args), "checksum": checksum}
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1, default=str))
+        (args.out / "meta.json").unlink(missing_ok=True)  # a reader never finds a mixture
+        for name in ("train.bin", "val.bin", "meta.json"):
+            os.replace(folder / name, args.out / name)
     for message, count in warnings.items():
         if count:
             print(f"warning: {count:,} {message}")
     for split in SPLITS:
-        line = "{0:6}{stories:,} stories, {tokens:,} tokens, {bytes:,} bytes of text"
-        print(line.format(split, **meta[split]))
-    print(f"vocabulary of {meta['vocab_size']:,} ({args.tokenizer}), checksum {meta['checksum']}, "
+        print("{0:6}{stories:,} stories, {tokens:,} tokens".format(split, **facts[split]))
+    print(f"vocabulary of {encoding.n_vocab:,} ({args.tokenizer}), checksum {checksum}, "
           f"in {args.out}")
 
 

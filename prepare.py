@@ -1,7 +1,6 @@
 """Turns text into tokens: writes and reads data/<name>/{train.bin, val.bin, meta.json}.
 
 python prepare.py                                            # TinyStories from the Hugging Face hub
-python prepare.py --tokenizer words --vocab_size 10000       # the same, with whole words as tokens
 python prepare.py --dataset Skylion007/openwebtext           # another hub dataset, or a folder
 python prepare.py --train a.txt b.jsonl.gz --val c.parquet   # local files
 python prepare.py toy                                        # stories from assets/toy.txt, offline
@@ -55,8 +54,7 @@ def locked(folder):
                 stack.callback(os.close, handle)  # also when the process ends in any way
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"cannot lock {folder} ({error.strerror}): if another process is "
-                            "writing it, wait or stop it; or choose another --out") from None
+            raise UserError(f"cannot lock {folder}: is another process writing it? {error}")
         stack.callback(lambda: os.listdir(folder) or os.rmdir(folder))  # no empty folder is left
         yield
 
@@ -70,8 +68,7 @@ def load_meta(folder):
     """
     path = Path(folder) / "meta.json"
     if not path.is_file():
-        raise UserError(f"no prepared data in {folder} (no meta.json): name the folder that has it "
-                        "with --data, or make some, see python prepare.py --help")
+        raise UserError(f"no prepared data in {folder}: set --data, or see prepare.py --help")
     return json.loads(path.read_bytes())
 
 
@@ -97,9 +94,8 @@ def load_tokenizer(spec):
     try:
         return tiktoken.get_encoding(spec["name"])
     except Exception as error:  # no network, a proxy's error page, a damaged cache: one advice
-        raise UserError(f"cannot load the tokenizer {spec['name']} ({type(error).__name__}): set "
-                        "TIKTOKEN_CACHE_DIR to a folder with its files, or use --tokenizer words, "
-                        "which needs no download") from error
+        raise UserError(f"cannot load the tokenizer {spec['name']} ({type(error).__name__}): use "
+                        "--tokenizer words or set TIKTOKEN_CACHE_DIR to a folder with its files")
 
 
 def word_lists():
@@ -120,8 +116,7 @@ def read_asset(name):
 
 def toy_texts(count, seed):
     rng, grammar, words = random.Random(seed), read_asset("toy.txt"), word_lists()
-    for _ in range(count):
-        yield Story(rng, grammar, words)["story"]
+    return (Story(rng, grammar, words)["story"] for _ in range(count))
 
 
 class Story(dict):
@@ -163,13 +158,11 @@ def read_txt(path):
 def texts_in(source, column):
     """The texts of a path, of a table of the datasets package, or of a generator of texts."""
     if isinstance(source, Path):
-        kind = source.name.removesuffix(".gz").rpartition(".")[2]
-        if kind not in ("json", "jsonl", "csv", "parquet"):
+        kind = source.name.removesuffix(".gz").rpartition(".")[2].rstrip("l")  # jsonl is json
+        if kind not in ("json", "csv", "parquet"):
             return read_txt(source)
         from datasets import load_dataset
-        options = {"keep_default_na": False} if kind == "csv" else {}  # "NA" is text, too
-        source = load_dataset(kind.rstrip("l"), data_files=str(source), split="train",
-                              streaming=True, **options)
+        source = load_dataset(kind, data_files=str(source), split="train", streaming=True)
     if not hasattr(source, "iter"):
         return source
     return (text for batch in source.iter(1000) for text in batch[column] if text)
@@ -185,15 +178,14 @@ def texts_of(args):
             from datasets import load_dataset
             data = load_dataset(args.dataset, args.config)
             train, val = [data["train"]], val or [data[n] for n in data if n == "validation"]
-        for source in train:
-            split = "train" if val else None
-            yield from ((split, text) for text in texts_in(source, args.text_column))
-        for source in val:
-            yield from (("val", text) for text in texts_in(source, args.text_column))
+        for split, sources in ("train" if val else None, train), ("val", val):
+            for source in sources:
+                yield from ((split, text) for text in texts_in(source, args.text_column))
     except (KeyError, OSError, EOFError, ValueError, StopIteration) as error:
-        reason = " ".join(f"cannot read {source} ({type(error).__name__}: {error})".split())
-        raise UserError(f"{reason}: damaged, not UTF-8, without the column {args.text_column!r} "
-                        "(--text_column), or no network?") from error
+        hints = {KeyError: "set --text_column", UnicodeDecodeError: "it is not UTF-8, convert it",
+                 ConnectionError: "without a network try --train FILE or toy"}
+        reason = " ".join(f"{source} ({type(error).__name__}: {error})".split())
+        raise UserError(f"cannot read {reason}: {hints.get(type(error), 'is it whole?')}")
 
 
 def stories_of(args, warnings):
@@ -227,8 +219,8 @@ def frequent_pieces(stories, count):
     for word, number in words.items():
         for piece in regex.findall(PIECE, word):
             pieces[piece] += number
-    longer = [piece for piece in pieces if len(piece.encode()) > 1]
-    return sorted(longer, key=lambda piece: (-pieces[piece], piece))[:count]
+    frequent = sorted(pieces, key=lambda piece: (-pieces[piece], piece))
+    return [piece for piece in frequent if len(piece.encode()) > 1][:count]
 
 
 def encode(story, encoding):
@@ -244,14 +236,12 @@ def write_tokens(folder, stories, encoding):
     """Writes train.bin and val.bin. -> {split: its entry in meta.json}. Raises UserError."""
     def encode_batch(batch):
         return [(split, story, encode(story, encoding)) for split, story in batch]
-
-    threads = os.cpu_count() or 1  # they run at the same time: tiktoken releases the GIL
     batches = iter(lambda: list(itertools.islice(stories, 128)), [])
     facts = {split: {"tokens": 0, "stories": 0, "bytes": 0} for split in SPLITS}
     with (open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val,
-          ThreadPoolExecutor(threads) as pool):
+          ThreadPoolExecutor(os.cpu_count()) as pool):  # tiktoken releases the GIL
         results = (pool.submit(encode_batch, batch) for batch in batches)
-        waiting = list(itertools.islice(results, 2 * threads))  # not all: memory is limited
+        waiting = list(itertools.islice(results, 64))  # not all: memory is limited
         while waiting:
             for split, story, tokens in waiting.pop(0).result():
                 (train if split == "train" else val).write(tokens)
@@ -261,8 +251,7 @@ def write_tokens(folder, stories, encoding):
             waiting += itertools.islice(results, 1)
     for split in SPLITS:
         if not facts[split]["stories"]:
-            raise UserError(f"no story for the {split} split: give files with text in them, or at "
-                            f"least two different stories; in .txt files {EOT} separates them")
+            raise UserError(f"no story for {split}: give two or more, a line {EOT} between them")
         tokens = np.memmap(folder / f"{split}.bin", mode="r")
         facts[split]["sha256"] = hashlib.sha256(tokens).hexdigest()
     return facts
@@ -323,13 +312,11 @@ def main(argv=None):
         (args.out / "meta.json").unlink(missing_ok=True)  # a reader never finds a mixture
         for name in ("train.bin", "val.bin", "meta.json"):
             os.replace(folder / name, args.out / name)
-    for message, count in warnings.items():
-        if count:
-            print(f"warning: {count:,} {message}")
+    for message, count in (+warnings).items():  # + leaves out those with count 0
+        print(f"warning: {count:,} {message}")
     for split in SPLITS:
         print("{0:6}{stories:,} stories, {tokens:,} tokens".format(split, **facts[split]))
-    print(f"vocabulary of {encoding.n_vocab:,} ({args.tokenizer}), checksum {checksum}, "
-          f"in {args.out}")
+    print(f"vocabulary of {encoding.n_vocab:,}, checksum {checksum}, in {args.out}")
 
 
 if __name__ == "__main__":

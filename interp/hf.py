@@ -27,9 +27,9 @@ import pandas as pd
 import config as knobs
 from eval import COLUMNS, measure_run, open_run, text_table, with_data
 from interp.activations import UNITS, Site
-from interp.results import digest, digests, result_path, write_json
+from interp.results import ROOT, digest, digests, result_path, write_json
 from model import GPTNeo, load_torch, save_checkpoint
-from prepare import ASSETS, EOT, PIECE, UserError, load_meta, load_tokenizer, load_tokens
+from prepare import EOT, PIECE, UserError, load_meta, load_tokenizer, load_tokens
 
 # what TransformerLens calls the sites of interp/activations.py in block {}
 HOOKS = {"mlp_out": "blocks.{}.hook_mlp_out", "attn_out": "blocks.{}.hook_attn_out",
@@ -156,7 +156,7 @@ def model_card(run, row):
     about = ModelCardData(library_name="transformers", pipeline_tag="text-generation",
                           tags=["gpt_neo", "self-ablation", "interpretability"])
     return ModelCard.from_template(
-        about, str(ASSETS / "model_card.md"), name=Path(run.path).absolute().name,
+        about, str(ROOT / "assets" / "model_card.md"), name=Path(run.path).absolute().name,
         model=run.model.config, tokenizer=run.tokenizer["name"], step=run.step, tables=tables)
 
 

@@ -6,7 +6,6 @@
 import os
 import pickle
 import random
-import sys
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import GPTNeo, GPTNeoConfig, ModelError, load_checkpoint, replace_file, save_checkpoint
 
 TINY = dict(vocab_size=11, block_size=4, n_layer=2, n_head=2, n_embd=4, k_attn=1, k_mlp=1)

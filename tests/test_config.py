@@ -4,7 +4,6 @@
 """
 
 import re
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -12,7 +11,6 @@ from unittest.mock import Mock
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import config as knobs
 from config import Config, load
 from model import GPTNeoConfig, ModelError

@@ -20,7 +20,6 @@ import torch
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import config
 import eval as evaluation
 from model import GPTNeo, GPTNeoConfig, load_checkpoint, save_checkpoint

@@ -86,7 +86,7 @@ def test_transformerlens_computes_the_same(changes, tmp_path):
 def test_the_readme_is_true_of_transformerlens(tmp_path, monkeypatch):
     exported(tmp_path, block_size=64)
     monkeypatch.chdir(tmp_path)
-    exec(compile(snippets("transformer_lens")[0], "README.md", "exec"), {})
+    exec(compile(snippets("transformer_lens")[0], "elsewhere.md", "exec"), {})
 
 
 @needs("sae-lens")
@@ -120,9 +120,9 @@ def test_the_readme_is_true_of_saelens(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     encode, train = snippets("sae_lens")
     found = {}
-    exec(compile(encode, "README.md", "exec"), found)
+    exec(compile(encode, "elsewhere.md", "exec"), found)
     assert found["features"].shape[-1] == 24
-    exec(compile(train, "README.md", "exec"), found)
+    exec(compile(train, "elsewhere.md", "exec"), found)
     assert found["sae"].W_dec.shape == (2048, 128)
     assert (tmp_path / "local_k2_trained" / "sae_weights.safetensors").exists()
 

@@ -103,24 +103,25 @@ CORE = [
     ("sweep.py", "config"),
 ]
 
-NEED_A_RUN = ["acdc", "sae", "n2g", "explain --window=1", "units", "browse", "tables", "hf export"]
+NEED_A_RUN = ["acdc", "sae", "n2g", "explain --window=1", "units", "browse", "tables"]
 INTERP = [
     *((f"-m interp.{script} out/nowhere", "no checkpoint at out/nowhere") for script in NEED_A_RUN),
     *((f"-m interp.{script} out/run", "best.pt is damaged", flip("out/run/best.pt"))
       for script in NEED_A_RUN),
     ("-m interp.acdc out/run", "names"),  # these data have none
-    ("-m interp.acdc out/run --tau=a", "--tau=a must be numbers from 0 on"),
+    ("-m interp.acdc out/run --tau=a", "argument --tau"),
     ("-m interp.acdc out/run --prompts=pairs.json", "cannot read prompts from pairs.json"),
     ("-m interp.sae out/run --layer=9", "--layer=9: the blocks of this model are 0 to 1"),
     ("-m interp.sae out/run --batch_size=100000", "too few for batches of 100,000"),
-    ("-m interp.n2g out/run --draw=9.0", "--draw=9.0: out/run has blocks 0"),
+    ("-m interp.n2g out/run --layer=9", "--layer=9: the blocks of this model are 0 to 1"),
     ("-m interp.n2g out/run", "train.bin", flip("data/train.bin")),
     ("-m interp.explain out/run", "--window=64: out/run reads at most 16 tokens"),
-    ("-m interp.explain out/run --window=1 --explainer=openai", "--explainer=openai needs --model"),
-    ("-m interp.units out/run --windows=0", "--windows=0 must be"),
+    ("-m interp.explain out/run --window=1 --retries=0", "--retries needs --model"),
+    ("-m interp.units out/run --windows=0", "argument --windows: 0 is not at least 1"),
     ("-m interp.units out/run", "val.bin", flip("data/val.bin")),
     ("-m interp.browse out/run --data=nowhere", "no prepared data in nowhere"),
-    ("-m interp.tables out/run", "no experiment has looked at any of these runs"),
+    ("-m interp.hf export out/nowhere new", "no checkpoint at out/nowhere"),
+    ("-m interp.hf export out/run new", "best.pt is damaged", flip("out/run/best.pt")),
     ("-m interp.hf export out/run data", "data is there already"),
     ("-m interp.hf sae out/run new", "sae.pt"),
     ("-m interp.hf import out new", "out"),

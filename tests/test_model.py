@@ -3,16 +3,13 @@
     python -m pytest tests/test_model.py
 """
 
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import (GPTNeo, GPTNeoConfig, ModelError, ablated_attention, attention, cross_entropy,
                    save_checkpoint)
 

@@ -23,7 +23,6 @@ import regex
 import tiktoken
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import prepare
 
 SHARED = ROOT.parent / "shared" / "tiktoken"

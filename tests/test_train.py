@@ -32,7 +32,6 @@ import torch.nn.functional as F
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import config as knobs
 import train
 from model import GPTNeo, GPTNeoConfig, Losses, load_checkpoint, save_checkpoint

@@ -110,8 +110,7 @@ def make_prompts(tokenizer, count, seed):
         prompts[clean] = Prompt(clean, corrupt, f" {receiver}", f" {giver}")
         if len(prompts) == count:
             return list(prompts.values())
-    raise UserError(f"our templates and this tokenizer's names make fewer than {count} different "
-                    f"prompts: lower --count")
+    raise UserError(f"our words make fewer than {count} different prompts: lower --count")
 
 
 def read_prompts(path):
@@ -137,9 +136,9 @@ def tokenize(prompts, tokenizer, block_size):
         length, corrupt, *names = map(len, tokens)
         if not length == corrupt <= block_size or names != [1, 1]:
             raise UserError(
-                f"clean and corrupt of {prompt.clean!r} have {length} and {corrupt} tokens, its "
-                f"names {names}: the texts must be equally long, of {block_size} tokens at most, "
-                f"and a name one token, as a rule with a space in front")
+                f"{prompt.clean!r} has {length} tokens, its corrupt prompt {corrupt}, its names "
+                f"{names}: texts must be equally long, of {block_size} tokens at most, and names "
+                f"single tokens, as a rule with a space in front")
         rows.append(tokens)
     clean, corrupt, answers, wrong = zip(*rows)
     lengths = torch.tensor([len(row) for row in clean])
@@ -367,7 +366,8 @@ class Circuit:
                     self.everywhere.update(self.kept[dest])
         self.current = self.model.clean.clone()  # (S, B, T, C), what every source gives
         self.changed = set()  # the sources that no longer give what they give in the clean model
-        self.inputs = {}  # {Dest: what it reads, (B, T or 1, C)}, made when first needed
+        # {Dest: ...}, made when first needed: what it reads, (B, T or 1, C), and its projection
+        self.inputs, self.projections = {}, {}
         for node in sorted(self.live - {0, graph.end}):
             dests = graph.dests(node)
             if any(self.removed[dest] or self.changed & {*self.kept[dest]} for dest in dests):
@@ -405,8 +405,12 @@ class Circuit:
         {Dest: (..., B, T or 1, C)}."""
         projected = []
         for dest in self.graph.dests(node):
-            x = new[dest] if dest in new else self.input_of(dest)
-            projected.append(self.model.project(dest, x))
+            if dest in new:
+                projected.append(self.model.project(dest, new[dest]))
+                continue
+            if dest not in self.projections:
+                self.projections[dest] = self.model.project(dest, self.input_of(dest))
+            projected.append(self.projections[dest])
         return self.model.output(node, projected)
 
     def removals(self, edges):
@@ -457,6 +461,7 @@ class Circuit:
         for node, output in outputs.items():
             self.set_output(node, output[number])
         for dest, x in inputs.items():
+            self.projections.pop(dest, None)
             if stage[dest.node] == stage[edges[0].dest.node]:
                 self.inputs[dest] = x[number]
             else:
@@ -657,8 +662,7 @@ def describe_circuit(circuits, edges, state, tokens, seed):
 def find_warnings(exact, margin, dtype):
     """Why not to believe a circuit, a line each."""
     if exact < KNOWS:
-        yield ("gives the right answer in under half of the prompts: "
-               "its circuit is not one for that task")
+        yield "is right in under half of the prompts: its circuit is not one for the task"
     if margin < 1e-5 and dtype == "float32":
         yield "a decision came as close to tau as rounding: --dtype float64 settles it"
 
@@ -838,9 +842,8 @@ def print_results(results):
     print()
     rows = [row for result in results for row in circuit_rows(result)]
     print_table(pd.DataFrame(rows), CIRCUIT_COLUMNS)
-    print("± is the sample standard deviation over random orders, or over random circuits of the "
-          "same size.\nedges_at_kl: interpolated between the taus, on held-out prompts if there "
-          "are any; - is out of their range,\nor of a model that does not know the answers.")
+    print("± is the sample standard deviation over random orders or random circuits\n"
+          "edges_at_kl: interpolated between taus; - is out of range, or the answers are not known")
     for result in results:
         for warning in result["warnings"]:
             print(f"warning: {result['run']}: {warning}")

@@ -191,17 +191,20 @@ def with_data(run, data=None):
                     f"training: give data of the same tokenizer with --data")
 
 
-def open_runs(paths, data=None):
-    """The Runs of all paths, with data. Folders without a best.pt are skipped, so that out/* works,
-    unless no path is a run. Raises ModelError or UserError."""
+def run_paths(paths):
+    """The run folders and .pt files among paths, so that out/* works; all of them if none is."""
     found = []
     for path in paths:
         if path.endswith(".pt") or Path(path, "best.pt").exists() or not os.path.exists(path):
             found.append(path)
-    for path in paths if found else ():
-        if path not in found:
+        else:
             print(f"{path} has no best.pt: skipped", file=sys.stderr)
-    return [with_data(open_run(path), data) for path in found or paths]
+    return found or paths
+
+
+def open_runs(paths, data=None):
+    """The Runs of run_paths, with data: see with_data. Raises ModelError or UserError."""
+    return [with_data(open_run(path), data) for path in run_paths(paths)]
 
 
 def describe_run(run):

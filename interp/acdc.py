@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import config as knobs
-from eval import open_run, plain, print_table, save_figure
+from eval import open_run, plain, print_table, run_paths, save_figure
 from interp.results import Result, digest, measure_all
 from prepare import UserError, load_tokenizer, word_lists
 
@@ -871,7 +871,7 @@ def main():
     add("--force", action="store_true", help="replace a result of other settings")
     args = parser.parse_args()
     device = knobs.pick_device(args.device)
-    results = [open_result(path, args) for path in args.runs]
+    results = [open_result(path, args) for path in run_paths(args.runs)]
     found = measure_all(results, partial(find_circuits, args=args, device=device), device)
     print_results(found)
 

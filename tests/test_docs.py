@@ -29,8 +29,9 @@ NOT_RUN = re.compile(
 # what is added to a command, so that it takes a second
 TINY = ("--data=data/toy --n_layer=2 --n_head=2 --n_embd=16 --block_size=32 --batch_size=4 "
         "--max_iters=2 --eval_windows=2 --device=cpu")
-FASTER = {"train": TINY, "prepare": "--stories=1000 --val_share=0.2 --force", "interp.n2g": "--tokens 3000",
-          "interp.explain": "--window 16", "interp.sae": "--steps 20 --tokens 3000"}
+FASTER = {"train": TINY, "prepare": "--stories=1000 --val_share=0.2 --force",
+          "interp.n2g": "--tokens 1000 --snippets 4", "interp.explain": "--window 16 --neurons 2",
+          "interp.sae": "--steps 5 --tokens 3000"}
 
 
 def commands(page):

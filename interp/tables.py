@@ -270,7 +270,7 @@ def draw_panels(path, frame, table, columns):
     save_figure(path, figure)
 
 
-def draw_tradeoff(path, frame, table):
+def draw_tradeoff(path, frame, table, title):
     """Clean perplexity against each of TRADEOFFS: dots for seeds, circles ± deviation for rows."""
     shown = [name for name in TRADEOFFS if name in table]
     if not shown:
@@ -279,21 +279,24 @@ def draw_tradeoff(path, frame, table):
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for name, axes in zip(shown, panels):
         for place, run in enumerate(table["run"][:6]):  # more cannot be told apart
+            label = plain(Path(run).name.removesuffix("_seed*"))
             seeds = frame.loc[rows_of(frame) == place, ["ppl_clean", name]]
             (x, y), (x_sd, y_sd) = seeds.dropna().mean(), seeds.dropna().std()
             filled = "none" if seeds[name].isna().any() else f"C{place}"
             axes.plot(seeds["ppl_clean"], seeds[name], ".", color=f"C{place}")
-            axes.errorbar(x, y, y_sd, x_sd, "o", color=f"C{place}", mfc=filled, label=plain(run))
+            axes.errorbar(x, y, y_sd, x_sd, "o", color=f"C{place}", mfc=filled, label=label)
         axes.set(xlabel="clean perplexity", ylabel=name)
         axes.locator_params(nbins=5)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.suptitle("down and to the left is better; hollow: some seeds lack this number")
+    figure.suptitle(title)
     save_figure(path, figure)
 
 
 def main():
     parser = run_parser(__doc__)
     parser.add_argument("--layers", action="store_true", help="Table 2 only, a row for each layer")
+    parser.add_argument("--title", default="down and to the left is better; hollow: some seeds "
+                        "lack this number", help="of tradeoff.png")
     args = parser.parse_args()
     device, runs = knobs.pick_device(args.device), open_runs(args.runs, args.data)
     if len({run.meta["checksum"] for run in runs}) > 1:
@@ -312,7 +315,7 @@ def main():
     measured = pd.DataFrame([measure_run(run, 8, device) for run in runs])
     frame = measured.join(numbers_of(runs, found))
     table = publish(folder, "table1", frame, TABLE1, notes1)
-    draw_tradeoff(folder / "tradeoff.png", frame, table)
+    draw_tradeoff(folder / "tradeoff.png", frame, table, args.title)
     publish(folder, "table2", frame, TABLE2, notes2)
 
 

@@ -54,7 +54,7 @@ def locked(folder):
                 stack.callback(os.close, handle)  # also when the process ends in any way
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"cannot lock {folder}: is another process writing it? {error}")
+            raise UserError(f"cannot lock {folder}, maybe another process is writing it: {error}")
         stack.callback(lambda: os.listdir(folder) or os.rmdir(folder))  # no empty folder is left
         yield
 

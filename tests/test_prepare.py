@@ -41,7 +41,7 @@ LETTERS = [code for code in range(1, 0x3000) if code != 13]
 HARD = [  # texts with which tokenizers have trouble
     "Once upon a time, there was a cat. The cat's name was Tom.\nHe didn't sleep.",
     "\u201cLook!\u201d said Zo\u00eb \u2014 \u2018caf\u00e9\u2019 \U0001f468\u200d\U0001f469\u200d",
-    "line one\n\n\ttabs  and   spaces\u00a0\u3000end, \u4f60\u597d\uff0c\u4e16 12345 3.14 x_y <|endof",
+    "line one\n\n\ttabs  and   spaces\u00a0\u3000end, \u4f60\u597d\uff0c 12345 3.14 x_y <|endof",
     "".join(map(chr, random.Random(0).choices(LETTERS, k=400))).strip(),
     "a" + "b" * 300,
 ]
@@ -203,18 +203,18 @@ def test_very_long_runs_and_all_white_space_are_encoded_exactly(tokenizer, monke
         encoding.encode_to_numpy(story)
     expected = [*encoding.encode_ordinary("a" + "\u3000" * 1_000_004),
                 *encoding.encode_ordinary("\u3000the end"), encoding.eot_token]
-    assert prepare.encode(story, encoding).tolist() == expected
+    assert prepare.encode([("train", story)], encoding)[0].tolist() == expected
     # small limits, against the definition
     ranks = {encoding.decode_single_token_bytes(i): i for i in range(encoding.eot_token)}
     monkeypatch.setattr(prepare, "LONG_SPACE", 3)
-    rng, stories = random.Random(0), []
+    rng, batch = random.Random(0), []
     for _ in range(300):
         text = "".join(rng.choice(" \n\t\u00a0\x1caa.1'") * rng.randint(1, 9) for _ in range(12))
-        stories.append("x" + text + "x")
-        tokens = prepare.encode(stories[-1], encoding).tolist()
-        assert tokens == [*brute_force(stories[-1], ranks), encoding.eot_token], stories[-1]
-    train = [("train", story) for story in stories]
-    assert prepare.frequent_pieces(train, 10**6) == most_frequent(stories, 10**6)
+        batch.append(("train", f"x{text}x"))
+    for (_, story), tokens in zip(batch, prepare.encode(batch, encoding)):
+        assert tokens.tolist() == [*brute_force(story, ranks), encoding.eot_token], story
+    expected = most_frequent([story for _, story in batch], 10**6)
+    assert prepare.frequent_pieces(batch, 10**6) == expected
 
 
 TEXT = b"one story<|endoftext|>and two"

@@ -178,10 +178,10 @@ def texts_of(args):
             for source in sources:
                 yield from ((split, text) for text in texts_in(source, args.text_column))
     except (KeyError, OSError, EOFError, ValueError, StopIteration) as error:
-        hints = {KeyError: "set --text_column", UnicodeDecodeError: "it is not UTF-8, convert it",
+        hints = {KeyError: "no such column, set --text_column", UnicodeDecodeError: "not UTF-8",
                  ConnectionError: "without a network try --train FILE or toy"}
         reason = " ".join(f"{source} ({type(error).__name__}: {error})".split())
-        raise UserError(f"cannot read {reason}: {hints.get(type(error), 'is it whole?')}")
+        raise UserError(f"cannot read {reason}: {hints.get(type(error), 'see --help')}")
 
 
 def stories_of(args, warnings):
@@ -211,7 +211,7 @@ def frequent_pieces(stories, count):
     words, pieces = Counter(), Counter()
     for split, story in stories:
         if split == "train":
-            words.update(re.split(r"(?= \S)", story))  # every piece lies in one of these parts
+            words.update(re.split(r"(?= \S)", story))  # a piece always begins at such a place
     for word, number in words.items():
         for piece in regex.findall(PIECE, word):
             pieces[piece] += number
@@ -220,7 +220,7 @@ def frequent_pieces(stories, count):
 
 
 def encode(batch, encoding):
-    """[(split, story), ...] -> the tokens of each story, with end-of-text."""
+    """[(split, story), ...] -> the tokens of each story. A separator inside it is ordinary text."""
     stories = [story for split, story in batch]
     text = "".join(story + EOT for story in stories)
     if text.count(EOT) == len(stories) and max(map(len, stories)) < LONG_SPACE:
@@ -243,7 +243,7 @@ def write_tokens(folder, stories, encoding):
     with (open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val,
           ThreadPoolExecutor(os.cpu_count()) as pool):  # tiktoken releases the GIL
         jobs = ((batch, pool.submit(encode, batch, encoding)) for batch in batches)
-        waiting = list(itertools.islice(jobs, 64))  # not all: memory is limited
+        waiting = list(itertools.islice(jobs, 2 * (os.cpu_count() or 1)))  # memory is limited
         while waiting:
             batch, job = waiting.pop(0)
             for (split, story), tokens in zip(batch, job.result()):
@@ -254,7 +254,7 @@ def write_tokens(folder, stories, encoding):
             waiting += itertools.islice(jobs, 1)
     for split in SPLITS:
         if not facts[split]["stories"]:
-            raise UserError(f"no story for {split}: give two or more, a line {EOT} between them")
+            raise UserError(f"no story for {split}: give two different ones, separated by {EOT}")
         tokens = np.memmap(folder / f"{split}.bin", mode="r")
         facts[split]["sha256"] = hashlib.sha256(tokens).hexdigest()
     return facts

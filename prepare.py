@@ -15,7 +15,6 @@ import gzip
 import hashlib
 import itertools
 import json
-import logging
 import os
 import random
 import re
@@ -50,11 +49,10 @@ def locked(folder):
             Path(folder).mkdir(parents=True, exist_ok=True)
             if os.name != "nt":  # Windows has no such lock
                 import fcntl
-                handle = os.open(folder, os.O_RDONLY)
-                stack.callback(os.close, handle)  # also when the process ends in any way
+                stack.callback(os.close, handle := os.open(folder, os.O_RDONLY))
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"cannot lock {folder}: is another process writing it? {error}")
+            raise UserError(f"cannot lock {folder}, maybe another process is writing it: {error}")
         stack.callback(lambda: os.listdir(folder) or os.rmdir(folder))  # no empty folder is left
         yield
 
@@ -106,8 +104,7 @@ def word_lists():
 def read_asset(name):
     """{slot: [text, ...]} of a file with lines "slot text|text": ¶ is a new line, # a comment."""
     texts = {}
-    path = Path(__file__).resolve().parent / "assets" / name
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in (Path(__file__).with_name("assets") / name).read_text("utf-8").splitlines():
         if line.strip() and not line.startswith("#"):
             slot, text = line.split(maxsplit=1)
             texts.setdefault(slot, []).extend(text.replace("¶", "\n").split("|"))
@@ -163,9 +160,8 @@ def texts_in(source, column):
             return read_txt(source)
         from datasets import load_dataset
         source = load_dataset(kind, data_files=str(source), split="train", streaming=True)
-    if not hasattr(source, "iter"):
-        return source
-    return (text for batch in source.iter(1000) for text in batch[column] if text)
+    batches = source.iter(1000) if hasattr(source, "iter") else [{column: source}]
+    return (text for batch in batches for text in batch[column] if text)
 
 
 def texts_of(args):
@@ -182,10 +178,10 @@ def texts_of(args):
             for source in sources:
                 yield from ((split, text) for text in texts_in(source, args.text_column))
     except (KeyError, OSError, EOFError, ValueError, StopIteration) as error:
-        hints = {KeyError: "set --text_column", UnicodeDecodeError: "it is not UTF-8, convert it",
+        hints = {KeyError: "no such column, set --text_column", UnicodeDecodeError: "not UTF-8",
                  ConnectionError: "without a network try --train FILE or toy"}
         reason = " ".join(f"{source} ({type(error).__name__}: {error})".split())
-        raise UserError(f"cannot read {reason}: {hints.get(type(error), 'is it whole?')}")
+        raise UserError(f"cannot read {reason}: {hints.get(type(error), 'see --help')}")
 
 
 def stories_of(args, warnings):
@@ -215,7 +211,7 @@ def frequent_pieces(stories, count):
     words, pieces = Counter(), Counter()
     for split, story in stories:
         if split == "train":
-            words.update(re.split(r"(?= \S)", story))  # every piece lies in one of these parts
+            words.update(re.split(r"(?= \S)", story))  # a piece always begins at such a place
     for word, number in words.items():
         for piece in regex.findall(PIECE, word):
             pieces[piece] += number
@@ -223,35 +219,42 @@ def frequent_pieces(stories, count):
     return [piece for piece in frequent if len(piece.encode()) > 1][:count]
 
 
-def encode(story, encoding):
-    """The tokens of a story, and end-of-text. A separator inside the story is ordinary text."""
+def encode(batch, encoding):
+    """[(split, story), ...] -> the tokens of each story. A separator inside it is ordinary text."""
+    stories = [story for split, story in batch]
+    text = "".join(story + EOT for story in stories)
+    if text.count(EOT) == len(stories) and max(map(len, stories)) < LONG_SPACE:
+        # one call for all: the threads wait less for each other
+        tokens = encoding.encode_to_numpy(text, allowed_special="all").astype("<u2")
+        return np.split(tokens, np.flatnonzero(tokens == encoding.eot_token)[:-1] + 1)
     # PIECE ends a piece before the last character of white space: a cut there changes no token
-    cut = rf"(?=\s\S)(?<=\s{{{LONG_SPACE}}})"
-    parts = regex.split(cut, story) if len(story) > LONG_SPACE else [story]
-    tokens = [encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
-    return np.concatenate([*tokens, [encoding.eot_token]]).astype("<u2")
+    cut, done = rf"(?=\s\S)(?<=\s{{{LONG_SPACE}}})", []
+    for story in stories:
+        parts = regex.split(cut, story)
+        tokens = [encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
+        done.append(np.concatenate([*tokens, [encoding.eot_token]]).astype("<u2"))
+    return done
 
 
 def write_tokens(folder, stories, encoding):
     """Writes train.bin and val.bin. -> {split: its entry in meta.json}. Raises UserError."""
-    def encode_batch(batch):
-        return [(split, story, encode(story, encoding)) for split, story in batch]
     batches = iter(lambda: list(itertools.islice(stories, 128)), [])
     facts = {split: {"tokens": 0, "stories": 0, "bytes": 0} for split in SPLITS}
     with (open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val,
           ThreadPoolExecutor(os.cpu_count()) as pool):  # tiktoken releases the GIL
-        results = (pool.submit(encode_batch, batch) for batch in batches)
-        waiting = list(itertools.islice(results, 64))  # not all: memory is limited
+        jobs = ((batch, pool.submit(encode, batch, encoding)) for batch in batches)
+        waiting = list(itertools.islice(jobs, 2 * (os.cpu_count() or 1)))  # memory is limited
         while waiting:
-            for split, story, tokens in waiting.pop(0).result():
+            batch, job = waiting.pop(0)
+            for (split, story), tokens in zip(batch, job.result()):
                 (train if split == "train" else val).write(tokens)
                 facts[split]["tokens"] += len(tokens)
                 facts[split]["stories"] += 1
                 facts[split]["bytes"] += len(story.encode())
-            waiting += itertools.islice(results, 1)
+            waiting += itertools.islice(jobs, 1)
     for split in SPLITS:
         if not facts[split]["stories"]:
-            raise UserError(f"no story for {split}: give two or more, a line {EOT} between them")
+            raise UserError(f"no story for {split}: give two different ones, separated by {EOT}")
         tokens = np.memmap(folder / f"{split}.bin", mode="r")
         facts[split]["sha256"] = hashlib.sha256(tokens).hexdigest()
     return facts
@@ -320,11 +323,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    logging.disable()  # libraries log in many lines what we report in one
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         main()
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("stopped") from None
+    except (UserError, KeyboardInterrupt) as error:
+        raise SystemExit("stopped" if isinstance(error, KeyboardInterrupt) else f"error: {error}")

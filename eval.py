@@ -83,7 +83,7 @@ def measure_split(model, tokens, eot, text_bytes, batch_size=8, device="cpu"):
     n = len(tokens)
     T = model.config.block_size
     gated = model.config.ablation != "none"
-    # the end-of-text in front stands for the end of the story before
+    # the text begins after an end-of-text, as if another story came before
     text = torch.from_numpy(np.concatenate(([eot], tokens)))  # (n + 1)
     is_end = text[1:] == eot  # (n)
     story = (text[:-1] == eot).cumsum(0) - 1  # (n): the story of each target, counted from 0
@@ -123,7 +123,7 @@ def centred(weight, dim):
 
 
 def mean_abs(tensors):
-    """The mean absolute entry of all of them together."""
+    """The mean of the absolute values of all entries."""
     return torch.cat([w.flatten() for w in tensors]).abs().mean().item()
 
 
@@ -177,8 +177,8 @@ def open_run(path):
 
 
 def with_data(run, data=None):
-    """The Run with data of its tokenizer: a folder, or what it was trained on, which is looked for
-    here and in every folder above the run. Raises UserError."""
+    """The Run with the data to measure it on: this folder, or its training data, which are searched
+    for in the current folder and in every folder above the run. Raises UserError."""
     name = data or run.knobs["data"]
     places = [Path()] if data else [Path(), *Path(run.path).absolute().parents]
     folders = [place / name for place in places if (place / name / "meta.json").is_file()]
@@ -192,7 +192,7 @@ def with_data(run, data=None):
 
 
 def run_paths(paths):
-    """The run folders and .pt files among paths, so that out/* works; all of them if none is."""
+    """The run folders and .pt files among paths, so that out/* works; all paths if none is one."""
     found = []
     for path in paths:
         if path.endswith(".pt") or Path(path, "best.pt").exists() or not os.path.exists(path):
@@ -301,7 +301,7 @@ def print_table(frame, columns):
 
 
 def to_json(frame):
-    """Its rows as JSON text with every digit, null for what a row lacks."""
+    """The rows of a DataFrame as JSON text with every digit; null for what a row lacks."""
     whole = frame.astype(object).where(frame.notna(), None)
     return json.dumps(whole.to_dict("records"), indent=1)
 
@@ -326,12 +326,12 @@ def print_samples(run, args):
 
 
 def plain(text):
-    """For matplotlib, which reads $...$ as a formula and leaves out labels with a leading _."""
+    """Text as matplotlib needs it: $ would begin a formula, and a leading _ hides a label."""
     return re.sub("^_", " _", str(text).replace("$", r"\$"))
 
 
 def save_figure(path, figure):
-    """A matplotlib figure in the format of path's ending; the file is whole or not there."""
+    """Save a matplotlib figure in the format of path's ending. A failed call writes no file."""
     with replace_file(path) as file:
         figure.savefig(file, format=Path(path).suffix[1:], dpi=120)
 
@@ -348,7 +348,7 @@ def draw_runs(path, rows):
         color = f"C{place}"
         metrics = Path(row["run"], "metrics.jsonl")
         if metrics.exists():
-            lines = pd.read_json(metrics, lines=True)[1:]  # step 0 is far above
+            lines = pd.read_json(metrics, lines=True)[1:]  # without step 0, whose loss is far above
             losses = lines[["val_clean", "val_ablated"]].astype(float)
             loss.plot(lines["step"], losses, color=color, label=plain(row["run"]))
         for axes, kind in zip(panels, ("attn", "mlp")):

@@ -35,7 +35,7 @@ class ModelError(ValueError):
 class GPTNeoConfig:
     """A model's geometry, gate and loss; the defaults are the paper's. Checked in config.Config."""
 
-    vocab_size: int = 50257  # comes with the data; GPT-2's
+    vocab_size: int = 50257  # set by the prepared data; this default is GPT-2's
     block_size: int = 256  # context: the longest sequence, in tokens
     n_layer: int = 8  # blocks
     n_head: int = 16  # attention heads of a block
@@ -90,9 +90,9 @@ def gate(scores, k, form="softmax"):
 
     scores (..., N), 1 <= k < N -> mask (..., N): exact 0/1, with exactly k ones in every row, on
     the k largest scores. Its gradient is that of soft weights. "softmax" (paper, Eq. 1-3) and
-    "sigmoid" (the published code): through gamma and the temperature T too. "constant" is
-    softmax(scores), T = 1: gradients through a T per token grow as 1 / T, and models learn less
-    (RESULTS.md).
+    "sigmoid" (the published code) also have gradients through gamma and the temperature T.
+    "constant" is softmax(scores), T = 1: gradients through a T that each token sets grow as 1 / T,
+    and models learn less (RESULTS.md).
     """
     floor = max(MIN_GAP, torch.finfo(scores.dtype).eps)  # 1 / MIN_GAP overflows in fp16
     scores = at_least_fp32(scores)  # in bf16 a few per cent of rows tie at the k-th place
@@ -112,7 +112,7 @@ def gate(scores, k, form="softmax"):
 
 
 def k_largest(scores, k):
-    """scores (..., N) -> a mask (..., N) with ones at the k largest, exactly k also where scores
+    """scores (..., N) -> a mask (..., N) with ones at the k largest, exactly k even where scores
     tie; the k-th largest score and the next one, (..., 1) each."""
     compiling = torch.compiler.is_compiling()
     if compiling and k <= 8:
@@ -127,8 +127,8 @@ def k_largest(scores, k):
 
 
 def k_largest_by_maxima(scores, k):
-    """The same for compiled code: k + 1 maxima become one kernel, where topk takes six. In a sketch
-    on an H200 those took 1.6 of the 10.9 ms of a training step (RESULTS.md)."""
+    """k_largest for compiled code: k + 1 maxima become one kernel, where topk takes six. In a trial
+    on an H200 the six took 1.6 of the 10.9 ms of a training step (RESULTS.md)."""
     units = torch.arange(scores.size(-1), device=scores.device)
     rest, hard, top = scores.detach(), torch.zeros_like(scores), []
     for rank in range(k + 1):
@@ -171,9 +171,9 @@ def attention(q, k, v, window, shift=0):
 
 
 def ablated_attention(q, k, v, k_own, v_own, window):
-    """The same for the ablated stream. In one softmax, a query attends to the clean stream's keys
-    and values, k and v, at earlier positions, and to its own stream's, k_own and v_own, at its own
-    position. Each (B, H, T, D) -> (B, H, T, D)."""
+    """Attention of the ablated stream. In one softmax, a query attends to the clean stream's keys
+    and values, k and v, at earlier positions, and to the ablated stream's, k_own and v_own, at its
+    own position. Each (B, H, T, D) -> (B, H, T, D)."""
     # Plain causal attention can do this, nearly four times as fast as a matrix of scores with its
     # diagonal replaced. Shift the clean keys by one place, and let the free place 0 stand for
     # "own", the query's own key:
@@ -241,7 +241,7 @@ class MLP(nn.Module):
 
 
 def masked(x, mask):
-    """The winners of x, in its dtype. A mask and its gradient are fp32 even if x is bf16."""
+    """x with 0 for the units that lose, in its dtype. The mask is fp32 even if x is bf16."""
     return (x * mask).to(x.dtype)
 
 
@@ -338,8 +338,8 @@ class GPTNeo(nn.Module):
     def forward(self, idx, targets=None, ablated_coeff=None):
         """idx (B, T) -> clean logits (B, T, V), which is inference; with targets (B, T) -> Losses.
 
-        ablated_coeff overrides the config's. A tensor () of any value never recompiles. The number
-        0 skips the ablated pass: its loss is None.
+        ablated_coeff overrides the config's. As a tensor () its value may change without
+        recompiling. The number 0 skips the ablated pass: its loss is None.
         """
         config = self.config
         hidden, inputs, caches = self.clean_pass(idx)
@@ -367,8 +367,8 @@ class GPTNeo(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None,
                  stream="clean", stop_token=None):
         """Continue idx (B, T) by up to max_new_tokens -> (B, T + new). temperature 0 is greedy;
-        top_k samples from the k likeliest tokens; stream: whose logits, "clean" or "ablated". After
-        stop_token a row repeats it. The context is at most the last block_size tokens."""
+        top_k samples from the k likeliest tokens; stream: "clean" or "ablated". A row that reached
+        stop_token is filled with it. The context is at most the last block_size tokens."""
         if not temperature >= 0:  # nan too
             raise ModelError(f"temperature={temperature} must be 0 or more")
         stopped = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
@@ -378,7 +378,7 @@ class GPTNeo(nn.Module):
                 hidden, _ = self.ablated_pass(hidden, inputs, caches)
             logits = self.lm_head(hidden[:, -1]).float()  # (B, V)
             V = logits.size(-1)
-            logits, tokens = logits.topk(min(top_k or V, V))  # not more, also where logits tie
+            logits, tokens = logits.topk(min(top_k or V, V))  # not more, even where logits tie
             choice = torch.zeros_like(tokens[:, :1])  # (B, 1): the first is the likeliest
             if temperature > 0:
                 p = (logits / temperature).softmax(-1)
@@ -431,7 +431,7 @@ class GPTNeo(nn.Module):
                     raise ValueError(f"weights in {file} are not floating point")
             if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
                 raise ValueError("its lm_head is not its token embedding")
-        except Exception as error:  # damage can raise almost anything
+        except Exception as error:  # a damaged file can raise almost any exception
             raise ModelError(f"cannot load {name}: {' '.join(str(error).split())}") from None
         if info["missing_keys"]:
             raise ModelError(f"{name} lacks weights: {', '.join(info['missing_keys'])}")
@@ -450,7 +450,7 @@ def cross_entropy(hidden, weight, targets):
     hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (B T, C), (B T)
     eager_cpu = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
     if eager_cpu and hasattr(F, "linear_cross_entropy"):  # torch 2.13
-        # all (B T, V) logits at once: a quarter more time, twice the memory (RESULTS.md)
+        # in chunks: all (B T, V) logits at once take 1/4 more time, twice the memory (RESULTS.md)
         rows = max(1, 6_500_000 // len(weight))  # of a chunk: 26 MB of fp32 logits
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
         return F.linear_cross_entropy(hidden, weight, targets, options=options)
@@ -483,8 +483,8 @@ def save_checkpoint(path, config, weights, **state):
 def load_torch(path):
     """What torch.save wrote to path, on the CPU. Raises ModelError.
 
-    Every byte is checked: torch.load ignores the zip's CRCs, so a flipped bit would be a different
-    model, and a tensor whose entry is marked as a folder would be filled with noise.
+    Every byte is checked, because torch.load ignores the zip's CRCs: it would load a flipped bit as
+    a different model, and fill a tensor whose entry is marked as a folder with noise.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -493,7 +493,7 @@ def load_torch(path):
         if not damaged:
             return torch.load(path, map_location="cpu", weights_only=True)
         reason = f"{damaged} has changed since it was written"
-    except Exception as error:  # damage can raise almost anything: OSError, IndexError, TypeError
+    except Exception as error:  # a damaged file can raise OSError, IndexError, TypeError, ...
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     raise ModelError(f"{path} is damaged, or not a file of this project ({reason:.150})")
 

@@ -91,7 +91,7 @@ def load_tokenizer(spec):
                                  special_tokens={EOT: len(ranks)})
     try:
         return tiktoken.get_encoding(spec["name"])
-    except Exception as error:  # no network, a proxy's error page, a damaged cache: one advice
+    except Exception as error:  # no network, a proxy's error page, a damaged cache: same advice
         raise UserError(f"cannot load the tokenizer {spec['name']} ({type(error).__name__}): use "
                         "--tokenizer words or set TIKTOKEN_CACHE_DIR to a folder with its files")
 
@@ -270,16 +270,16 @@ def parse_arguments(argv):
     add = parser.add_mutually_exclusive_group().add_argument
     add("toy", nargs="?", choices=["toy"], help="write stories from the grammar in assets/toy.txt")
     add("--dataset", default="roneneldan/TinyStories", help="name on the hub, or a folder")
-    add("--train", nargs="+", type=Path, metavar="FILE", default=[], help="each may also be .gz")
+    add("--train", nargs="+", type=Path, metavar="FILE", default=[], help="local files, also .gz")
     add = parser.add_argument
-    add("--val", nargs="+", type=Path, metavar="FILE", default=[], help="(a share of --train)")
-    add("--val_share", type=float, default=0.01, help="share for val if it has no files (0.01)")
+    add("--val", nargs="+", type=Path, metavar="FILE", default=[], help="else a share of --train")
+    add("--val_share", type=float, default=0.01, help="share to validate on without --val (0.01)")
     add("--stories", type=int, default=50_000, help="toy: stories in both splits (50000)")
     add("--config", help="configuration of the dataset, where it has several")
     add("--text_column", default="text", help="column or JSON field that holds the text (text)")
     add("--seed", type=int, default=0, help="of the toy stories and of the share for val (0)")
-    add("--tokenizer", choices=["gpt2", "words"], help="(gpt2; words for toy)")
-    add("--vocab_size", type=int, default=10_000, help="words: bytes and end-of-text too (10000)")
+    add("--tokenizer", choices=["gpt2", "words"], help="(gpt2; for toy: words)")
+    add("--vocab_size", type=int, default=10_000, help="for words: total, with all bytes (10000)")
     add("--out", type=Path, help="folder to write (data/<name of the source>)")
     add("--force", action="store_true", help="replace existing data, once the new are complete")
     args = parser.parse_args(argv)

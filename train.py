@@ -3,11 +3,11 @@
     python train.py config/local_k2.py                    one process: GPU if there is one, else CPU
     python train.py config/local_k2.py --batch_size=12    any knob; --help lists them
     torchrun --nproc_per_node=4 train.py config/local_k2.py       a process per GPU (gloo on CPU)
-    python train.py config/local_k2.py --resume=True      go on exactly where the run stopped
+    python train.py config/local_k2.py --resume=True      continue exactly where the run stopped
 
 Writes into the run folder out/<config>/: last.pt, best.pt (lowest validation loss, the weighted
 sum of both streams), metrics.jsonl (a JSON object per evaluation) and loss.png. Ctrl-C and SIGTERM
-save last.pt and leave. A run may go on with another number of processes.
+save last.pt and stop. A run may be resumed with another number of processes.
 """
 
 import json
@@ -95,7 +95,7 @@ def load_split(config, split):
 
 
 def rows_at(tokens, starts, length, device):
-    """The `length` tokens from each of starts (B,) on: (B, length) int64, on the device."""
+    """The `length` tokens that begin at each of starts (B,): (B, length) int64, on the device."""
     rows = torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64))
     if device.type == "cuda":  # from pinned memory, so that the loop does not wait for the copy
         return rows.pin_memory().to(device, non_blocking=True)
@@ -168,11 +168,11 @@ def make_optimizer(model, config, device):
 
 
 def update(model, optimizer, rows, config, autocast, coeff, world=1):
-    """One optimizer step on this process's rows, (B, block_size + 1) int64, in grad_accum parts.
+    """One optimizer step on this process's rows, (B, block_size + 1), in grad_accum micro-batches.
 
     coeff: of the ablated loss; 0 leaves the ablated pass out. world: processes.
     -> loss, clean and ablated loss of these rows and the norm of the whole gradient, (4,), on the
-    device: nothing here waits for it.
+    device: this function does not wait for the GPU.
     """
     if coeff:  # as a tensor: every new Python number would recompile the step
         coeff = torch.full((), coeff, device=rows.device)
@@ -191,8 +191,8 @@ def update(model, optimizer, rows, config, autocast, coeff, world=1):
 
 
 def average_gradients(model, world):
-    """Over all processes, in one all-reduce. DistributedDataParallel would change its order of
-    summation after a restart, and wait for gates, which have no gradient before the ramp."""
+    """Average over all processes, in one all-reduce. DistributedDataParallel would sum in another
+    order after a restart, and wait for gates, which have no gradient before the ramp."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     flat = torch.nn.utils.parameters_to_vector(gradients)
     dist.all_reduce(flat)
@@ -230,7 +230,7 @@ def validate(model, tokens, config, machine):
 
 @dataclass
 class Progress:
-    """The state of a run beside weights and optimizer. Saved in every checkpoint."""
+    """The state of a run besides weights and optimizer. Saved in every checkpoint."""
 
     step: int = 0  # updates done
     best: float = math.inf  # lowest validation loss so far
@@ -281,7 +281,7 @@ def diverged(when):
 
 
 def read_resumable(config, data_checksum):
-    """The checkpoint to go on from. Raises UserError where it is of another run."""
+    """The checkpoint to resume from. Raises UserError if it belongs to another run."""
     paths = [Path(config.out, name) for name in ("last.pt", "best.pt")]
     path = paths[0] if paths[0].is_file() else paths[1]  # a run killed early has only best.pt
     if not path.is_file():
@@ -318,7 +318,7 @@ def draw_losses(path, metrics, title):
             if points:
                 axes.plot(*zip(*points), style, color=color, label=f"{stream}, {label}")
     axes.set(xlabel="updates", ylabel="cross-entropy, nats per token")
-    axes.set_title(title, parse_math=False)  # a $ in it is no formula
+    axes.set_title(title, parse_math=False)  # a $ in it is not a formula
     axes.grid(alpha=0.3)
     axes.legend()
     with replace_file(path) as file:
@@ -363,7 +363,7 @@ def train(config):
 
     def say(text):
         if rank == 0:
-            print(text, flush=True)  # flushed: a log file is read while it grows
+            print(text, flush=True)  # so that a log file shows it at once
 
     def save(*names):
         if not all(p.isfinite().all() for p in model.parameters()):
@@ -381,7 +381,7 @@ def train(config):
                 file.writelines(json.dumps(line).encode() + b"\n" for line in progress.metrics)
             draw_losses(folder / "loss.png", progress.metrics, folder.name)
 
-    # ---- the first lines
+    # ---- the first lines of output
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.tmp"):  # of a run killed while it wrote
@@ -406,7 +406,7 @@ def train(config):
         step, finished = progress.step, progress.step == config.max_iters
         eval_due = step > progress.last_eval_step and (step % config.eval_interval == 0 or finished)
         log_due = step % config.log_interval == 0
-        # processes must agree to stop, and on GPUs asking waits for the device
+        # all processes must stop at the same step; on GPUs this check waits for the device
         can_stop = world == 1 or device.type == "cpu" or log_due or eval_due
         stopping = can_stop and machine.total(torch.tensor(float(stop.requested))).item() > 0
 
@@ -421,7 +421,7 @@ def train(config):
             val_clean, val_ablated = validate(model, val_tokens, config, machine)
             is_best = progress.record(config, val_clean, val_ablated)
             say(f"step {step:,}: validation {streams_text(val_clean, val_ablated)}")
-            # best.pt first: a run killed between the two repeats this evaluation
+            # best.pt first: a run that is killed between the two saves repeats this evaluation
             save(*["best.pt", "last.pt"] if is_best else ["last.pt"])
             write_metrics()
             if config.wandb and rank == 0:
@@ -471,8 +471,8 @@ def main():
         with locked(config.out) if first else nullcontext():
             train(config)
     except (MemoryError, RuntimeError) as error:
-        told = re.search("out of memory|allocate memory", str(error))  # by torch, on any device
-        if isinstance(error, RuntimeError) and not told:
+        out_of_memory = re.search("out of memory|allocate memory", str(error))  # torch's words
+        if isinstance(error, RuntimeError) and not out_of_memory:
             raise
         raise UserError("out of memory: raise --grad_accum, which changes no result, or lower "
                         "--batch_size, --n_embd or --n_layer") from None

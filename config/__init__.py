@@ -35,8 +35,8 @@ class Config(GPTNeoConfig):
     # where from and where to
     data: str = "data/tinystories"  # folder that prepare.py wrote
     out: str = "out/custom"  # run folder; with a config file, out/<name of the file>
-    init_from: str = ""  # initial weights: a run folder, a .pt, or a GPT-Neo of the hub
-    resume: bool = False  # resume the run in the folder --out exactly
+    init_from: str = ""  # initial weights: a run folder, a .pt, or a GPT-Neo from the hub
+    resume: bool = False  # continue the run in the folder --out exactly where it stopped
     # optimization: AdamW, cosine annealing to zero
     batch_size: int = 24  # sequences per update, over all processes and micro-batches together
     grad_accum: int = 1  # micro-batches per update on each process: less memory, the same update
@@ -52,15 +52,15 @@ class Config(GPTNeoConfig):
     grad_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
     seed: int = 1337  # of the weights and of the batches
     # evaluation and logging
-    eval_interval: int = 1000  # updates between validation, checkpoint, metrics.jsonl and loss.png
+    eval_interval: int = 1000  # updates between evaluations, which save checkpoint, metrics, plot
     eval_windows: int = 200  # validation windows of block_size tokens, always the same ones
     log_interval: int = 100  # updates between console lines
     wandb: bool = False  # also log to Weights & Biases, if it is installed
     # machine
     device: str = "auto"  # auto takes cuda, else mps, else cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: bfloat16 on new GPUs
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast on new GPUs
     # reduce-overhead: CUDA graphs, for one process and grad_accum=1
-    compile: Compile = "auto"  # auto on a GPU: reduce-overhead, or True where that cannot be
+    compile: Compile = "auto"  # auto: on a GPU reduce-overhead, or True if impossible; else False
 
     def __post_init__(self):
         def require(good, message):
@@ -113,7 +113,7 @@ class Config(GPTNeoConfig):
 
     @property
     def model(self):
-        """The GPTNeoConfig in it: what the model needs to know, without the rest of the run."""
+        """The knobs of the model alone, as a GPTNeoConfig."""
         return GPTNeoConfig(**{field.name: getattr(self, field.name)
                                for field in fields(GPTNeoConfig)})
 
@@ -122,7 +122,7 @@ class Config(GPTNeoConfig):
 FIELDS = {field.name: field for field in fields(Config) if field.name != "vocab_size"}
 
 # knobs that change where a run computes and what it prints, but not what it computes: they may
-# differ on resuming. The data and their vocabulary have a checksum of their own.
+# change on resuming. The data and their vocabulary are compared by a checksum instead.
 MACHINE = ("resume", "data", "out", "device", "dtype", "compile", "grad_accum", "log_interval",
            "wandb", "vocab_size")
 
@@ -136,7 +136,7 @@ def decisive(values):
 
 
 def boolean(text):
-    return bool(("False", "True").index(text.capitalize()))  # else the ValueError argparse expects
+    return bool(("False", "True").index(text.capitalize()))  # or a ValueError, as argparse expects
 
 
 class Parser(argparse.ArgumentParser):
@@ -241,10 +241,10 @@ def pick_device(name="auto", index=0):
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM set a flag, so that nothing is cut in half: `if stop.requested: ...`.
+    """Ctrl-C and SIGTERM set a flag, so that an update is never interrupted: `if stop.requested:`.
 
-    A second signal kills at once; but not under torchrun, which passes on signals that each process
-    has received already.
+    A second signal kills at once, but not under torchrun, which sends each process the signal that
+    it has received already.
     """
 
     def __init__(self):

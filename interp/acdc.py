@@ -7,8 +7,8 @@
                {"clean": TEXT, "corrupt": TEXT, "answer": " Tom", "wrong": " Sue"}
 
 Task: "Then, Tom and Sue went to the park. Sue gave a ball to" -> " Tom". A corrupt prompt has other
-names in the three places. A circuit is a set of edges. An edge in it carries what its source gives
-in the circuit; every other edge carries what its source gives on the corrupt prompt.
+names in these three places. A circuit is a set of edges. An edge in it carries the output of its
+source in the circuit; every other edge carries the output of its source on the corrupt prompt.
 
 The method is ACDC (Conmy et al. 2023) as the paper ran it. Its result depends on the order of the
 edges, part of which depends on Python's hash seed in the paper's library. Here the order is fixed,
@@ -41,7 +41,7 @@ from eval import open_run, plain, print_table, run_paths, save_figure
 from interp.results import Result, digest, measure_all
 from prepare import UserError, load_tokenizer, word_lists
 
-TEMPLATES = (  # A and B in the order of their mention; G is the giver, one of the two
+TEMPLATES = (  # A is named first, B second; G is the giver, one of the two
     "Then, {A} and {B} went to the {place}. {G} gave a {object} to",
     "Then, {A} and {B} had a lot of fun at the {place}. {G} gave a {object} to",
     "When {A} and {B} got to the {place}, {G} gave a {object} to",
@@ -50,12 +50,12 @@ TEMPLATES = (  # A and B in the order of their mention; G is the giver, one of t
     "One day, {A} and {B} were at the {place}, and {G} brought a {object} to",
     "Soon, {A} and {B} found a {object} at the {place}. {G} gave the {object} to",
 )
-WINDOW = 16  # edges tried in one batch; of a larger one, more is thrown away when one is put back
-RANDOM = 10  # circuits that the KL of one is compared with
+WINDOW = 16  # edges tried in one batch; a larger one wastes more work when an edge is put back
+RANDOM = 10  # random circuits of the same size that a circuit's KL is compared with
 KNOWS = 0.5  # a model that is right in a smaller share of prompts has no circuit for the task
 AT_KL = ("0.1", "0.3", "1")  # nats, at which models are compared
-LEAST_KL = 1e-6  # float32 does not tell less from 0, which has no logarithm
-ALL, LAST = slice(None), slice(-1, None)  # the positions of a node's input that count
+LEAST_KL = 1e-6  # a smaller KL is rounding in float32; 0 has no logarithm
+ALL, LAST = slice(None), slice(-1, None)  # the positions of a node's input that matter
 
 
 # ----------------------------------------------------------------------------------------- the task
@@ -84,8 +84,8 @@ class Tokens(NamedTuple):
 def make_prompts(tokenizer, count, seed):
     """Distinct Prompts; the giver is named first in half of them.
 
-    Each name of a corrupt prompt is drawn independently of the other two. Raises UserError on a
-    vocabulary in which too few of our words are single tokens with a space before them.
+    Each name of a corrupt prompt is drawn independently of the other two. Raises UserError if too
+    few of the words in assets/words.txt, with a space before them, are single tokens.
     """
     rng, lists = random.Random(seed), {}
     for kind, words in word_lists().items():
@@ -123,13 +123,13 @@ def read_prompts(path):
 
 
 def pad(rows):
-    """Lists of tokens -> (B, T), with 0 on the left of the shorter ones."""
+    """Lists of tokens -> (B, T); shorter lists are filled with 0 on the left."""
     T = max(map(len, rows))
     return torch.tensor([[0] * (T - len(row)) + row for row in rows])
 
 
 def tokenize(prompts, tokenizer, block_size):
-    """Prompts -> Tokens. Raises UserError where positions cannot be compared one by one."""
+    """Prompts -> Tokens. Raises UserError if clean and corrupt positions do not correspond."""
     rows = []
     for prompt in prompts:
         tokens = [tokenizer.encode_ordinary(text) for text in prompt]
@@ -250,7 +250,7 @@ class PatchedModel:
         self.unembed = self.weights["lm_head.weight"].T  # (C, V)
 
         position = position.clamp_min(0).to(device)
-        # what every source gives, (S, B, T, C), and what every stage reads, a list of (B, T, C)
+        # the output of every source, (S, B, T, C), and the input of every stage, [(B, T, C), ...]
         self.clean, self.clean_residual = self.run(clean.to(device), position)
         self.corrupt, self.corrupt_residual = self.run(corrupt.to(device), position)
         self.end = self.norm("ln_f", self.clean_residual[-1][:, -1])  # (B, C)
@@ -275,15 +275,15 @@ class PatchedModel:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
 
     def project(self, dest, x):
-        """What a node first makes of one of its inputs (..., C): a head its queries, keys or
-        values, (..., D), an MLP the LayerNorm."""
+        """The first step of a node on one of its inputs (..., C): a head computes its queries, keys
+        or values, (..., D), an MLP its LayerNorm."""
         block, head = self.graph.place(dest.node)
         if head is None:
             return self.norm(f"h.{block}.ln_2", x)
         return self.norm(f"h.{block}.ln_1", x) @ self.heads[block][dest.part][head]
 
     def output(self, node, projected):
-        """What a node gives, (..., B, T or 1, C), from the list of its projections."""
+        """The output of a node, (..., B, T or 1, C), from the list of its projections."""
         block, head = self.graph.place(node)
         if head is None:
             hidden = self.linear(f"h.{block}.mlp.c_fc", projected[0])  # (..., B, T or 1, 4C)
@@ -321,7 +321,7 @@ class PatchedModel:
         """
         change = ends - self.end  # (K, B, C)
         mean = (change.double() * self.p_unembed).sum(-1)  # (K, B), E_p[d]
-        buffer = torch.empty_like(self.log_p)  # one circuit at a time: K x B x V would fit no cache
+        buffer = torch.empty_like(self.log_p)  # one circuit at a time: K x B x V is too large
         log_mean_exp = []
         for row in change:
             logits = torch.addmm(self.log_p, row, self.unembed, out=buffer)  # (B, V), log p + d
@@ -335,11 +335,11 @@ class PatchedModel:
 
 
 class Circuit:
-    """Which edges of a patched model are removed, and what every node then reads and gives.
+    """Which edges of a patched model are removed, and the inputs and outputs of every node then.
 
-    Only what counts is computed. A node is live if it reaches Resid End over kept edges; the others
-    change nothing. Of most inputs only the last position counts, as KL looks at no other: a node
-    counts everywhere only if it reaches Resid End through a key or a value.
+    Only what matters is computed. A node is live if it reaches Resid End over kept edges; the
+    others change nothing. KL is measured at the last position, so most inputs matter only there:
+    a node matters at all positions only if it reaches Resid End through a key or a value.
     """
 
     def __init__(self, model):
@@ -348,7 +348,7 @@ class Circuit:
         self.set_removed([])
 
     def set_removed(self, removed):
-        """Remove exactly these edges, and compute anew what follows."""
+        """Remove exactly these edges, and compute everything that follows from it."""
         graph = self.graph
         self.removed = defaultdict(list)  # {Dest: sources}
         for edge in removed:
@@ -364,9 +364,9 @@ class Circuit:
                 self.live.update(self.kept[dest])
                 if self.positions(dest) == ALL:
                     self.everywhere.update(self.kept[dest])
-        self.current = self.model.clean.clone()  # (S, B, T, C), what every source gives
-        self.changed = set()  # the sources that no longer give what they give in the clean model
-        # {Dest: ...}, made when first needed: what it reads, (B, T or 1, C), and its projection
+        self.current = self.model.clean.clone()  # (S, B, T, C), the output of every source
+        self.changed = set()  # the sources whose output is no longer that in the clean model
+        # {Dest: ...}, computed when first needed: its input, (B, T or 1, C), and the projection
         self.inputs, self.projections = {}, {}
         for node in sorted(self.live - {0, graph.end}):
             dests = graph.dests(node)
@@ -374,19 +374,19 @@ class Circuit:
                 self.set_output(node, self.output_of(node, {}))
 
     def positions(self, dest):
-        """The positions of an input that count."""
+        """The positions of an input that matter."""
         return ALL if dest.part in ("K", "V") or dest.node in self.everywhere else LAST
 
     def set_output(self, node, output):
-        """output (B, T or 1, C) is what this node gives from now on."""
+        """Set the output of this node to output (B, T or 1, C)."""
         self.current[node][:, -output.size(-2) :] = output
         self.changed.add(node)
 
     def input_of(self, dest):
-        """What an input reads, (B, T or 1, C), by the shorter of two sums.
+        """The value of an input, (B, T or 1, C), by the shorter of two sums.
 
-        Either what it reads on the corrupt prompts, with every kept edge corrected; or, while its
-        sources are clean, what it reads on the clean ones, with every removed edge corrupted.
+        Either its value on the corrupt prompts, with every kept edge corrected; or, while its
+        sources are clean, its value on the clean prompts, with every removed edge corrupted.
         """
         if dest not in self.inputs:
             model, stage = self.model, self.graph.stage[dest.node]
@@ -401,7 +401,7 @@ class Circuit:
         return self.inputs[dest]
 
     def output_of(self, node, new):
-        """What a node gives, (..., B, T or 1, C), when some of its inputs read something new,
+        """The output of a node, (..., B, T or 1, C), when some of its inputs have new values,
         {Dest: (..., B, T or 1, C)}."""
         projected = []
         for dest in self.graph.dests(node):
@@ -414,9 +414,9 @@ class Circuit:
         return self.model.output(node, projected)
 
     def removals(self, edges):
-        """What their inputs read after removing the first, the first two, ... of these edges.
+        """Their inputs' values after removing the first, the first two, ... of these edges.
 
-        As the sweep goes from the end to the start, the sources of these edges are still clean.
+        The sweep goes from the end to the start, so the sources of these edges are still clean.
         """
         inputs = {}
         for dest in dict.fromkeys(edge.dest for edge in edges):
@@ -432,9 +432,9 @@ class Circuit:
     def attempt(self, edges):
         """Try to remove the first, the first two, ... of these K edges of one stage.
 
-        -> KL of these K circuits, a list, and what differs in each from now: {Dest: what it reads},
-        {node: what it gives}, (K, B, T or 1, C) each. All are computed in one batch: only live
-        nodes behind the removed edges that have a kept source that changes.
+        -> KL of these K circuits, a list, and what changes in each: inputs {Dest: value}, outputs
+        {node: value}, (K, B, T or 1, C) each. All K are computed in one batch. Only live nodes that
+        a removed edge or a changed kept source feeds are computed.
         """
         inputs, outputs = self.removals(edges), {}
         first = min(dest.node for dest in inputs)
@@ -465,12 +465,12 @@ class Circuit:
             if stage[dest.node] == stage[edges[0].dest.node]:
                 self.inputs[dest] = x[number]
             else:
-                del self.inputs[dest]  # to be summed anew: adding up changes would drift
+                del self.inputs[dest]  # to be summed again: rounding errors would add up
         for edge in edges:
             self.removed[edge.dest].append(edge.source)
 
     def read_out(self):
-        """What ln_f gives at the last position, (B, C)."""
+        """The output of ln_f at the last position, (B, C)."""
         return self.model.norm("ln_f", self.input_of(self.end)[:, -1])
 
     def kl_without(self, removed):
@@ -490,7 +490,7 @@ class Circuit:
 #     kl = 0
 #     for edge in order:
 #         rise = KL(clean model || circuit without edge) - kl
-#         if rise < tau:         the edge stays removed, and kl += rise, also where rise is negative
+#         if rise < tau:         the edge stays removed, and kl += rise, even if rise is negative
 #         else:                  the edge is put back, kl stays
 #
 # The sweep below decides the same, but tries several edges in one batch, and fewer of them.
@@ -518,8 +518,8 @@ def decide(circuit, edges, kl, tau):
     """The rule for the next edges, up to the first that is put back.
 
     -> a verdict for each, [whether it is kept, by how much its removal raised KL], and the new KL.
-    All are tried in one batch, each with those before it removed too. That is what the rule asks
-    for until one is put back; what was tried after it counts for nothing.
+    All are tried in one batch, each with those before it removed too. This follows the rule until
+    an edge is put back; what was tried after that edge is not used.
     """
     kls, inputs, outputs = circuit.attempt(edges)
     verdicts, removed = [], 0
@@ -539,17 +539,17 @@ def sweep_stage(circuit, edges, tau, state, bar):
     """Decide the edges of the next stage. -> the state of the sweep after it, see discover."""
     began = time.time()
     done, state = state["decided"], dict(state)
-    # from scratch for every stage, so that a continued sweep is equal to the last bit
+    # from scratch for every stage, so that a continued sweep is bit-equal to an uninterrupted one
     circuit.set_removed([edge for edge, (kept, _) in zip(edges, done) if not kept])
     stage_of, left = circuit.graph.stage, edges[len(done) :]
     stage_edges = [edge for edge in left if stage_of[edge.dest.node] == stage_of[left[0].dest.node]]
-    # All edges out of these nodes are decided. A node that keeps none has no effect at all, so that
-    # removing an edge into it raises KL by exactly 0: no need to try.
+    # All edges out of these nodes are decided. A node that keeps none has no effect, so removing
+    # an edge into it raises KL by exactly 0 and need not be tried.
     verdicts = {edge: [not 0.0 < tau, 0.0] for edge in stage_edges}
     untried = [edge for edge in stage_edges if edge.dest.node in circuit.live]
     bar.update(len(stage_edges) - len(untried))
 
-    # On a CPU many edges cost more than one: begin with one after each that is put back.
+    # On a CPU a batch of edges costs more than one edge: after a put-back, start with one again.
     on_cpu = circuit.current.device.type == "cpu"
     smallest, largest = (1, WINDOW) if on_cpu else (2 * WINDOW, 2 * WINDOW)
     size = smallest
@@ -603,7 +603,7 @@ def accuracy(logits, tokens):
 def ablated_logits(model, tokens):
     """The ablated stream's logits at the last position, (B, V).
 
-    It knows of no padding, so it is given the prompts of one length at a time.
+    It cannot ignore padding, so it reads the prompts of one length at a time.
     """
     logits = model.lm_head.weight.new_empty(len(tokens.clean), model.config.vocab_size)  # (B, V)
     for length in tokens.lengths.unique().tolist():
@@ -616,7 +616,7 @@ def ablated_logits(model, tokens):
 
 
 def describe_model(model, circuits, tokens):
-    """What a result says of the model itself, a dict; None stands for the stream it lacks.
+    """What a result says about the model itself, a dict; None where it has no ablated stream.
 
     circuits: {"": a Circuit of all edges on the prompts that circuits are found on, the tokens,
     "_heldout": one on other prompts, if any}. The keys end the names of what is measured there.
@@ -634,7 +634,7 @@ def describe_model(model, circuits, tokens):
 
 
 def describe_circuit(circuits, edges, state, tokens, seed):
-    """What a result says of the circuit that a sweep of these edges ended in, a dict."""
+    """What a result says about the circuit that a sweep of these edges found, a dict."""
     graph = circuits[""].graph
     kept, removed = {}, {}  # {edge: by how much its removal raised KL}
     for edge, (put_back, rise) in zip(edges, state["decided"]):
@@ -660,11 +660,11 @@ def describe_circuit(circuits, edges, state, tokens, seed):
 
 
 def find_warnings(exact, margin, dtype):
-    """Why not to believe a circuit, a line each."""
+    """Reasons not to trust a circuit, one line each."""
     if exact < KNOWS:
         yield "is right in under half of the prompts: its circuit is not one for the task"
     if margin < 1e-5 and dtype == "float32":
-        yield "a decision came as close to tau as rounding: --dtype float64 settles it"
+        yield "a decision differs from tau only by rounding: measure again with --dtype float64"
 
 
 def load_prompts(run, args):
@@ -728,8 +728,8 @@ def find_circuits(result, title, args, device):
 
 
 def measured_points(facts):
-    """(edges, KL) of a model's circuits: the one without edges, then one a tau, in the fixed order;
-    on held-out prompts if there are any."""
+    """(edges, KL) of a model's circuits: the one without edges, then one per tau, in the fixed
+    order; on held-out prompts if there are any."""
     ending = "_heldout" if "kl_corrupt_heldout" in facts else ""
     points = [(0, facts[f"kl_corrupt{ending}"])]
     for row in facts["circuits"]:
@@ -748,9 +748,9 @@ def frontier(points):
 
 
 def edges_for_kl(points, kl):
-    """How many edges a KL of at most kl takes, a float; None out of the range of these points.
+    """How many edges are needed for a KL of at most kl, a float; None outside the measured range.
 
-    Between two neighbours on the frontier log KL is taken to fall in a line.
+    Between two neighbours on the frontier, log KL is interpolated linearly.
     """
     best = frontier(points)
     for (fewer, high), (more, low) in zip(best, best[1:]):
@@ -760,8 +760,8 @@ def edges_for_kl(points, kl):
 
 
 def edges_at_kl(facts):
-    """{"0.1": edges_for_kl, ...} for every AT_KL. None of a single tau, and of a model that does
-    not know the answers: it needs next to no edges, for next to nothing."""
+    """{"0.1": edges_for_kl, ...} for every AT_KL. None for a single tau, and for a model that does
+    not know the answers: its circuit is nearly empty, and not one for the task."""
     points = measured_points(facts)
     if len(points) < 3 or facts["ioi_exact"] < KNOWS:
         return dict.fromkeys(AT_KL)
@@ -785,8 +785,8 @@ def spot(graph, node):
 
 
 def draw_circuit(path, title, facts, graph):
-    """The first circuit of a result: the more KL the removal of an edge costs, the thicker."""
-    from matplotlib.figure import Figure  # here, so that --help need not wait for it
+    """The first circuit of a result. A thicker edge costs more KL when it is removed."""
+    from matplotlib.figure import Figure  # here, because it is slow to import
 
     row = facts["circuits"][0]
     edges = {graph.edge_name(edge): edge for edge in sweep_order(graph)}
@@ -843,7 +843,7 @@ def print_results(results):
     rows = [row for result in results for row in circuit_rows(result)]
     print_table(pd.DataFrame(rows), CIRCUIT_COLUMNS)
     print("± is the sample standard deviation over random orders or random circuits\n"
-          "edges_at_kl: interpolated between taus; - is out of range, or the answers are not known")
+          "edges_at_kl: interpolated between taus; -: out of range, or most answers are wrong")
     for result in results:
         for warning in result["warnings"]:
             print(f"warning: {result['run']}: {warning}")
@@ -861,9 +861,9 @@ def main():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda (default %(default)s); not mps, which lacks float64")
     add("--tau", type=numbers, default="0.03",
-        help="an edge stays removed if that raises KL by fewer nats (0.03); a list: 0.03,0.1")
+        help="nats: an edge stays removed if that raises KL by less (0.03); a list: 0.03,0.1")
     add("--orders", type=int, default=0, help="how many random orders to add (0)")
-    add("--prompts", metavar="FILE", help="prompts of your own (default: our templates)")
+    add("--prompts", metavar="FILE", help="your own prompts (default: built-in templates)")
     add("--count", type=knobs.positive, default=64, help="prompts to find circuits on (64); as "
         "many more, or the rest of a file, are held out")
     add("--seed", type=int, default=0, help="of prompts, random orders and random circuits (0)")

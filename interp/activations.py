@@ -1,6 +1,6 @@
-"""What experiments read: places in the clean stream, windows of text, strongest moments of units.
+"""What experiments read: activations of the clean stream, windows of text, strongest snippets.
 
-The 20 strongest moments of every neuron of a model in one pass over a text, and what is around:
+Example: the 20 strongest activations of every neuron, and the text around them:
 
     activate = partial(read_sites, [Site(model, layer, "mlp_act") for layer in range(n_layer)])
     text, best = Text(tokens, eot, T, device, context=64), Strongest(20)
@@ -10,7 +10,7 @@ The 20 strongest moments of every neuron of a model in one pass over a text, and
     snippets = text.snippets(activate, positions, left=63, right=0)
 
 Shape letters: B windows of T tokens, d channels of a site, V vocabulary; n tokens of a batch, U
-units (channels, or features of an autoencoder), S stories in a batch, K moments kept of each unit.
+units (channels, or features of an autoencoder), S stories in a batch, K activations kept per unit.
 """
 
 from collections import defaultdict
@@ -25,22 +25,22 @@ from tqdm import tqdm
 from model import GPTNeo
 from prepare import UserError
 
-# the module of a block that a site is the output of
+# a site is the output of this module of a block, or its input if the site is one of UNITS
 SITES = {"mlp_out": "mlp", "attn_out": "attn.attention", "resid": "", "mlp_act": "mlp.c_proj",
          "attn_act": "attn.attention.out_proj"}
-UNITS = ("mlp_act", "attn_act")  # or the input of: neurons, and the channels of all heads' outputs
-TOKENS = 8192  # in a forward pass that reads; a constant, so that a resumed run rounds alike
+UNITS = ("mlp_act", "attn_act")  # neurons, and the channels of all heads' outputs
+TOKENS = 8192  # in a forward pass; a constant, so that a resumed measurement rounds the same way
 
 
 class Reached(Exception):
-    """Ends a forward pass whose rest nobody needs."""
+    """Ends a forward pass as soon as all activations are read."""
 
 
 class Site:
     """A place in the clean stream of a model: block `layer`, and one of SITES.
 
-    center: see x minus its mean over channels, as the paper's library does. LayerNorm hides that
-    shift from the model. UNITS are never centred. Raises UserError when there is no such block.
+    center: read x minus its mean over channels, as the paper's library does; LayerNorm removes that
+    mean anyway. UNITS are never centred. Raises UserError if there is no such block.
     """
 
     def __init__(self, model, layer, site, center=True):
@@ -54,7 +54,7 @@ class Site:
 
     def hook(self, use):
         """Call use(x), x (B, T, d), in every pass; what it returns, unless None, replaces x.
-        -> a handle: its remove(), or the end of a `with` block, ends that."""
+        -> a handle: call its remove(), or use it in a `with` block, to end this."""
         def on_input(module, args):
             return use(args[0])
 
@@ -71,7 +71,7 @@ class Site:
 
     @torch.no_grad()
     def run(self, idx, edit):
-        """idx (B, T) -> clean logits (B, T, V), this place's x (B, T, d) replaced by edit(x)."""
+        """idx (B, T) -> clean logits (B, T, V), with edit(x) in place of the site's x (B, T, d)."""
         with self.hook(edit):
             return self.model(idx)
 
@@ -102,7 +102,7 @@ def read_sites(sites, idx):
 def kept_units(model, idx):
     """The units that the gates keep at idx (B, T): -> {"attn", "mlp": (B, T, L, k), rising}."""
     hidden, inputs, caches = model.clean_pass(idx)
-    _, masks = model.ablated_pass(hidden, inputs, caches)  # without logits, the most of the work
+    _, masks = model.ablated_pass(hidden, inputs, caches)  # without logits: most of the work
     kept = {}
     for kind, of_layers in zip(("attn", "mlp"), zip(*masks)):
         mask = torch.stack(of_layers, 2)  # (B, T, L, U), k ones a row
@@ -111,14 +111,14 @@ def kept_units(model, idx):
 
 
 def untrained(config, seed):
-    """A model of this GPTNeoConfig as it is before training. The random state does not change."""
+    """A model of this GPTNeoConfig before training. The global random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPTNeo(config).eval()
 
 
 def windows_at(tokens, starts, T, device):
-    """The windows of T tokens that begin at these places: -> (len(starts), T) int64."""
+    """The windows of T tokens that begin at these positions: -> (len(starts), T) int64."""
     idx = tokens[np.asarray(starts)[:, None] + np.arange(T)]  # (B, T) uint16
     return torch.from_numpy(idx.astype(np.int64)).to(device)
 
@@ -161,9 +161,10 @@ class Snippet(NamedTuple):
 class Text:
     """A stream of tokens, stories that each end in eot, as windows of T tokens for a model to read.
 
-    context: how many tokens at the start of a window are only read; they count in the window
-    before, which overlaps this one. starts: where the windows begin, rising; by default they cover
-    the text, except its first `context` tokens and an end that fills no window. Raises UserError.
+    context: tokens at the start of a window that are only read, and not counted; the window before
+    overlaps this one and counts them. starts: where the windows begin, rising; by default they
+    cover the text, except its first `context` tokens and an incomplete last window. Raises
+    UserError.
     """
 
     def __init__(self, tokens, eot, T, device, context=0, starts=None):
@@ -188,16 +189,16 @@ class Text:
             yield x[:, self.context :].flatten(0, 1), positions, self.stories(positions)
 
     def piece(self, position, start, left, right):
-        """Where a snippet begins and ends: within its story, and the window from start on."""
+        """Where a snippet begins and ends: within its story and the window that begins at start."""
         story = self.stories(position)
         begin = self.ends[story - 1] + 1 if story else 0
         end = self.ends[story] + 1 if story < len(self.ends) else len(self.tokens)
         return max(begin, start, position - left), min(end, start + self.T, position + right + 1)
 
     def snippets(self, activate, positions, left, right, title=None):
-        """The text around positions (U, K) that count: -> for each unit a list of K Snippets. Up to
-        left tokens before and right tokens after, within the story and the window, which is read
-        again. activate: idx (B, T) -> (B, T, U), those U units."""
+        """The text around counted positions (U, K): -> for each unit a list of K Snippets, with up
+        to left tokens before and right tokens after, within the story and the window. The windows
+        are read again. activate: idx (B, T) -> (B, T, U), those U units."""
         positions = np.asarray(positions)
         which = np.searchsorted(self.starts + self.context, positions, side="right") - 1  # (U, K)
         wanted = defaultdict(list)  # where a window begins: (unit, place) of what lies in it
@@ -218,12 +219,12 @@ class Text:
 
 
 class Strongest:
-    """The `count` largest activations of every unit, one a story. Of equals the earliest."""
+    """The `count` largest activations of every unit, one per story; of equal ones the first."""
 
     def __init__(self, count):
         self.count = count
         self.kept = None  # values (K, U), largest first, and positions (K, U)
-        self.story = None  # the last one seen: it may go on in the next batch
+        self.story = None  # the last one seen: it may continue in the next batch
         self.open = None  # its largest values (1, U) so far, and their positions (1, U)
 
     def add(self, x, positions, stories):
@@ -236,7 +237,7 @@ class Strongest:
         values = torch.stack([top.values for top in tops])  # (S, U)
         rows = [top.indices + begin for top, begin in zip(tops, begins.tolist())]  # S times (U)
         places = torch.from_numpy(positions).to(x.device)[torch.stack(rows)]  # (S, U)
-        if self.story == stories[0]:  # it has gone on
+        if self.story == stories[0]:  # it continues in this batch
             larger = values[:1] > self.open[0]  # (1, U)
             values[:1] = torch.where(larger, values[:1], self.open[0])
             places[:1] = torch.where(larger, places[:1], self.open[1])

@@ -14,10 +14,10 @@ whole head (L3H4), whose activation is the norm of its output. Measured on held-
     snippets   its strongest activations in the clean stream, one per story, with the gate's marks
     writes     the tokens whose logits its output weights raise and lower the most, see lens()
     neighbours the units whose output weights have the largest cosine with its own
-    stories    for each token, the units that are kept there; without a gate those that write most
+    stories    for each token, the units that are kept there; without a gate, the strongest ones
 
 Graphs, explanations and gate usage are shown if interp.n2g, interp.explain and interp.units have
-left them beside the same weights. Otherwise the page shows the command that makes them. At most
+written them for the same weights. Otherwise the page shows the command that makes them. At most
 --windows windows of text are read. An interrupted call leaves no page: repeat the command.
 
 Shape letters: W windows of T tokens, L layers, M neurons and A attention units in each, together
@@ -50,7 +50,7 @@ NEAR = 6  # neighbours of a unit
 AT_ONCE = 2**26  # activations in memory at a time: 256 MB
 STRONGEST = 2  # neurons, and attention units, that a story shows in a layer without a gate
 GRAPH = 24  # nodes of a graph that are shown, at most
-# what the page shows of each neuron, or kind of units, in the files of other experiments
+# what the page shows from the files of other experiments, of each neuron or kind of units
 EXPLANATION = ("layer", "neuron", "explanation", "score", "random_score", "reason")
 SCORES = ("layer", "neuron", "precision", "recall", "f1")
 USAGE = ("dead", "entropy", "effective", "mutual_information", "counted_information",
@@ -93,8 +93,8 @@ class Units:
         return values.split((self.M, self.A), -1)
 
     def sizes(self, activations):
-        """Activations (..., U) -> their sizes, as attention units have either sign, and where units
-        fire: bool."""
+        """Activations (..., U) -> their sizes, without the sign for attention units; and a bool:
+        where units fire."""
         neurons, attention = self.split(activations)
         attention = attention.abs()
         mean_square = attention.square().mean(-1, keepdim=True)  # (..., 1)
@@ -127,7 +127,8 @@ class Units:
 
 @torch.no_grad()
 def measure_layers(units, text, count, title):
-    """What a Text says about all N units of these layers: arrays (N, ...). count: K."""
+    """All that is measured on a Text about the N units of these layers: arrays (N, ...).
+    count: K, snippets of each unit."""
     fired = tokens = products = squares = 0
     best, outputs = Strongest(count), None
     for x, positions, stories in text.read(units.read, title=title):  # x (n, L, M + C)
@@ -171,8 +172,8 @@ def measure_units(model, text, count, title):
 def snippet_arrays(snippets, positions, peaks, text):
     """K snippets of each of N units as arrays (N, K); length 0 where a unit does not fire.
 
-    begin: the place of the first token in the windows one after the other. peak: which token is
-    the strongest. values (N, K, WIDTH): activations in 127ths of the unit's largest one.
+    begin: the place of the first token, if all windows are concatenated. peak: which token is the
+    strongest. values (N, K, WIDTH): activations; 127 stands for the unit's largest one.
     """
     shape = positions.shape
     length = np.zeros(shape, np.uint8)
@@ -310,7 +311,7 @@ def read_stories(units, stories, writes, device):
 
 
 def read_result(run, file):
-    """A result file beside a run; None if there is none of these weights."""
+    """The content of a result file beside a run; None if there is none for these weights."""
     path = result_path(run.path, file)
     result = read_json(path) if path.exists() else {}
     weights = digests(run.model.state_dict())
@@ -333,7 +334,7 @@ def graph_of(entry):
 
 
 def findings(run):
-    """What other experiments found for the weights of this run; null where nothing is there."""
+    """What other experiments found for the weights of this run; None if one was not run."""
     n2g = read_result(run, "n2g_neurons.json")
     explain = read_result(run, "explain_neurons.json")
     units = read_result(run, "units.json")
@@ -347,8 +348,8 @@ def findings(run):
 
 
 def packed(arrays):
-    """Arrays as the page reads them: {name: its type, and its numbers, little-endian, in base64}:
-    bytes, float32, or uint32 for places, units and tokens."""
+    """Arrays as the page reads them: {name: {"type", "data": numbers, little-endian, in base64}}.
+    Numbers are bytes, float32, or uint32 for places, units and tokens."""
     found = {}
     for name, array in arrays.items():
         array = np.asarray(array)
@@ -399,7 +400,7 @@ def write_page(path, runs, args, device):
         "texts": [token_text(tokenizer, token) for token in range(tokenizer.n_vocab)],
         "runs": [measure_run(run, stories, args, device) for run in runs]}
     text = json.dumps(data, separators=(",", ":"))
-    for letter in "<>&":  # so no text of a story can end the script that it stands in
+    for letter in "<>&":  # so that a story with </script> cannot end the page's script
         text = text.replace(letter, f"\\u{ord(letter):04x}")
     write_text(path, TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
@@ -428,8 +429,8 @@ def main():
     if args.page:
         checksums = {run.meta["checksum"] for run in runs}
         if len(checksums) > 1:
-            raise UserError("these runs have different data: name data for all of them with "
-                            "--data, or leave out --page")
+            raise UserError("these runs have different data: give the same data for all of them "
+                            "with --data, or leave out --page")
         write_page(args.page, runs, args, device)
     else:
         for run in runs:

@@ -6,21 +6,21 @@
         --neurons 50 --dry_run                             calls and tokens of a language model
     (the same without --dry_run)                           its explanations and their scores
 
-The method is that of Bills et al. 2023, on the clean stream (INTERP.md, section 3). A record is a
-window of 64 tokens within one story, read alone. A neuron is explained from 5 of its 20 strongest
-records. The score is the Pearson correlation of true and simulated activations over 5 other strong
-records and 5 random ones; that of the random ones alone stands beside it. An undefined score is
-null with its reason, never 0. Means and their standard errors are over neurons with a score.
+The method is that of Bills et al. 2023, on the clean stream. A record is a window of 64 tokens
+within one story, read alone. A neuron is explained from 5 of its 20 strongest records. The score is
+the Pearson correlation of true and simulated activations over 5 other strong records and 5 random
+ones. The score of the random ones alone is reported too. An undefined score is null with its
+reason, never 0. Means and their standard errors are over neurons with a score.
 
-The explanation is a table of the neuron's mean activation at each token, which knows no context.
-With --model it is the sentence of a language model behind any API like OpenAI's, whose key is in
-OPENAI_API_KEY; its score stands beside the table's on the same text. The control is a model with
-random weights: much of a score needs no learning. Records are from the validation split, the table
-from the training split.
+The explanation is a table of the neuron's mean activation at each token, which ignores the context.
+With --model it is a sentence by a language model behind any API like OpenAI's, whose key is in
+OPENAI_API_KEY; the table's score on the same text is reported too. The control is a model with
+random weights, because much of a score needs no learning. Records are from the validation split,
+the table is from the training split.
 
-Writes explain.json, explain_neurons.json and explain.png beside the checkpoint, explain_openai...
-for a language model. Answers are added to explain_openai_answers.jsonl as they arrive: none is paid
-for twice. The same command continues after an interruption.
+Writes explain.json, explain_neurons.json and explain.png beside the checkpoint; with --model, the
+same with explain_openai in place of explain. Answers are added to explain_openai_answers.jsonl as
+they arrive, so none is paid for twice. The same command continues after an interruption.
 B windows of T tokens; U neurons at a time; V vocabulary; M neurons of a layer; n tokens of a batch.
 """
 
@@ -51,20 +51,20 @@ from model import GPTNeoConfig
 from prepare import UserError, load_tokenizer, load_tokens
 
 TOP, RANDOM = 20, 15  # records of a neuron
-# Bills et al. deal the strongest out to train, calibration, valid and test in turn, the random ones
-# to the last three. Calibration and test are not used here.
+# Bills et al. give the strongest to train, calibration, valid and test in turn, the random ones to
+# the last three. Calibration and test are not used here.
 TRAIN, VALID, RANDOM_VALID = slice(0, TOP, 4), slice(2, TOP, 4), slice(1, RANDOM, 3)
-FIVE = 5  # records in each of these three
+FIVE = 5  # records in each of TRAIN, VALID and RANDOM_VALID
 LEVELS = 10  # a language model sees and gives activations as whole numbers from 0 to this
 NEURONS_AT_ONCE = 2048  # held in memory; the state is saved after each of these groups
-OFTEN = 5  # tokens that stand less often in the text are not shown: their means are noise
+OFTEN = 5  # tokens that occur less often in the text are not shown: their means are noise
 BINS = np.linspace(-1, 1, 41)  # edges of the histogram of scores
 GEOMETRY = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "attention_layers",
             "window_size", "embd_std")  # what the control shares with a run
 # peak: the largest activation. Lists of Snippets: train, to explain the neuron from, and scored, to
 # score the explanation on, FIVE strong ones and FIVE random ones
 Neuron = namedtuple("Neuron", "layer neuron peak train scored")
-in_quotes = partial(json.dumps, ensure_ascii=False)  # a token as one visible word, such as " cat"
+in_quotes = partial(json.dumps, ensure_ascii=False)  # a token with its spaces, such as " cat"
 
 # -------------------------------------------------------------------------------------- the records
 
@@ -84,8 +84,8 @@ def story_windows(tokens, eot, T, device):
 
 
 def choose_texts(train, val, eot, settings, device):
-    """What is read for every neuron: the Text for the table, the Text that is searched for the
-    strongest records, and where the random records begin, in other stories. Raises UserError."""
+    """What is read for every neuron: the Text for the table; the Text that is searched for the
+    strongest records; where the random records, from other stories, begin. Raises UserError."""
     T, tokens = settings["window"], settings["tokens"]
 
     def text_of(split, starts):
@@ -113,7 +113,7 @@ def find_records(activate, units, search, random_starts, title):
         best.add(x, positions, stories)
     values, positions = best.found()  # each (U, TOP)
     used = np.concatenate((positions[:, TRAIN], positions[:, VALID]), 1)  # (U, 10)
-    # a window lies within one story: T - 1 tokens to both sides give exactly the whole window
+    # a window lies within one story, so T - 1 tokens on both sides give exactly this window
     strong = search.snippets(activate, used, T - 1, T - 1)
     idx = windows_at(search.tokens, random_starts, T, search.device)  # (5, T)
     at_random = activate(idx).permute(2, 0, 1).cpu().numpy()  # (U, 5, T)
@@ -141,13 +141,13 @@ def correlation(real, simulated):
         return None, "its simulation is constant"
     real, simulated = real - real.mean(), simulated - simulated.mean()
     score = (real / np.linalg.norm(real)) @ (simulated / np.linalg.norm(simulated))
-    return float(np.clip(score, -1, 1)), None  # rounding can lead beyond
+    return float(np.clip(score, -1, 1)), None  # rounding can lead outside this range
 
 
 def score_simulation(neuron, simulated, unreadable=0):
     """A simulated sequence for each of the neuron's scored records -> {"score", "random_score"},
-    of all and of the random ones alone, and "reason" where one of them is None. Where some are
-    unreadable, a score of the others would not be comparable."""
+    of all and of the random ones alone, and "reason" if one of them is None. If some answers are
+    unreadable, there is no score, as that of the others would not be comparable."""
     if neuron.peak <= 0 or unreadable:
         reason = f"{unreadable} answers about it could not be read"
         reason = reason if unreadable else "it never fires"
@@ -162,8 +162,8 @@ def score_simulation(neuron, simulated, unreadable=0):
 
 def lookup_table(batches, V, U, unseen=None):
     """The mean activation of U neurons at each token (Bills et al. 2023, token lookup), (V, U); how
-    often it stands in the text (V); and the value where it does not, by default the mean (U).
-    batches: tokens (n) and activations (n, U)."""
+    often each token occurs in the text (V); and the value for tokens that do not occur, by default
+    the mean (U). batches: tokens (n) and activations (n, U)."""
     sums, counts = torch.zeros(V, U).double(), np.zeros(V, dtype=int)
     for tokens, x in batches:
         sums.index_add_(0, torch.from_numpy(tokens), x.cpu().double())
@@ -176,8 +176,8 @@ def lookup_table(batches, V, U, unseen=None):
 
 
 def explain_by_table(neuron, values, counts, word):
-    """The entry of a Neuron in explain_neurons.json. Its explanation: the ten tokens of the largest
-    values above 0, of those that stand OFTEN in the text, or of all where none does."""
+    """The entry of a Neuron in explain_neurons.json. Its explanation: the ten tokens with the
+    largest values above 0 that occur OFTEN in the text, or at all if none occurs OFTEN."""
     often = counts >= OFTEN
     seen = np.flatnonzero(often if often.any() else counts)
     order = seen[np.argsort(-values[seen], kind="stable")[:10]]
@@ -212,7 +212,7 @@ number, a tab, your prediction. Nothing else. If every token gets 0, write the w
 Write one line for each token, in order, none left out: the token's number, a tab, your \
 prediction. Nothing else."""}
 PROMPTS = hashlib.sha256(repr((EXPLAIN, SIMULATE, FORMS)).encode()).hexdigest()[:8]
-LONGEST = 500  # characters of an explanation: what is longer is no phrase
+LONGEST = 500  # characters of an explanation; longer answers are not a phrase
 # a line of a simulation: number of the token, maybe the token in quotes, level
 GAP = r"(?:[ \t:,|=]|-+>|=>|→)+"
 LINE = re.compile(rf'^[ \t]*(?:[-*|] *)?(\d{{1,6}}){GAP}(?:"(?:\\.|[^"\\\n])*"{GAP})?'
@@ -222,7 +222,7 @@ WORD = re.compile(r"\w+|[^\w ]")  # about a token
 
 
 def explain_question(neuron, word):
-    """What to tell a language model, and to ask of a Neuron: its training records with levels."""
+    """The two messages that ask for an explanation of a Neuron: EXPLAIN, its training records."""
     excerpts = []
     for place, record in enumerate(neuron.train, 1):
         lines = [f"Excerpt {place}"]
@@ -233,7 +233,7 @@ def explain_question(neuron, word):
 
 
 def simulate_question(explanation, tokens, word, form):
-    """The same of what such a neuron does at these tokens. form: one of FORMS."""
+    """The two messages that ask what such a neuron does at these tokens. form: one of FORMS."""
     lines = [f"{place}\t{in_quotes(word(token))}" for place, token in enumerate(tokens, 1)]
     return SIMULATE.format(explanation) + FORMS[form], "\n".join(lines)
 
@@ -248,8 +248,8 @@ def read_explanation(text, logprobs):
 
 
 def read_simulation(text, logprobs, T, form):
-    """-> (simulated activations, a list of T, or None where most is not clear; how many lines with
-    digits, in the full form tokens, are not clear)."""
+    """-> (simulated activations, a list of T, or None if most lines are unclear; how many lines
+    with digits, or in the full form how many tokens, are unclear)."""
     thoughts, written, levels = THOUGHTS.match(text), {}, {}
     begin = thoughts.end() if thoughts else 0
     unclear = len(re.findall(r"^.*\d.*$", text[begin:], re.MULTILINE))
@@ -268,8 +268,8 @@ def read_simulation(text, logprobs, T, form):
 
 
 def expected_level(logprobs, at, written):
-    """The expected_value of the token at this character of an answer; what is written where the
-    server gives none. logprobs: the API's list, or anything else."""
+    """The expected_value of the token at this character of an answer, or the written level if the
+    server gives no logprobs. logprobs: the API's list, or any other value."""
     try:
         for one in logprobs:
             token = one["token"]
@@ -285,8 +285,8 @@ def expected_level(logprobs, at, written):
 
 
 def expected_value(logprobs, default=None):
-    """The mean level of a distribution over tokens, (text, log probability) pairs, as far as these
-    are whole numbers up to LEVELS (Bills et al. 2023); default where none is."""
+    """The mean level of a distribution over tokens, (text, log probability) pairs. Only whole
+    numbers up to LEVELS count (Bills et al. 2023); default if there is none."""
     weights = Counter()
     for text, logprob in logprobs:
         if text.strip().isdecimal() and int(text) <= LEVELS and logprob <= 0:  # nor NaN
@@ -296,8 +296,8 @@ def expected_value(logprobs, default=None):
 
 
 async def ask_about(neuron, answers, word):
-    """What a language model makes of a Neuron -> {"score", "random_score", "explanation",
-    "answers", maybe "reason"}. answers: Answers."""
+    """Let a language model explain a Neuron, and score it -> {"score", "random_score",
+    "explanation", "answers", maybe "reason"}. answers: Answers."""
     used, form = Counter(), answers.args.simulation
     explanation, simulated = "", []
 
@@ -318,18 +318,18 @@ async def ask_about(neuron, answers, word):
 
 
 def api_key():
-    """A server on this machine may need none, but the package wants one."""
+    """The key. A local server may need none, but the openai package does."""
     return os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"
 
 
 def plainly(error):
-    """What went wrong, on one line, without the key or the password of a proxy."""
+    """An error on one line, without the key or the password of a proxy."""
     text = f"{type(error).__name__} {error}".replace(api_key(), "KEY")
     return " ".join(re.sub(r"//\S*@", "//", text).split())[:200]
 
 
 def open_client(args, bar=None):
-    """An openai.AsyncOpenAI, which tries again by itself and says on the bar why."""
+    """An openai.AsyncOpenAI. It retries automatically, and shows the reason on the bar."""
     import openai
 
     if not re.fullmatch("[!-~]+", api_key()):
@@ -348,22 +348,22 @@ def open_client(args, bar=None):
             event_hooks={"request": [on_request], "response": [on_response]})
         return openai.AsyncOpenAI(api_key=api_key(), base_url=args.base_url, timeout=args.timeout,
                                   max_retries=args.retries, http_client=http)
-    except Exception as error:  # of many kinds: what a proxy or certificates can lack
+    except Exception as error:  # many kinds: wrong proxy or certificates
         raise UserError(f"no connection can be opened, see the proxy and certificate variables of "
                         f"the environment: {plainly(error)}") from None
 
 
 class Answers:
-    """What a language model has said. Each answer is paid for once, and kept as it arrives."""
+    """The answers of a language model. Each is paid for once, and saved when it arrives."""
 
     def __init__(self, args):
         self.args, self.kept = args, {}  # hash of a request: what is kept of its answer
         self.calls = self.tokens = 0  # of questions in a dry run
         self.spent = 0  # tokens paid for, and those that open requests may cost
-        open_client(args)  # what the environment lacks is said before any work
+        open_client(args)  # an error in the environment is reported before any work
 
     def open(self, path):
-        """Keep answers in this file of JSON lines, and take up those in it."""
+        """Keep answers in this file of JSON lines, and read those that are in it."""
         self.path = path
         for line in path.read_text().split("\n") if path.exists() else ():
             with contextlib.suppress(ValueError):  # a line that a kill cut off
@@ -378,7 +378,7 @@ class Answers:
 
     async def ask(self, question, read):
         """What is kept of a question's answer: {"text", "value": of read(text, logprobs), None
-        where it could not be read, "used": counts}. Raises UserError."""
+        if it could not be read, "used": counts}. Raises UserError."""
         args, (system, user) = self.args, question
         request = {"model": args.model, "temperature": args.temperature, "messages": [
             {"role": "system", "content": system}, {"role": "user", "content": user}],
@@ -386,7 +386,7 @@ class Answers:
         if args.simulation == "full":
             request |= {"logprobs": True, "top_logprobs": 15}
         key = hashlib.sha256(json.dumps([args.base_url, request]).encode()).hexdigest()
-        async with self.locks[key], self.free:  # of two alike one waits for the other's answer
+        async with self.locks[key], self.free:  # of two equal questions only one is asked
             if key in self.kept:
                 return self.kept[key]
             tokens = len(WORD.findall(system + user))
@@ -405,7 +405,7 @@ class Answers:
         limit = args.timeout * (args.retries + 1)
         if args.max_tokens_total and self.spent + needed > args.max_tokens_total:
             raise UserError("another answer may exceed --max_tokens_total: the same command "
-                            "continues, with as many tokens again")
+                            "continues and may pay for as many tokens again")
         self.spent += needed
         try:
             async with asyncio.timeout(limit):  # the client's own does not end if bytes trickle
@@ -418,10 +418,11 @@ class Answers:
             used = {"prompt_tokens": int(usage.get("prompt_tokens") or tokens),
                     "answer_tokens": int(usage.get("completion_tokens") or len(WORD.findall(text)))}
         except TimeoutError:
-            raise UserError(f"no whole answer of {args.base_url} within {limit} seconds") from None
-        except Exception as error:  # of many kinds: of the network, or what is no chat completion
-            raise UserError(f"no answer of {args.base_url} ({plainly(error.__cause__ or error)}): "
-                            f"the same command continues with those that are there") from None
+            raise UserError(f"no full answer from {args.base_url} within {limit} seconds") from None
+        except Exception as error:  # many kinds: the network, or not a chat completion
+            raise UserError(f"no answer from {args.base_url} "
+                            f"({plainly(error.__cause__ or error)}): the same command continues, "
+                            f"and keeps all answers so far") from None
         self.spent += sum(used.values()) - needed
         value = None if choice.get("finish_reason") == "length" else value
         used |= {"requests": 1, "unreadable": int(value is None), "unclear_lines": unclear,
@@ -433,8 +434,8 @@ class Answers:
 
 
 def sample_units(config, settings):
-    """The (layer, neuron) pairs that are looked at, sorted: settings["neurons"] of every layer,
-    the same of every model of this size."""
+    """The (layer, neuron) pairs to measure, sorted: settings["neurons"] of every layer, the same
+    for every model of this size."""
     M = 4 * config.n_embd
     count = min(settings["neurons"] or M, M)
     rng, units = np.random.default_rng(settings["seed"]), []
@@ -476,8 +477,8 @@ def explain_units(model, units, texts, lookup, word, answers, title):
 
 
 def explain_run(result, title, results, load, answers, device):
-    """The facts of a Result, or in a dry run what would be asked. results: all of them; those of
-    one geometry share a control."""
+    """The facts of a Result; a dry run only counts the questions. results: all of them; those with
+    the same geometry share a control."""
     run, settings = result.run, result.key["settings"]
     state = result.state or {"model": [], "control": []}
     train, val = load(run.folder, "train"), load(run.folder, "val")
@@ -544,7 +545,7 @@ def models_of(results):
 
 
 def print_scores(results):
-    """A row for each model and control; of a language model's, another one by the table."""
+    """A row for each model and control; with --model, a second row for the table."""
     settings, rows = results[0]["settings"], []
     table = f"table, {settings['lookup']}"
     for name, facts in models_of(results):
@@ -589,11 +590,11 @@ COLUMNS = {"run": "", "explained by": "", "neurons": ",", "scored": ",", "score"
 MODEL_FLAGS = {  # which need --model
     "base_url": dict(default="https://api.openai.com/v1", help="address of the API"),
     "simulation": dict(choices=[*FORMS], default="sparse",
-                       help="full: of every token, expected levels where there are logprobs"),
+                       help="full: a level for every token, its mean if there are logprobs"),
     "temperature": dict(type=float, default=0.0, help="some models take only 1"),
     "answer_tokens": dict(type=knobs.positive, default=1000, help="longer answers are unreadable"),
     "concurrency": dict(type=knobs.positive, default=4, help="requests at a time"),
-    "retries": dict(type=int, default=8, help="after limits of rate, server errors, silence"),
+    "retries": dict(type=int, default=8, help="after rate limits, server errors, timeouts"),
     "timeout": dict(type=knobs.positive, default=120, help="seconds of silence before a retry"),
     "max_tokens_total": dict(type=knobs.positive, help="tokens to pay at most, in and out"),
     "dry_run": dict(action="store_true", help="ask nothing, print the calls and tokens")}
@@ -605,9 +606,9 @@ def parse_arguments():
     add = parser.add_argument
     add("--lookup", choices=["corpus", "records"], default="corpus",
         help="the table's means: over training text (default), or over the five records")
-    add("--tokens", type=knobs.positive, default=500_000, help="of each split, default 500000")
+    add("--tokens", type=knobs.positive, default=500_000, help="read from each split (500000)")
     add("--window", type=knobs.positive, default=64, help="tokens of a record (default 64)")
-    add("--neurons", type=knobs.positive, help="a sample of so many in each layer (default all)")
+    add("--neurons", type=knobs.positive, help="measure this many in each layer (default all)")
     add("--seed", type=int, default=0, help="of the sample, the random records and the control")
     add("--no_control", dest="control", action="store_false", help="no model with random weights")
     add("--plot", type=knobs.picture, metavar="FILE", help="one picture of all these runs")

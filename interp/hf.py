@@ -7,12 +7,12 @@
     python -m interp.hf sae out/local_k2 local_k2_saes     the autoencoders of sae.pt, for SAELens
 
 An exported folder holds the clean stream (model.safetensors, config.json, generation_config.json),
-its tokenizer (tokenizer.json, tokenizer_config.json), a model card (README.md), and what import
-needs beside them to give back the same bits: gates.safetensors and training.json. The optimizer is
-not there: an imported run can be evaluated, but not resumed.
+its tokenizer (tokenizer.json, tokenizer_config.json), and a model card (README.md). Import also
+needs gates.safetensors and training.json, to make a run with exactly the same weights. The state of
+the optimizer is not exported: an imported run can be evaluated, but not resumed.
 
-The card shows what eval.py measures; export --no_figures leaves that out. The folder to write must
-not exist. It appears when it is complete.
+The card shows what eval.py measures, unless you add --no_figures. The folder to write must not
+exist yet. It appears only when it is complete.
 """
 
 import json
@@ -39,7 +39,7 @@ HOOKS = {"mlp_out": "blocks.{}.hook_mlp_out", "attn_out": "blocks.{}.hook_attn_o
 
 @contextmanager
 def new_folder(path):
-    """A folder to fill. It gets its name at the end; after an error nothing is left of it."""
+    """A folder to fill. It gets its name at the end; after an error it is removed."""
     if os.path.lexists(path):
         raise UserError(f"{path} is there already: choose another name, or delete it")
     temporary = Path(f"{path}.{os.getpid()}.tmp")
@@ -77,7 +77,7 @@ def convert_tokenizer(encoding):
                 merges.append(pair)
     vocabulary[EOT] = encoding.eot_token
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
-    # in this library $ matches at the end of a line, and \z at the end of the text
+    # in this library $ also matches at the end of a line; \z only at the end of the text
     pieces = pre_tokenizers.Split(Regex(PIECE.replace("$", r"\z")), "isolated")
     spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, spelled])
@@ -88,19 +88,19 @@ def convert_tokenizer(encoding):
 
 def write_tokenizer(folder, encoding, block_size):
     content = json.loads(convert_tokenizer(encoding).to_str())
-    # texts, not pairs: transformers before 4.45 reads nothing else
+    # texts, not pairs: transformers before 4.45 reads only texts
     content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
     write_json(folder / "tokenizer.json", content)
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
         "bos_token": EOT, "eos_token": EOT, "pad_token": EOT, "clean_up_tokenization_spaces": False,
         "padding_side": "left",  # generation continues the end of a text
-        # not token_type_ids, which transformers 4 makes and GPT-Neo adds to its embeddings
+        # without token_type_ids, which transformers 4 makes and GPT-Neo adds to its embeddings
         "model_input_names": ["input_ids", "attention_mask"]})
 
 
 def check_vocabulary(name, model, data):
-    """Raises UserError where a GPT-Neo of Hugging Face has another tokenizer than prepared data."""
+    """Raises UserError if a GPT-Neo of Hugging Face has another tokenizer than the data."""
     from transformers import AutoTokenizer
 
     meta = load_meta(data)
@@ -145,7 +145,7 @@ def export_run(run, out, row=None):
 
 
 def model_card(run, row):
-    """The README.md of a folder, by assets/model_card.md."""
+    """The README.md of a folder, from the template assets/model_card.md."""
     from huggingface_hub import ModelCard, ModelCardData
 
     tables = {f"Trained on {run.knobs['data']} ({run.checksum})": knobs.decisive(run.knobs)}
@@ -161,9 +161,9 @@ def model_card(run, row):
 
 
 def import_run(name, out, data=None):
-    """Write a Hugging Face folder, or a model of the hub, as a run.
+    """Write a Hugging Face folder, or a model from the hub, as a run.
 
-    data: prepared data with its tokenizer; with them it may be any GPT-Neo, and has no gates.
+    data: prepared data with its tokenizer. With data, any GPT-Neo can be imported, without gates.
     """
     from safetensors.torch import load_file
     from transformers.utils import cached_file
@@ -197,7 +197,7 @@ def read_saes(run):
     """The content of sae.pt, which interp/sae.py wrote beside a run. Raises UserError."""
     path = result_path(run.path, "sae.pt")
     if not path.exists():
-        raise UserError(f"there is no {path}: make it with python -m interp.sae {run.path}")
+        raise UserError(f"there is no {path}: run python -m interp.sae {run.path} first")
     found = load_torch(path)
     if found["checkpoint"] != digests(run.model.state_dict())["checkpoint"]:
         raise UserError(f"{path} was made with other weights: make it again with --force")
@@ -212,8 +212,8 @@ def read_saes(run):
 def saelens_sae(row, center, context):
     """A row of sae.pt -> its name, its cfg.json and its weights in SAELens.
 
-    center: our autoencoder sees x minus its mean over channels. There this is a part of the
-    encoder: f = ReLU((x - mean x) W_enc + b_enc) = ReLU(x (W_enc - its mean over d) + b_enc). So
+    center: our autoencoder reads x minus its mean over channels. In SAELens this becomes a part of
+    the encoder: ReLU((x - mean x) W_enc + b_enc) = ReLU(x (W_enc - its mean over d) + b_enc). So
     features are the same whether TransformerLens has centred the model's weights or not.
     """
     weights, site = dict(row["weights"]), row["site"]

@@ -52,9 +52,9 @@ from interp.activations import TOKENS, Site, Strongest, Text, read_sites, token_
 from interp.results import Result, measure_all
 from prepare import EOT, UserError, load_tokenizer, load_tokens
 
-LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # tokens of the texts that prune tries
+LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # lengths that prune tries, in tokens
 SUBSTITUTES = 5  # tried for each important token
-SCANNED = 2**26  # activations in memory at a time: layers that fit in are read in one pass
+SCANNED = 2**26  # activations in memory at a time; as many layers as fit are read in one pass
 IGNORE, END = -1, -2  # keys in a trie beside tokens: any token; the end of a path
 METRICS = ("density", "transitivity", "edges_to_activating", "edges_per_activating_node",
            "out_degree")
@@ -135,8 +135,8 @@ class Ngrams:
         return without(dict.fromkeys(found), text[place], self.eot)
 
     def most(self, table, key):
-        """The first tokens of a key. SUBSTITUTES of them may be in the other table too, and two
-        more are not wanted: the token itself and end-of-text."""
+        """The first tokens of a key, enough for SUBSTITUTES: as many again may be in the other
+        table too, and the token itself and end-of-text are not wanted."""
         keys, tokens = table
         low, high = np.searchsorted(keys, (key, key + 1))
         return tokens[low : min(high, low + 2 * SUBSTITUTES + 2)].tolist()
@@ -255,7 +255,7 @@ def prune(at_pivot, examples, threshold):
 
 
 def weigh(at_pivot, examples, level):
-    """Set importance, 1 - a(pivot | token masked) / a(pivot), and the places from this level on.
+    """Set importance, 1 - a(pivot | token masked) / a(pivot), and the places that reach this level.
 
     The mask is end-of-text. The pivot has an importance, but does not count as important.
     """
@@ -334,12 +334,12 @@ def judge(trie, peak, held_out):
     held_out: pairs of tokens and activations of the last of these tokens; the tokens before them
     are context. A ratio with nothing to divide by is None.
     """
-    bar, both, predicted, actual = peak / 2, 0, 0, 0
+    level, both, predicted, actual = peak / 2, 0, 0, 0
     for tokens, values in held_out:
         for place, value in enumerate(values, len(tokens) - len(values)):
-            fires = value >= bar
-            # most tokens are no pivot: they need no search
-            expected = tokens[place] in trie.root and trie.predict(tokens, place) >= bar
+            fires = value >= level
+            # most tokens are not a pivot: they need no search
+            expected = tokens[place] in trie.root and trie.predict(tokens, place) >= level
             both += fires and expected
             predicted += expected
             actual += fires
@@ -451,13 +451,13 @@ def mean(values):
 
 def graph_facts(neurons):
     """The numbers of a layer, or of a model, from its entries of n2g_neurons.json."""
-    drawn = [entry for entry in neurons if entry["graph"]]
-    facts = {"neurons": len(neurons), "non_empty": len(drawn)}
+    with_graph = [entry for entry in neurons if entry["graph"]]
+    facts = {"neurons": len(neurons), "non_empty": len(with_graph)}
     for name in METRICS:
         facts[f"{name}_mean_all"] = mean([entry[name] or 0 for entry in neurons])
-        facts[f"{name}_mean_non_empty"] = mean([entry[name] for entry in drawn])
-    nodes = sum(len(entry["graph"]["nodes"]) for entry in drawn)
-    edges = sum(len(entry["graph"]["edges"]) for entry in drawn)
+        facts[f"{name}_mean_non_empty"] = mean([entry[name] for entry in with_graph])
+    nodes = sum(len(entry["graph"]["nodes"]) for entry in with_graph)
+    edges = sum(len(entry["graph"]["edges"]) for entry in with_graph)
     facts["out_degree_pooled"] = edges / nodes if nodes else None
     for name in ("precision", "recall", "f1"):
         facts[name] = mean([entry[name] for entry in neurons if entry[name] is not None])
@@ -468,7 +468,7 @@ def graph_facts(neurons):
 
 
 class Moments(NamedTuple):
-    """The strongest activations of a layer's neurons. The 1st, 3rd, 5th, ... are to fit."""
+    """The strongest activations of a layer's neurons. The 1st, 3rd, 5th, ... make the graphs."""
 
     layer: int
     values: torch.Tensor  # (U, K), largest first
@@ -491,14 +491,14 @@ def strongest(activate, text, count, title=None):
 
 
 def story_until(text, position):
-    """Up to text.context tokens of one story; the last one is at this position."""
+    """Up to text.context tokens of one story that end at this position."""
     start = max(0, position + 1 - text.context)
     low, high = text.piece(position, start, text.context, 0)
     return text.tokens[low:high].tolist()
 
 
 def examples_of(text, moments):
-    """The Examples of the snippets to fit in which a neuron fires, neuron by neuron."""
+    """The Examples of the 1st, 3rd, ... snippets in which a neuron fires, neuron by neuron."""
     values, positions = moments.values[:, ::2], moments.positions[:, ::2]
     examples = []
     for unit, place in (values > 0).nonzero().tolist():
@@ -508,7 +508,7 @@ def examples_of(text, moments):
 
 
 def held_out_of(text, moments, unit):
-    """The held-out snippets in which this neuron fires, as judge takes them."""
+    """The held-out snippets in which this neuron fires, in the form that judge takes."""
     values, positions = moments.values[unit, 1::2], moments.positions[unit, 1::2]
     pieces = []
     for snippet, value, position in zip(moments.held_out[unit], values, positions.tolist()):
@@ -549,7 +549,7 @@ def measure(result, title, device):
     model, tokenizer = run.model.to(device), load_tokenizer(run.tokenizer)
     eot, T = tokenizer.eot_token, model.config.block_size
     tokens = load_tokens(run.folder, "train")[: settings["tokens"]]
-    # at least so many tokens stand before every one that counts: what prune can keep, at most
+    # every counted token has at least this much context: as much as prune can keep
     text = Text(tokens, eot, T, device, context=min(LENGTHS[-1], T // 2))
     if settings["substitutes"] == "ngram":
         substitutes = Ngrams(tokens, eot)
@@ -681,13 +681,13 @@ def main():
     parser = run_parser(__doc__)
     add = parser.add_argument
     add("--tokens", type=knobs.positive, default=1_000_000,
-        help="training tokens to look for snippets in, from the first on (1000000)")
+        help="how many training tokens to search for snippets, from the start (1000000)")
     add("--layer", type=layer_list, help="layers, from 0, separated by commas (default: all)")
     add("--snippets", type=knobs.positive, default=20,
         help="per neuron, half of them held out (20)")
     add("--threshold", type=fraction, default=0.5,
-        help="prune, augment: the share of the activation to keep (0.5)")
-    add("--importance", type=fraction, default=0.5, help="from which on a token is important (0.5)")
+        help="share of the activation that prune and augment must keep (0.5)")
+    add("--importance", type=fraction, default=0.5, help="smallest of important tokens (0.5)")
     add("--substitutes", default="ngram", metavar="NAME",
         help="ngram: tokens seen between the same neighbours (default); or a masked language model "
              "of transformers, a folder or a name on the hub (the paper: distilbert-base-uncased)")

@@ -2,9 +2,9 @@
 
 NAME.json lies beside the checkpoint: out/x/NAME.json for out/x, out/x/last.NAME.json for
 out/x/last.pt. It holds the settings, digests of the weights, and what was found. Until it is
-finished, NAME.resume.pt holds what is done, and the same command continues from there.
+finished, NAME.resume.pt keeps what is done so far, and the same command continues from there.
 
-    results = [Result(run, "acdc", settings, args.force) for run in runs]    refuses what differs
+    results = [Result(run, "acdc", settings, args.force) for run in runs]
     facts = measure_all(results, measure, device)
 
     def measure(result, title):    continue from result.state; call result.save(state) now and then
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def digest(weights):
-    """16 hex digits that name these weights, {name: tensor}."""
+    """16 hex digits that identify these weights, {name: tensor}."""
     sha = hashlib.sha256()
     for name, weight in sorted(weights.items()):
         sha.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
@@ -92,7 +92,7 @@ def run_of(path):
 
 
 def write_text(path, text):
-    """The file is the new one, whole, or stays the old one."""
+    """Write a whole file; if that fails, an existing file stays as it is."""
     with replace_file(path) as file:
         file.write(text.encode(errors="replace"))  # the name of a run may not be UTF-8
 
@@ -102,7 +102,7 @@ def write_json(path, content, **options):
 
 
 def read_json(path):
-    """What Result.finish or Result.write wrote: a dict. Raises UserError when it is damaged."""
+    """What Result.finish or Result.write wrote: a dict. Raises UserError if it is damaged."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         return found | {"settings": dict(found["settings"])}
@@ -113,11 +113,11 @@ def read_json(path):
 class Result:
     """One experiment on one run (an eval.Run).
 
-    settings: what decides the numbers beside the weights, in JSON's types (lists, no tuples), with
-    the checksum of the data where they are read. files: endings of the other files of a finished
+    settings: what decides the numbers besides the weights, in JSON's types (lists, no tuples), with
+    the checksum of the data if they are read. files: endings of the other files of a finished
     result, such as ".pt" or "_neurons.json"; measure writes them. facts: the finished result, a
     dict, or None. state: what an interrupted call saved, or None. force: measure again, and replace
-    results of other settings or weights; without it they raise UserError. So do damaged files.
+    damaged files and results of other settings or weights; without it these raise UserError.
     """
 
     def __init__(self, run, name, settings, force=False, files=()):
@@ -133,7 +133,7 @@ class Result:
         return result_path(self.run.path, self.name + ending)
 
     def existing(self, ending, read):
-        """What a file of an earlier call holds; None without one, or where force replaces it."""
+        """The content of an existing file; None if there is none, or if force replaces it."""
         path = self.path(ending)
         if not path.exists():
             return None
@@ -160,7 +160,7 @@ class Result:
         write_json(self.path(ending), {**self.key, **content}, separators=(",", ":"))
 
     def finish(self, facts, device):
-        """Write NAME.json: these facts, and what it takes to make them again."""
+        """Write NAME.json: these facts, and the settings and versions that they were made with."""
         self.facts = {
             "run": self.run.path, "step": self.run.step, **self.key,
             "command": shlex.join(sys.argv), "date": time.strftime("%Y-%m-%d %H:%M"),
@@ -170,13 +170,13 @@ class Result:
 
 
 def measure_all(results, measure, device):
-    """The facts of every Result, a list of dicts. Those without any get what
-    measure(result, title) returns. Raises UserError where settings differ between runs."""
+    """The facts of every Result, a list of dicts. measure(result, title) returns those that are
+    not there yet. Raises UserError if settings differ between runs."""
     for result in results:
         other = difference(result.key["settings"], results[0].key["settings"])
         if other:
             raise UserError(f"{results[0].run.path} has {other} as {result.run.path}: "
-                            f"measure them apart")
+                            f"measure them in separate calls")
     for number, result in enumerate(results, 1):
         title = f"[{number}/{len(results)}] {result.run.path}"
         if result.facts:
@@ -190,9 +190,9 @@ def measure_all(results, measure, device):
 
 
 def read_results(paths):
-    """Result files of one experiment as a list of dicts, "run" as the file lies now.
+    """Result files of one experiment as a list of dicts; "run" is the run beside the file.
 
-    Raises UserError where settings differ, or where a run has other weights by now.
+    Raises UserError if settings differ, or if the weights of a run have changed since.
     """
     results = []
     for path in paths:
@@ -205,7 +205,8 @@ def read_results(paths):
         results.append(result)
         other = difference(result["settings"], results[0]["settings"])
         if other:
-            raise UserError(f"{paths[0]} was made with {other} as in {path}: make them alike")
+            raise UserError(f"{paths[0]} was made with {other} as in {path}: make both again with "
+                            f"the same settings")
     return results
 
 

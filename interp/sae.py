@@ -8,11 +8,11 @@
 
 nats_lost is the increase of the loss, in nats per token, when the SAE's output x^ replaces the
 activations x of a place. Lower is better. nats_zero is the same with zeros in place of x^. The CE
-score, 1 - nats_lost / nats_zero, says little where nats_zero is below 0.05. One l1 gives two models
-different L0, so compare models at equal L0: several --l1 are interpolated at L0 = 3.
+score, 1 - nats_lost / nats_zero, says little if nats_zero is below 0.05. The same l1 gives two
+models different L0. So compare models at equal L0: give several --l1, to interpolate at L0 = 3.
 
-Places are every --layer with every --site. The paper trains on 409.6M activations, --small on 4.1M
-of 1M tokens. With d channels and F = 16 d features (SAELens 5.1.0):
+Places are every --layer with every --site. The paper trains on 409.6M activations; --small trains
+on 4.1M, from 1M tokens. With d channels and F = 16 d features (SAELens 5.1.0):
     x~ = s x, with s such that the mean norm of x~ is sqrt(d)
     f = ReLU(x~ W_enc + b_enc)     x^ = f W_dec + b_dec     loss = |x^ - x~|^2 + l1 sum_i f_i
 
@@ -47,22 +47,22 @@ from interp.results import Result, measure_all
 from model import load_torch, replace_file
 from prepare import UserError, load_tokens
 
-SIZES = {  # by default, as in Table 5; with --small; what it is
+SIZES = {  # name: (default, as in Table 5; with --small; help text)
     "steps": (100_000, 4_000, "updates"),
     "batch_size": (4096, 1024, "activations per update"),
     "lr": (1e-5, 3e-4, "learning rate"),
     "tokens": (None, 1_000_000, "training tokens that activations are taken from, at most"),
-    "buffer": (262_144, 1_000_000, "activations in memory; where all fit, each is computed once"),
+    "buffer": (262_144, 1_000_000, "activations in memory; if all fit, each is computed once"),
     "eval_windows": (400, 100, "held-out windows of block_size tokens, at most"),
 }
-SHARED = ["run", "layer", "site", "l1", "nats_zero", "ce_clean", "ce_zero"]  # by all seeds
+SHARED = ["run", "layer", "site", "l1", "nats_zero", "ce_clean", "ce_zero"]  # equal for all seeds
 MEASURED = ["nats_lost", "l0", "ce_score", "kl_score", "explained_variance", "dead", "ce_sae"]
 COLUMNS = {  # of the printed table: entry of a row, its format
     "run": "", "layer": "", "site": "", "l1": "g", "n": "", "nats_lost": ".4f", "l0": ".2f",
     "ce_score": ".3f", "kl_score": ".3f", "explained_variance": ".3f", "dead": ".1%",
     "nats_zero": ".4f", "ce_clean": ".4f", "ce_sae": ".4f", "ce_zero": ".4f"}
 DEAD_AFTER = 1000  # steps that a feature may be silent in training before it counts as dead
-SAVE_EVERY = 30  # seconds: what a kill can cost
+SAVE_EVERY = 30  # seconds: the most work that a kill can lose
 LITTLE = 0.05  # nats per token: a place that costs less when zeroed does not matter to the model
 AT_L0 = 3  # where models are compared
 place_of = itemgetter("layer", "site")
@@ -82,7 +82,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed):
-        """Biases 0, the encoder the decoder's transpose; only then decoder rows of norm 1."""
+        """Biases 0, the encoder the decoder's transpose; after that, decoder rows get norm 1."""
         nn.init.kaiming_uniform_(self.W_dec, generator=torch.Generator().manual_seed(seed))
         self.W_enc.copy_(self.W_dec.T)
         self.unit_rows()
@@ -106,10 +106,10 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def fold(self, scale):
-        """From one that reads and writes s x to one that reads and writes x.
+        """Change an SAE that reads and writes s x into one that reads and writes x.
 
-        Its decoder rows have norm 1 / s. SAELens 5.1 normalises them again when it saves, which
-        corrupts its files.
+        Its decoder rows then have norm 1 / s. SAELens 5.1 normalises them again when it saves,
+        which corrupts its files.
         """
         self.W_enc.mul_(scale)
         self.W_dec.div_(scale)
@@ -133,8 +133,8 @@ def load_saes(path):
 
 
 def schedule(step, steps, lr, l1):
-    """(lr, l1) of a step, counted from 0: l1 rises over the first twentieth, lr falls over the last
-    fifth (5,000 and 20,000 of the paper's steps)."""
+    """(lr, l1) of a step, counted from 0: l1 rises during the first 1/20 of the steps, lr falls
+    during the last 1/5 (5,000 and 20,000 of the paper's steps)."""
     falling = min(1, (steps - step) / max(1, steps // 5))
     rising = min(1, step / max(1, steps // 20))
     return lr * falling, l1 * rising
@@ -170,7 +170,7 @@ class Batches:
     """Shuffled, scaled activations of the training stream: at(step) -> (batch_size, d).
 
     Half of a buffer, drawn at random, is served and then replaced by new activations, so memory
-    stays flat for any corpus. A corpus that fits into the buffer ("cached") is run through the
+    does not grow with the corpus. A corpus that fits into the buffer ("cached") is run through the
     model once, and shuffled each time it has been served. Raises UserError for too short a text.
     """
 
@@ -195,7 +195,7 @@ class Batches:
             self.fill()
 
     def state(self):
-        """What continuing needs. A cached corpus is rather run through the model once more."""
+        """What a resumed call needs. A cached corpus is not saved: the model reads it again."""
         if self.cached:
             return None
         return {"scale": self.scale, "buffer": self.buffer}
@@ -214,7 +214,7 @@ class Batches:
             filled += len(x)
         if self.cached:
             norm = self.buffer.norm(dim=1).mean().item()
-        self.scale = math.sqrt(d) / norm if norm else 1.0  # a place that is always 0 stays there
+        self.scale = math.sqrt(d) / norm if norm else 1.0  # a place that is always 0 stays 0
         self.buffer *= self.scale
 
     def read(self, first, count, title=None):
@@ -266,7 +266,7 @@ class Learner:
         self.history = state["history"]
 
     def update(self, x, step, steps, lr):
-        """One step on x (n, d). A hundred of them go into the history. Raises UserError."""
+        """One step on x (n, d). About 100 of all steps are kept in history. Raises UserError."""
         lr, l1 = schedule(step, steps, lr, self.l1)
         error, penalty, f = train_step(self.sae, self.optimizer, x, lr, l1)
         self.silent = (self.silent + 1) * (f.amax(0) == 0)
@@ -285,7 +285,7 @@ class Learner:
 def train_saes(result, state, site, seed, tokens, title):
     """Train the SAEs of one place and seed, one for each l1, on the same batches: a dict each.
 
-    state: of result, whose "current" is this training as it was before an interruption, or None.
+    state: of result; its "current" is the saved state of this training, or None.
     """
     settings, device = result.key["settings"], next(site.model.parameters()).device
     steps = settings["steps"]
@@ -310,7 +310,7 @@ def train_saes(result, state, site, seed, tokens, title):
         bar.set_postfix(L0=[learner.history["l0"][-1] for learner in learners], refresh=False)
     rows = []
     for learner in learners:
-        # fewer steps than it takes to count as dead say nothing
+        # unknown if there were fewer steps than a feature must be silent to count as dead
         dead = learner.history["dead"][-1] / F if steps > DEAD_AFTER else None
         weights = learner.sae.fold(batches.scale).cpu().state_dict()
         rows.append({"layer": site.layer, "site": site.site, "seed": seed, "l1": learner.l1,
@@ -356,8 +356,8 @@ class Score:
 def score_saes(site, saes, idx, title=None):
     """What each of several folded SAEs does to the model on the windows idx (B, T): a dict each.
 
-    ce_*: nats per token over the predictions of tokens 2 to T of every window; _clean as it is,
-    _zero with the place replaced by 0, _sae by x^. ce_score = (zero - sae) / (zero - clean);
+    ce_*: nats per token over the predictions of tokens 2 to T of every window; _clean: unchanged,
+    _zero: with the place replaced by 0, _sae: by x^. ce_score = (zero - sae) / (zero - clean);
     kl_score the same with KL(clean || .) over all positions. l0: features f_i > 0 per token.
     explained_variance = 1 - sum |x - x^|^2 / sum |x - mean x|^2. never: share of features that are
     silent here; density: how many others fire in which share of tokens. A ratio to 0 is None.
@@ -366,7 +366,7 @@ def score_saes(site, saes, idx, title=None):
     zero = Score(SAE(site.d, 1).to(saes[0].W_dec))  # its x^ is 0
     scores = [Score(sae) for sae in saes]
     nats_clean, total = 0.0, torch.zeros(site.d, dtype=torch.float64)
-    # so many windows at a time that a (B, T, V) takes 16 MB or is of one window
+    # as many windows at a time as give a (B, T, V) of at most 16 MB, and at least one
     parts = idx.split(max(1, 2**22 // (idx.size(1) * site.model.config.vocab_size)))
     for part in tqdm(parts, desc=title, unit=" batches", leave=False, disable=title is None):
         x = site.read(part).flatten(0, 1)  # (B T, d)
@@ -399,8 +399,8 @@ def score_saes(site, saes, idx, title=None):
 
 
 def value_at(sweep, name, l0):
-    """A number at this L0: linear in log L0 between the SAEs on both sides of it, rows of one place
-    and seed. None outside the range of their L0, and where one of the two has no such number."""
+    """A number at this L0, interpolated in log L0 between the two nearest SAEs of one place and
+    seed. None outside the range of their L0, and if one of the two has no such number."""
     points = sorted((row for row in sweep if row["l0"] > 0), key=itemgetter("l0"))
     if not points:
         return None
@@ -426,16 +426,16 @@ def at_equal_l0(saes):
 
 
 def warnings(row):
-    """What a reader of this row of "saes" has to know, a sentence each."""
+    """What a reader of this row of "saes" must know, one sentence each."""
     place = f"{row['site']} of block {row['layer']}"
     cost = row["nats_zero"]
     if row["l0"] > row["features"] / 20:
         yield (f"{place}, l1 {row['l1']:g}, seed {row['seed']}: L0 {row['l0']:.0f} is more than a "
-               f"twentieth of {row['features']} features: not converged (take more --steps or a "
-               f"larger --lr) or a small --l1")
+               f"twentieth of {row['features']} features: not converged (use more --steps or a "
+               f"larger --lr), or --l1 is too small")
     if cost < LITTLE:
-        yield (f"{place}: without this place the model loses only {cost:.4f} nats: the CE score "
-               f"divides by that and means little")
+        yield (f"{place}: zeroing this place costs only {cost:.4f} nats: the CE score divides by "
+               f"that, and means little")
 
 
 # ------------------------------------------------------------------------------ tables and picture
@@ -460,7 +460,7 @@ def print_results(facts):
     settings = facts[0]["settings"]  # of all of them: they are the same
     print_table(over_seeds(rows_of(facts)), COLUMNS)
     if len(settings["l1"]) > 1:
-        print(f"\nat L0 = {AT_L0}, interpolated, where the sweep of each seed reaches it")
+        print(f"\nat L0 = {AT_L0}, interpolated; - if the SAEs of a seed do not reach this L0")
         places = [{"run": result["run"], "n": place["seeds"], **place}
                   for result in facts for place in result["at_l0"]["places"]]
         print_table(pd.DataFrame(places), COLUMNS)
@@ -588,7 +588,7 @@ def parse_arguments():
         help="sparsity coefficients, with commas (default 5)")
     add("--seeds", type=numbers(int, "d"), default=[1337],
         help="of weights and batches, with commas (default 1337)")
-    add("--small", action="store_true", help="defaults for a CPU")
+    add("--small", action="store_true", help="smaller defaults, for a CPU")
     for name, (paper, small, note) in SIZES.items():
         add(f"--{name}", type=float if name == "lr" else knobs.positive,
             help=f"{note} (default {paper or 'all'}, with --small {small})")

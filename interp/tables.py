@@ -14,7 +14,8 @@ Runs that differ only in the seed are one row: mean ± sample standard deviation
 used several thresholds, coefficients or places, "edges", "SAE L0" and "CE score" are of the first.
 
 Saved in the folder that holds all runs: table1 and table2 (or table2_layers) as .md, as .csv with
-every digit, as .png with a dot for each seed; and tradeoff.png, what clean perplexity buys.
+every digit, as .png with a dot for each seed; and tradeoff.png: interpretability and ablated
+perplexity against clean perplexity.
 """
 
 import os
@@ -73,7 +74,7 @@ NOTES1 = [
     "paper: its model with the same ablation and k, of another size and data; ppl per GPT-2 token",
     "IOI answers exact: how often the right name is the likeliest; if rarely, circuits say little",
     "edges for KL <= x: interpolated over thresholds, on held-out prompts if any, of models that "
-    "know the answers; a seed that does not reach this KL is left out, which flatters the row",
+    "know the answers; a seed that does not reach this KL is left out: its row looks too good",
     "nats lost at L0 = 3: loss increase when SAE reconstructions with 3 active features replace a "
     "layer's output (interpolated); lower is better",
     "CE score: 1 - this increase / the increase when the output is zeroed"]
@@ -165,9 +166,9 @@ def read_experiments(runs):
 
 
 def subsampled(counts, size):
-    """The expected entropy, in bits, and number of types of `size` tokens drawn without putting
-    back from a pool with these counts: exact (rarefaction, Hurlbert 1971). k of a type's c tokens
-    are drawn with the hypergeometric probability C(c, k) C(N - c, size - k) / C(N, size).
+    """The expected entropy, in bits, and number of types of `size` tokens that are drawn without
+    replacement from a pool with these counts: exact (rarefaction, Hurlbert 1971). k of a type's c
+    tokens are drawn with the hypergeometric probability C(c, k) C(N - c, size - k) / C(N, size).
     """
     N = sum(counts)
     log_factorial = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, N + 1)))))
@@ -231,7 +232,7 @@ def publish(folder, name, frame, parts, notes):
             texts.append(markdown(text_table(table, HEAD | known)))
             columns += known
     if not columns:
-        print(f"no results for {name}: --help says what makes them")
+        print(f"no results for {name}: --help lists the commands that make them")
         return table
     entries += [one + end for one in columns for end in ("", "_sd", "_n") if one + end in table]
     print(*notes, "", sep="\n")
@@ -278,7 +279,7 @@ def draw_tradeoff(path, frame, table, title):
     figure = Figure(figsize=(4.2 * len(shown) + 0.5, 5), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for name, axes in zip(shown, panels):
-        for place, run in enumerate(table["run"][:6]):  # more cannot be told apart
+        for place, run in enumerate(table["run"][:6]):  # more are hard to distinguish
             label = plain(Path(run).name.removesuffix("_seed*"))
             seeds = frame.loc[rows_of(frame) == place, ["ppl_clean", name]]
             (x, y), (x_sd, y_sd) = seeds.dropna().mean(), seeds.dropna().std()

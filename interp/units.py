@@ -13,8 +13,8 @@ of these k, drawn at random. Logarithms are to base 2, so information is in bits
     effective      2^H(U): this many units, kept equally often, have the same entropy
     mutual_information
                    I(token; U): what the current token alone tells about the choice
-    token_share    mutual_information / (H(U) - log k), its largest possible value: 1 if the token
-                   decides which units are kept, 0 if it has no influence
+    token_share    mutual_information as a share of its largest possible value, H(U) - log k: 1 if
+                   the token decides which units are kept, 0 if it has no influence
     stability      whether a token keeps the same units in other contexts. The mean overlap
                    |A and B| / k of the units kept at two places with the same token, corrected for
                    the overlap of any two places (as Cohen's kappa, 1960). Tokens that occur once
@@ -23,14 +23,15 @@ of these k, drawn at random. Logarithms are to base 2, so information is in bits
                    layer: 1 if they choose alike, whatever the units are called, 0 if independently.
                    next_layer is the dependence of a layer and the one after it
 
-Chance is 0 in the last four. Information that is counted in a finite text is too large, by more
-than its true value if most tokens are rare. So it is counted again after the choices of each layer
-were shuffled over the text, and (counted - shuffled) / (largest - shuffled) is reported (adjusted
-mutual information: Vinh, Epps and Bailey 2010). This is exact for independent and for decided
-choices. In between it is too small, less so the longer the text is.
+The last four are corrected for chance: 0 is what random choices give. Information counted in a
+finite text is too large; if most tokens are rare, the error is larger than the true value. So it is
+counted again after the choices of each layer are shuffled over the text, and (counted - shuffled) /
+(largest - shuffled) is reported (adjusted mutual information: Vinh, Epps and Bailey 2010). This is
+exact if the token has no influence and if it decides everything. In between it is too small; the
+error falls with the length of the text.
 
-Random gates also choose by what they read. So each model has a second row, "untrained": one model
-of the same geometry with random weights.
+The choices of random gates depend on the token too. So each model has a second row, "untrained": a
+model of the same geometry with random weights.
 
 Writes units.json and units.png beside the checkpoint. An interrupted call continues.
 
@@ -85,7 +86,7 @@ def read_kept(model, text, starts, device, title=None):
 
 
 def count_pairs(a, b, size):
-    """How often every number in a (n, i) and every number in b (n, j) come at the same token:
+    """How often each number in a (n, i) and each number in b (n, j) occur at the same token:
     (max a + 1, size)."""
     rows = int(a.max()) + 1
     counts = np.zeros(rows * size, np.int64)
@@ -182,7 +183,7 @@ def use_of_units(tokens, kept, units, seed):
 
 
 def warnings(use):
-    """What a reader of these numbers has to know: one sentence for each layer in doubt."""
+    """One sentence for each layer whose numbers are uncertain."""
     for kind, facts in use.items():
         for layer, chance in enumerate(facts["shuffled_information"]):
             largest = facts["entropy"][layer] - math.log2(facts["kept"])
@@ -238,7 +239,7 @@ def draw_units(path, results):
         for axes in (rates, *others):
             axes.grid(alpha=0.3)
     lines, names = others[0].get_legend_handles_labels()
-    lines, names = lines[:5], names[:5]  # with the next one six at most
+    lines, names = lines[:5], names[:5]  # and "untrained": six entries at most
     lines += rates.plot([], [], ":", color="0.3")
     figure.legend(lines, [*names, "untrained"], loc="outside lower center", ncols=3)
     save_figure(path, figure)
@@ -267,7 +268,7 @@ def measure_use(result, title, device):
 
 
 def gated_runs(runs):
-    """Those that have a gate. Raises UserError if none has."""
+    """The runs that have a gate. Raises UserError if none has."""
     gated = [run for run in runs if run.model.config.ablation != "none"]
     for run in runs if gated else ():
         if run not in gated:

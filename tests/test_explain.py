@@ -397,7 +397,7 @@ def test_a_server_that_stays_wrong_is_one_line(run, call, server, monkeypatch, t
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     server.before = lambda number, handler: trouble(handler) or True
     said, _ = call(run, *asking(server, "--retries=0", "--timeout=1"))
-    assert said.startswith("error: no ") and f"answer of {server.url} " in said and message in said
+    assert said.startswith("error: no ") and f" from {server.url} " in said and message in said
     assert "\n" not in said and len(said) < 400 and "secret" not in said
     assert not (run / "explain_openai_answers.jsonl").exists()
 

@@ -193,7 +193,7 @@ def test_a_frame_has_a_row_for_each_result_and_refuses_what_does_not_belong(run,
     assert table["run"].tolist() == [str(run), str(moved)]
     assert table["all.mean"].tolist() == [0, 1] and table["settings.tau"][0] == [0.03, 0.1]
     result_of(moved, {"data": "other"}, force=True).finish({}, CPU)
-    with pytest.raises(UserError, match="data=abc, not other as in .*: make them alike"):
+    with pytest.raises(UserError, match="data=abc, not other as in .*: make both again"):
         frame([run / "toy.json", moved / "toy.json"])
     train_on(run)
     with pytest.raises(UserError, match="of other weights than .* make it again with --force"):

@@ -144,7 +144,7 @@ def test_the_tradeoff_has_dots_for_seeds_and_hollow_marks_where_some_lack_it(mon
     name = "edges for KL <= 0.3"
     frame = pd.DataFrame({"k_mlp": [1, 1, 2, 2], "ppl_clean": [5.0, 7.0, 5.0, 9.0],
                           name: [1.0, 2.0, 4.0, None], "ppl_ablated": 8.0})
-    tables.draw_tradeoff("x.png", frame, pd.DataFrame({"run": ["$a$", "b"], name: 1.0}))
+    tables.draw_tradeoff("x.png", frame, pd.DataFrame({"run": ["$a$", "b"], name: 1.0}), "title")
     (axes,) = figures[0].axes  # nobody has the other two
     dots = [line for line in axes.lines if line.get_marker() == "."]
     assert dots[0].get_xydata().tolist() == [[5, 1], [7, 2]]

@@ -862,7 +862,7 @@ def main():
         help="cpu or cuda (default %(default)s); not mps, which lacks float64")
     add("--tau", type=numbers, default="0.03",
         help="nats: an edge stays removed if that raises KL by less (0.03); a list: 0.03,0.1")
-    add("--orders", type=int, default=0, help="how many random orders to add (0)")
+    add("--orders", type=knobs.positive, default=0, help="how many random orders to add (0)")
     add("--prompts", metavar="FILE", help="your own prompts (default: built-in templates)")
     add("--count", type=knobs.positive, default=64, help="prompts to find circuits on (64); as "
         "many more, or the rest of a file, are held out")

@@ -36,6 +36,7 @@ from collections import Counter, defaultdict, namedtuple
 from functools import cache, partial
 from itertools import groupby
 from operator import itemgetter
+from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -96,12 +97,15 @@ def choose_texts(train, val, eot, settings, device):
 
     starts, stories = story_windows(val, eot, T, device)
     rng, there = np.random.default_rng(settings["seed"]), np.unique(stories)
-    chosen = rng.choice(there, min(RANDOM, len(there)), replace=False)
+    too_few = UserError(f"fewer than {TOP + RANDOM} stories of {T} tokens: choose other --data, a "
+                        f"smaller --window or more --tokens")
+    if len(there) < TOP + RANDOM:
+        raise too_few
+    chosen = rng.choice(there, RANDOM, replace=False)
     windows = [rng.choice(starts[stories == story]) for story in chosen]
     search = text_of(val, starts[~np.isin(stories, chosen)])
     if len(np.unique(search.stories(search.starts))) < TOP:
-        raise UserError(f"fewer than {TOP + RANDOM} stories of {T} tokens: choose other --data, a "
-                        f"smaller --window or more --tokens")
+        raise too_few
     starts, _ = story_windows(train, eot, T, device)
     return text_of(train, starts), search, windows[RANDOM_VALID]
 
@@ -279,7 +283,7 @@ def expected_level(logprobs, at, written):
                 pairs = [(text if text != token else str(written), p) for text, p in tops.items()]
                 return expected_value(pairs, written)
             at -= len(token)
-    except (LookupError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         pass
     return written
 
@@ -322,6 +326,12 @@ def api_key():
     return os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"
 
 
+def without_secrets(url):
+    """An address without the user, password and query that may be in it."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
 def plainly(error):
     """An error on one line, without the key or the password of a proxy."""
     text = f"{type(error).__name__} {error}".replace(api_key(), "KEY")
@@ -341,7 +351,7 @@ def open_client(args, bar=None):
 
     async def on_response(response):
         if response.is_error:
-            bar.set_postfix_str(f"the server says {response.status_code} {response.reason_phrase}")
+            bar.set_postfix_str(f"the server says {response.status_code}")
 
     try:
         http = openai.DefaultAsyncHttpxClient(
@@ -415,12 +425,13 @@ class Answers:
             text = choice["message"].get("content") or ""  # null for a refusal
             logprobs = (choice.get("logprobs") or {}).get("content")
             value, unclear = read(text, logprobs)
-            used = {"prompt_tokens": int(usage.get("prompt_tokens") or tokens),
-                    "answer_tokens": int(usage.get("completion_tokens") or len(WORD.findall(text)))}
+            counts = {name: n for name, n in usage.items() if type(n) is int}
+            used = {"prompt_tokens": counts.get("prompt_tokens", tokens),
+                    "answer_tokens": counts.get("completion_tokens", len(WORD.findall(text)))}
         except TimeoutError:
-            raise UserError(f"no full answer from {args.base_url} within {limit} seconds") from None
+            raise UserError(f"no full answer from {args.server} within {limit} seconds") from None
         except Exception as error:  # many kinds: the network, or not a chat completion
-            raise UserError(f"no answer from {args.base_url} "
+            raise UserError(f"no answer from {args.server} "
                             f"({plainly(error.__cause__ or error)}): the same command continues, "
                             f"and keeps all answers so far") from None
         self.spent += sum(used.values()) - needed
@@ -622,6 +633,7 @@ def parse_arguments():
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} needs --model")
         setattr(args, name, None)
+    args.server = args.base_url and without_secrets(args.base_url)
     return args
 
 
@@ -629,7 +641,7 @@ def main():
     args, results = parse_arguments(), []
     device, runs = knobs.pick_device(args.device), open_runs(args.runs, args.data)
     settings = {name: getattr(args, name) for name in SETTINGS}
-    settings["prompts"] = PROMPTS if args.model else None
+    settings |= {"prompts": PROMPTS if args.model else None, "base_url": args.server}
     for run in runs:
         block_size = run.model.config.block_size
         if args.window > block_size:

@@ -123,22 +123,23 @@ class Result:
     def __init__(self, run, name, settings, force=False, files=()):
         self.run, self.name, self.force = run, name, force
         self.key = {"settings": settings, **digests(run.model.state_dict())}
-        complete = all(self.path(ending).exists() for ending in files)
-        self.facts = self.existing(".json", read_json) if complete and not force else None
-        unfinished = None if self.facts else self.existing(".resume.pt", load_torch)
+        # every file must be of this measurement: a kill may have left a new one beside an old one
+        found = [self.existing(ending) for ending in (".json", *files)]
+        self.facts = found[0] if all(found) and not force else None
+        unfinished = None if self.facts else self.existing(".resume.pt")
         self.state = unfinished["state"] if unfinished else None
 
     def path(self, ending):
         """The file NAME + ending beside the checkpoint."""
         return result_path(self.run.path, self.name + ending)
 
-    def existing(self, ending, read):
-        """The content of an existing file; None if there is none, or if force replaces it."""
+    def existing(self, ending):
+        """The content of a file; None or False if there is none, or if force replaces it."""
         path = self.path(ending)
-        if not path.exists():
-            return None
+        if not path.exists() or ending.endswith(".png"):
+            return path.exists()
         try:
-            found = read(path)
+            found = load_torch(path) if ending.endswith(".pt") else read_json(path)
         except ValueError:  # damaged
             if not self.force:
                 raise
@@ -160,7 +161,9 @@ class Result:
         write_json(self.path(ending), {**self.key, **content}, separators=(",", ":"))
 
     def finish(self, facts, device):
-        """Write NAME.json: these facts, and the settings and versions that they were made with."""
+        """Write NAME.json: these facts, and what is needed to repeat the measurement. Raises
+        UserError if another process has finished one with other settings."""
+        self.existing(".json")
         self.facts = {
             "run": self.run.path, "step": self.run.step, **self.key,
             "command": shlex.join(sys.argv), "date": time.strftime("%Y-%m-%d %H:%M"),

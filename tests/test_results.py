@@ -98,9 +98,11 @@ def test_without_its_other_files_a_result_is_measured_again(run):
     first.finish({}, CPU)
     assert result_of(run, files=files).facts is None
     first.write("_neurons.json", neurons=[1, 2])
-    (run / "toy.pt").touch()
+    torch.save(first.key, run / "toy.pt")
     assert result_of(run, files=files).facts
     assert json.loads((run / "toy_neurons.json").read_text()) == {**first.key, "neurons": [1, 2]}
+    torch.save({**first.key, "settings": {"tau": [0.5]}}, run / "toy.pt")  # of a killed --force
+    refused(run, "toy.pt was made with tau=[0.5]", files=files)
 
 
 @pytest.mark.parametrize("name", ["toy.json", "toy.resume.pt"])

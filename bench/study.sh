@@ -8,6 +8,7 @@
 #     bash bench/study.sh geometry     real stories, the paper's geometry, one seed
 #     bash bench/study.sh measure      their circuits, autoencoders and tables, when they are there
 #     bash bench/study.sh neurons      graphs, explanations and use of units of those on real stories
+#     bash bench/study.sh tradeoff     the figure of the README, from the runs of "stories"
 set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -97,8 +98,23 @@ neurons)
     $PYTHON -m interp.explain $RUNS
     $PYTHON -m interp.tables $RUNS
     ;;
+tradeoff)
+    mkdir -p out/tradeoff  # links with short names, which the figure shows
+    for seed in 1 2 3; do
+        ln -sfn ../stories/plain/baseline_seed$seed out/tradeoff/baseline_seed$seed
+        for gate in local global; do
+            ln -sfn ../stories/paper/${gate}_k2_seed$seed out/tradeoff/${gate}_paper_seed$seed
+            ln -sfn ../stories/constant_ramp/${gate}_k2_seed$seed \
+                out/tradeoff/${gate}_recommended_seed$seed
+        done
+    done
+    $PYTHON -m interp.sae out/tradeoff/*_seed? --small --steps 1500 --tokens 300000 --expansion 8 \
+        --l1 5,3,7 --layer 1 --site resid
+    $PYTHON -m interp.tables out/tradeoff/*_seed? --title \
+        "The recommended recipe keeps most of the gain for autoencoders, at a fraction of the cost"
+    ;;
 *)
-    echo "usage: bash bench/study.sh stories|tuned|toy|geometry|measure|neurons" >&2
+    echo "usage: bash bench/study.sh stories|tuned|toy|geometry|measure|neurons|tradeoff" >&2
     exit 1
     ;;
 esac

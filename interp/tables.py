@@ -68,7 +68,10 @@ for name in ("score", "llm_score"):
 for name, form in dict(dead=".1f", entropy=".2f", token_share=".1%", stability=".3f").items():
     USE |= {f"attn_{name}": form, f"mlp_{name}": form}
 TABLE2 = [GRAPHS, SCORES, USE]
-TRADEOFFS = ("edges for KL <= 0.3", "nats lost at L0 = 3", "ppl_ablated")
+TRADEOFFS = {  # name of a number: label of its axis
+    "edges for KL <= 0.3": "edges of a circuit with KL <= 0.3",
+    "nats lost at L0 = 3": "loss increase on SAE reconstructions, nats",
+    "ppl_ablated": "ablated perplexity"}
 NOTES1 = [
     "± is the sample standard deviation over the seeds of a row; (1 of 3): one of 3 seeds has it",
     "paper: its model with the same ablation and k, of another size and data; ppl per GPT-2 token",
@@ -276,7 +279,7 @@ def draw_tradeoff(path, frame, table, title):
     shown = [name for name in TRADEOFFS if name in table]
     if not shown:
         return
-    figure = Figure(figsize=(4.2 * len(shown) + 0.5, 5), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(shown) + 0.5, 4.2), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for name, axes in zip(shown, panels):
         for place, run in enumerate(table["run"][:6]):  # more are hard to distinguish
@@ -286,7 +289,7 @@ def draw_tradeoff(path, frame, table, title):
             filled = "none" if seeds[name].isna().any() else f"C{place}"
             axes.plot(seeds["ppl_clean"], seeds[name], ".", color=f"C{place}")
             axes.errorbar(x, y, y_sd, x_sd, "o", color=f"C{place}", mfc=filled, label=label)
-        axes.set(xlabel="clean perplexity", ylabel=name)
+        axes.set(xlabel="clean perplexity", ylabel=TRADEOFFS[name])
         axes.locator_params(nbins=5)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.suptitle(title)

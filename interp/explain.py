@@ -575,15 +575,18 @@ def draw_scores(path, results):
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     scores, layers = figure.subplots(1, 2)
+    total = np.zeros(len(BINS) - 1)
     for place, (name, facts) in enumerate(models_of(results)):
         of_all, columns = facts["all"], ["layer", "mean", "se"]
         table = pd.DataFrame(facts["layers"])[columns].astype(float)  # None is NaN
         look = {"color": f"C{place}", "ls": "-" if place < len(results) else "--"}
         shares = np.array(of_all["histogram"]) / max(1, of_all["scored"])
+        total = total + shares
         scores.stairs(shares, BINS, label=plain(name), **look)
         scores.axvline(of_all["mean"] or 0, **look)
         layers.errorbar(table["layer"], table["mean"], table["se"], marker="o", **look)
-    scores.set(xlabel="explanation score", ylabel="share of neurons", title="lines: means")
+    scores.set(xlabel="explanation score", ylabel="share of neurons", title="lines: means",
+               xlim=(min([0, *BINS[:-1][total > 0]]), 1))
     layers.set(xlabel="layer", ylabel="mean score", title="bars: standard errors over neurons")
     layers.xaxis.get_major_locator().set_params(integer=True)
     handles, labels = scores.get_legend_handles_labels()

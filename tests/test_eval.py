@@ -10,7 +10,6 @@ import io
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -20,7 +19,6 @@ import torch
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-import config
 import eval as evaluation
 from model import GPTNeo, GPTNeoConfig, load_checkpoint, save_checkpoint
 
@@ -61,20 +59,6 @@ def run(tmp_path):
     lines = [{"step": s, "val_clean": 5.0 - s, "val_ablated": 5.5 - s} for s in (0, 1, 2)]
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return out
-
-
-@pytest.fixture
-def typed(monkeypatch, capsys):
-    """A script's main() with these words -> its exit message (None: all went well), its output."""
-    def typed(main, *words):
-        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
-        message = None
-        try:
-            config.cli(main)
-        except SystemExit as stop:
-            message = stop.code
-        return message, capsys.readouterr().out
-    return typed
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ tokens, end-of-text after every story. meta.json is written last: a folder that 
 """
 
 import argparse
+import glob
 import gzip
 import hashlib
 import itertools
@@ -159,7 +160,10 @@ def texts_in(source, column):
         if kind not in ("json", "csv", "parquet"):
             return read_txt(source)
         from datasets import load_dataset
-        source = load_dataset(kind, data_files=str(source), split="train", streaming=True)
+        # in a csv, numbers and "NA" are text, too
+        options = {"keep_default_na": False, "converters": {column: str}} if kind == "csv" else {}
+        file = glob.escape(str(source))
+        source = load_dataset(kind, data_files=file, split="train", streaming=True, **options)
     batches = source.iter(1000) if hasattr(source, "iter") else [{column: source}]
     return (text for batch in batches for text in batch[column] if text)
 

@@ -159,6 +159,12 @@ def test_held_out_share_is_seeded_and_no_split_is_empty(monkeypatch):
             assert len(split) == 6 and {chosen for chosen, _ in split} == {"train", "val"}
 
 
+def test_digits_and_NA_in_a_csv_are_text(tmp_path):
+    (folder := tmp_path / "a[1]").mkdir()  # no pattern
+    out = make(folder, train=b'text,id\n12,1\nNA,2\n"two\nlines, ""quoted""",3\n', kind="csv")
+    assert stories_in(out, "train") == ["12", "NA", 'two\nlines, "quoted"']
+
+
 def test_separators_and_line_ends_wherever_they_stand(tmp_path, capsys):
     text = f"\ufeffone{EOT}two\r{EOT}\rthree\n{EOT}{EOT} four {EOT}\r\nfi\r\nve\rsix<|endof"
     out = make(tmp_path, train=text.encode())

@@ -105,6 +105,14 @@ def test_without_its_other_files_a_result_is_measured_again(run):
     refused(run, "toy.pt was made with tau=[0.5]", files=files)
 
 
+def test_a_result_that_another_process_has_finished_is_not_replaced(run):
+    first, second = result_of(run), result_of(run, {**SETTINGS, "tau": [0.5]})
+    second.finish({"n": 2}, CPU)
+    with pytest.raises(UserError, match="was made with tau"):
+        first.finish({"n": 1}, CPU)
+    assert json.loads((run / "toy.json").read_text())["n"] == 2
+
+
 @pytest.mark.parametrize("name", ["toy.json", "toy.resume.pt"])
 def test_results_of_other_settings_or_weights_are_refused_and_force_replaces_them(run, name):
     first = result_of(run)

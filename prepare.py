@@ -265,12 +265,18 @@ def write_tokens(folder, stories, encoding):
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, without the usage
+    """An argparse parser of this project: a mistake is one line, flags cannot be abbreviated."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                         **options)
+
+    def error(self, message):
         raise UserError(message)
 
 
 def parse_arguments(argv):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_mutually_exclusive_group().add_argument
     add("toy", nargs="?", choices=["toy"], help="write stories from the grammar in assets/toy.txt")
     add("--dataset", default="roneneldan/TinyStories", help="name on the hub, or a folder")

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 
 from model import GPTNeoConfig, ModelError
-from prepare import UserError
+from prepare import Parser, UserError
 
 Compile = Literal["auto", "False", "True", "reduce-overhead"]
 
@@ -137,17 +137,6 @@ def decisive(values):
 
 def boolean(text):
     return bool(("False", "True").index(text.capitalize()))  # or a ValueError, as argparse expects
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser of this project: a mistake is one line, flags cannot be abbreviated."""
-
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                         **options)
-
-    def error(self, message):
-        raise UserError(message)
 
 
 def positive(text):

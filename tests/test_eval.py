@@ -16,22 +16,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import EOT, T, V, tiny_model
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
 import eval as evaluation
 from model import GPTNeo, GPTNeoConfig, load_checkpoint, save_checkpoint
 
-EOT, V, T = 258, 259, 8
-SIZE = dict(vocab_size=V, block_size=T, n_layer=2, n_head=2, n_embd=8, k_attn=2, k_mlp=2)
-
-
 def tiny(ablation="local", **changes):
-    torch.manual_seed(0)
-    model = GPTNeo(GPTNeoConfig(**{**SIZE, "ablation": ablation, **changes}))
-    for p in model.parameters():
-        p.data.add_(torch.randn_like(p), alpha=0.3)
-    return model
+    return tiny_model(ablation, **{"n_layer": 2, **changes})
 
 
 def split(count=9):

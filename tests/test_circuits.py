@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from conftest import ORACLES, contents, make_run, tiny_model
 
-from interp import acdc
-from prepare import UserError, load_tokenizer, word_lists
+from interp import circuits
+from interp.graph import Circuit, Edge, Graph, PatchedModel
+from prepare import UserError, load_tokenizer, read_asset, word_lists
 
-WORDS = "Tom Sue Ben Lily Max Anna park ball and gave to the a"
+WORDS = "Tom Sue Ben Lily Max Anna park ball kite and gave to the a"
 LENGTHS = [9, 7, 9, 8]
 OWN = [{"clean": " Tom and Sue gave to", "corrupt": " Ben and Max gave to",
         "answer": " Tom", "wrong": " Sue"},
@@ -42,7 +43,7 @@ def pairs(lengths=LENGTHS, vocab_size=23):
 
 def circuit_of(model, prompts, dtype=torch.float64):
     weights, config = model.clean_state_dict(), model.config
-    return acdc.Circuit(acdc.PatchedModel(weights, config.n_head, config.windows, *prompts, dtype))
+    return Circuit(PatchedModel(weights, config.n_head, config.windows, *prompts, dtype))
 
 
 class OneByOne:
@@ -50,7 +51,7 @@ class OneByOne:
     sum of all its sources, each of this pass or, over a removed edge, of the corrupt one."""
 
     def __init__(self, model, prompts):
-        self.model, self.graph = model, acdc.Graph(model.config.n_layer, model.config.n_head)
+        self.model, self.graph = model, Graph(model.config.n_layer, model.config.n_head)
         clean, corrupt, lengths = prompts
         self.rows = [(c[-n:], k[-n:]) for c, k, n in zip(clean, corrupt, lengths.tolist())]
         self.log_p = [model(c[None])[0, -1].log_softmax(-1) for c, _ in self.rows]
@@ -102,8 +103,8 @@ class OneByOne:
 
 
 def test_the_papers_model_has_23981_edges():
-    graph = acdc.Graph(8, 16)
-    edges, shuffled = acdc.sweep_order(graph), acdc.sweep_order(graph, random.Random(7))
+    graph = Graph(8, 16)
+    edges, shuffled = circuits.sweep_order(graph), circuits.sweep_order(graph, random.Random(7))
     names = [graph.edge_name(edge) for edge in edges]
     assert (names[0], names[-1]) == ("MLP 7->Resid End", "Resid Start->A0.15.V")
     assert len(names) == len(set(names)) == 23_981
@@ -113,11 +114,11 @@ def test_the_papers_model_has_23981_edges():
 
 
 def test_connected_edges_lie_on_a_path_from_start_to_end():
-    graph = acdc.Graph(2, 2)
+    graph = Graph(2, 2)
     path = {"Resid Start->A0.1.K", "A0.1->MLP 1", "MLP 1->Resid End", "Resid Start->A1.0.Q",
             "A1.0->Resid End"}
     kept = path | {"Resid Start->A0.0.V", "MLP 0->Resid End", "A0.0->A1.1.Q"}
-    edges = [edge for edge in acdc.sweep_order(graph) if graph.edge_name(edge) in kept]
+    edges = [edge for edge in circuits.sweep_order(graph) if graph.edge_name(edge) in kept]
     assert {graph.edge_name(edge) for edge in graph.connected(edges)} == path
 
 
@@ -128,8 +129,8 @@ def test_circuits_are_those_of_the_library_that_the_paper_used(folder):
     clean, corrupt = torch.tensor(prompts["clean"]), torch.tensor(prompts["corrupt"])
     lengths = torch.full((len(clean),), clean.size(1))
     weights, windows = torch.load(folder / "model.pt"), [c["n_ctx"]] * c["n_layer"]
-    model = acdc.PatchedModel(weights, c["n_head"], windows, clean, corrupt, lengths)
-    circuit, edges = acdc.Circuit(model), acdc.sweep_order(model.graph)
+    model = PatchedModel(weights, c["n_head"], windows, clean, corrupt, lengths)
+    circuit, edges = Circuit(model), circuits.sweep_order(model.graph)
     named = {model.graph.edge_name(edge): edge for edge in edges}
     runs = json.loads((folder / "expected.json").read_text())
     runs = [run for run in runs if run["min_margin"] >= 1e-5]
@@ -137,7 +138,7 @@ def test_circuits_are_those_of_the_library_that_the_paper_used(folder):
     for run in runs:
         order = [named[name] for name in run["edge_order"]]
         assert run["order"] != "canonical_desc" or order == edges
-        state, kl, seen, kept = acdc.discover(circuit, order, run["tau"]), 0.0, [], []
+        state, kl, seen, kept = circuits.discover(circuit, order, run["tau"]), 0.0, [], []
         for name, (put_back, rise) in zip(run["edge_order"], state["decided"]):
             seen.append(kl + rise)
             kl += 0 if put_back else rise
@@ -155,8 +156,8 @@ def test_circuits_are_those_of_a_full_pass_per_edge(tau, changes, seed):
     """Prompts of several lengths, which the fast sweep pads and the slow one does not."""
     model, prompts = tiny(window_size=3, **changes), pairs()
     slow, circuit = OneByOne(model, prompts), circuit_of(model, prompts)
-    edges = acdc.sweep_order(circuit.graph, rng=seed and random.Random(seed))
-    state = acdc.discover(circuit, edges, tau)
+    edges = circuits.sweep_order(circuit.graph, rng=seed and random.Random(seed))
+    state = circuits.discover(circuit, edges, tau)
     removed, kl = slow.sweep(edges, tau)
     found = [edge for edge, (kept, _) in zip(edges, state["decided"]) if not kept]
     assert found == removed and 0 < len(removed) < len(edges)
@@ -169,7 +170,7 @@ def test_a_circuit_of_any_edges_is_the_patched_model():
     slow, circuit = OneByOne(model, prompts), circuit_of(model, prompts)
     for seed, share in enumerate((0, 0.02, 0.1, 0.3, 0.6, 0.9, 0.99, 1)):
         rng = random.Random(seed)
-        removed = [edge for edge in acdc.sweep_order(circuit.graph) if rng.random() < share]
+        removed = [edge for edge in circuits.sweep_order(circuit.graph) if rng.random() < share]
         assert circuit.kl_without(removed) == pytest.approx(slow.kl(removed), abs=1e-12)
 
 
@@ -178,7 +179,7 @@ def test_fp32_keeps_the_digits_of_a_small_kl():
     model, prompts = tiny(vocab_size=2000), pairs(vocab_size=2000)
     model.lm_head.weight.data.mul_(5)
     exact, rounded = circuit_of(model, prompts), circuit_of(model, prompts, torch.float32)
-    removed = [acdc.Edge(0, exact.graph.dests(1)[0])]
+    removed = [Edge(0, exact.graph.dests(1)[0])]
     expected = pytest.approx(exact.kl_without(removed), abs=2e-6, rel=1e-4)
     assert rounded.kl_without(removed) == expected and abs(rounded.kl_without([])) < 1e-6
 
@@ -190,19 +191,19 @@ def test_answers_of_both_streams_are_those_of_each_prompt_alone(changes):
     model, (clean, corrupt, lengths) = tiny(k_mlp=3, **changes), pairs(LENGTHS * 5)
     answers, wrong = torch.randint(23, (2, 20), generator=torch.Generator().manual_seed(2))
     alone = [model.ablated(row[None, -length:]) for row, length in zip(clean, lengths)]
-    streams = {"ioi": torch.cat([outputs.logits_clean[:, -1] for outputs in alone]),
-               "ablated": torch.cat([outputs.logits_ablated[:, -1] for outputs in alone])}
-    guesses = streams["ablated"].argmax(-1)
+    streams = {"": torch.cat([outputs.logits_clean[:, -1] for outputs in alone]),
+               "ablated_": torch.cat([outputs.logits_ablated[:, -1] for outputs in alone])}
+    guesses = streams["ablated_"].argmax(-1)
     answers[:6], wrong[6:9] = guesses[:6], guesses[6:9]  # some are right, some wrong
-    tokens = acdc.Tokens(clean, corrupt, lengths, answers, wrong)
-    circuits = {"": circuit_of(model, tokens[:3]), "_heldout": circuit_of(model, tokens[:3])}
-    facts = acdc.describe_model(model, circuits, tokens)
+    tokens = circuits.Tokens(clean, corrupt, lengths, answers, wrong)
+    both = {"": circuit_of(model, tokens[:3]), "_heldout": circuit_of(model, tokens[:3])}
+    facts = circuits.describe_model(model, both, tokens)
     for stream, logits in streams.items():
         exact = right = 0
         for row, answer, other in zip(logits, answers, wrong):
             exact += float(row.argmax() == answer) / 20
             right += float(row[answer] > row[other]) / 20
-        found = facts[f"{stream}_exact"], facts[f"{stream}_right"]
+        found = facts[f"{stream}exact"], facts[f"{stream}right"]
         assert found == pytest.approx((exact, right))
     assert facts["ablated_exact"] >= 0.3 and 0 < facts["ablated_right"] < 1
     assert facts["kl_corrupt_heldout"] == facts["kl_corrupt"] > 0  # the same prompts here
@@ -214,56 +215,83 @@ def test_answers_of_both_streams_are_those_of_each_prompt_alone(changes):
     (4.0, 0), (9.0, 0), (0.0099, None)])  # no edge is needed; more than any circuit has
 def test_edges_for_a_kl_lie_on_the_line_between_unbeaten_neighbours(kl, edges):
     points = [(0, 4.0), (40, 0.01), (10, 1.0), (20, 0.1), (15, 1.5), (20, 0.2), (30, 0.1)]
-    assert acdc.frontier(points) == [(0, 4.0), (10, 1.0), (20, 0.1), (40, 0.01)]
-    assert acdc.edges_for_kl(points, kl) == (edges and pytest.approx(edges, abs=1e-12))
+    assert circuits.frontier(points) == [(0, 4.0), (10, 1.0), (20, 0.1), (40, 0.01)]
+    assert circuits.edges_for_kl(points, kl) == (edges and pytest.approx(edges, abs=1e-12))
 
 
 def test_edges_at_equal_kl_are_of_the_fixed_order_on_the_prompts_held_out():
     rows = [("descending", 10, 0.25, 0.5), (0, 1, 1e-5, 1e-5), ("descending", 30, 0.0, -1e-9)]
     rows = [dict(zip(("order", "edges", "kl", "kl_heldout"), row)) for row in rows]
-    facts = {"kl_corrupt": 4.0, "kl_corrupt_heldout": 16.0, "ioi_exact": 0.5, "circuits": rows}
-    assert acdc.measured_points(facts) == [(0, 16.0), (10, 0.5), (30, 1e-6)]
-    found = acdc.edges_at_kl(facts)
+    facts = {"kl_corrupt": 4.0, "kl_corrupt_heldout": 16.0, "exact": 0.5, "circuits": rows}
+    assert circuits.measured_points(facts) == [(0, 16.0), (10, 0.5), (30, 1e-6)]
+    found = circuits.edges_at_kl(facts)
     assert found["1"] == pytest.approx(8)  # 16 to 0.5 is five halvings, 16 to 1 four of them
     assert 10 < found["0.3"] < found["0.1"] < 30
     nothing = {"0.1": None, "0.3": None, "1": None}
-    assert acdc.edges_at_kl(facts | {"circuits": rows[:2]}) == nothing  # of one tau
-    assert acdc.edges_at_kl(facts | {"ioi_exact": 0.49}) == nothing  # no circuit for the task
+    assert circuits.edges_at_kl(facts | {"circuits": rows[:2]}) == nothing  # of one tau
+    assert circuits.edges_at_kl(facts | {"exact": 0.49}) == nothing  # no circuit for the task
 
 
-def test_our_prompts_ask_for_the_friend_who_did_not_give():
-    lists = word_lists()
-    known = lists["girls"] + lists["more_girls"] + lists["boys"] + lists["more_boys"]
-    tokenizer = load_tokenizer(vocabulary(" ".join(known) + " park zoo ball"))
-    prompts = acdc.make_prompts(tokenizer, 60, 0)
-    assert len({prompt.clean for prompt in prompts}) == 60
-    first = 0
+NAMES = [word for kind, words in word_lists().items() if kind not in ("places", "objects")
+         for word in words]
+KNOWN = load_tokenizer(vocabulary(" ".join(NAMES) + " park zoo ball kite bell He She"))
+
+
+def prompts_of(task, seed=0):
+    tasks = read_asset("tasks.txt")
+    openings = tasks["openings1"] + tasks["openings2"]
+    return circuits.make_prompts(KNOWN, task, openings, 60, seed)
+
+
+def test_names_asks_for_the_friend_who_did_not_give():
+    prompts, first = prompts_of("names"), 0
     for prompt in prompts:
         texts = [re.findall(r"\w+", text) for text in prompt]
-        names = [word for word in texts[0] if word in known]
-        others = [word for word in texts[1] if word in known]
+        names = [word for word in texts[0] if word in NAMES]
+        others = [word for word in texts[1] if word in NAMES]
         assert len(names) == len(others) == 3 and not {*names} & {*others}
-        assert len(texts[0]) == len(texts[1]) and prompt.clean.endswith(" to")
-        assert prompt.wrong == f" {names[2]}" and {*texts[2], *texts[3]} == {*names[:2]}
+        assert prompt.clean.endswith(" to") and {*texts[2], *texts[3]} == {*names[:2]}
+        assert prompt.wrong == f" {names[2]}"
         first += texts[2] == names[:1]
     assert 25 <= first <= 35  # both name orders
-    assert acdc.make_prompts(tokenizer, 60, 0) == prompts != acdc.make_prompts(tokenizer, 60, 1)
+    assert prompts == prompts_of("names") != prompts_of("names", seed=1)
     with pytest.raises(UserError, match="too few of our names"):
-        acdc.make_prompts(load_tokenizer(vocabulary("park")), 4, 0)
+        circuits.make_prompts(load_tokenizer(vocabulary("park")), "names", ["{A}"], 4, 0)
+
+
+@pytest.mark.parametrize("task", circuits.TASKS)
+def test_a_corrupt_prompt_differs_in_what_its_task_asks_for_and_in_nothing_else(task):
+    lists, prompts = word_lists(), prompts_of(task)
+    girls = lists["girls"] + lists["more_girls"]
+    assert len({prompt.clean for prompt in prompts}) == 60
+    for prompt in prompts:
+        clean, corrupt = prompt.clean.split(" "), prompt.corrupt.split(" ")
+        changes = {(re.sub(r"\W", "", a), re.sub(r"\W", "", b))
+                   for a, b in zip(clean, corrupt, strict=True) if a != b}
+        if task == "pronouns":  # one friend, everywhere
+            (ours, theirs), = changes
+            answers = (" She", " He") if ours in girls else (" He", " She")
+            assert (ours in girls) != (theirs in girls) and ours not in prompt.corrupt
+            assert (prompt.answer, prompt.wrong) == answers
+        if task == "objects":
+            assert {(prompt.answer[1:], prompt.wrong[1:])} == changes
+            assert changes.pop()[0] in lists["objects"]
+        if task == "names":
+            assert {word for pair in changes for word in pair} <= {*NAMES}
 
 
 def test_prompts_are_padded_and_must_fit_each_other_and_the_model():
     tokenizer = load_tokenizer(vocabulary(WORDS))
-    prompts = [acdc.Prompt(**row) for row in OWN]
-    tokens = acdc.tokenize(prompts, tokenizer, 12)
+    prompts = [circuits.Prompt(**row) for row in OWN]
+    tokens = circuits.tokenize(prompts, tokenizer, 12)
     assert tokens.lengths.tolist() == [5, 3] and tokens.corrupt.shape == (2, 5)
     assert tokens.clean[1].tolist() == [0, 0, *tokenizer.encode_ordinary(" Sue gave to")]
     assert tokens.answers.tolist() == tokenizer.encode_ordinary(" Tom") * 2
     for changes in ({"corrupt": " Ben and gave to"}, {"answer": " Tommy"}, {"wrong": ""}):
         with pytest.raises(UserError, match="must be equally long"):
-            acdc.tokenize([prompts[0]._replace(**changes)], tokenizer, 12)
+            circuits.tokenize([prompts[0]._replace(**changes)], tokenizer, 12)
     with pytest.raises(UserError, match="of 4 tokens at most"):
-        acdc.tokenize(prompts, tokenizer, 4)
+        circuits.tokenize(prompts, tokenizer, 4)
 
 
 @pytest.fixture
@@ -271,7 +299,7 @@ def run(tmp_path):
     """A run folder, its data gone: circuits need none."""
     meta = {"tokenizer": vocabulary(WORDS), "checksum": "abc"}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    model = tiny_model(vocab_size=270, block_size=120, n_layer=1)
+    model = tiny_model(vocab_size=271, block_size=120, n_layer=1)
     run = make_run(tmp_path / "run", tmp_path, model)
     (tmp_path / "meta.json").unlink()
     return run
@@ -285,46 +313,46 @@ def found_in(run):
 
 def test_the_command_as_a_user_types_it(typed, run):
     words = (run, "--device=cpu", "--count=4", "--tau=0.0003,0.2", "--orders=2")
-    message, out = typed(acdc.main, *words)
-    facts, circuits = found_in(run)
+    message, out = typed(circuits.main, *words)
+    facts, rows = found_in(run)
     assert message is None and "random_orders" in out and "warning" in out  # an untrained model
-    assert facts["total"] == 13 and len(circuits) == 6 and len(facts["prompts"]) == 8
-    assert {"edges_at_kl", "kl_corrupt", "kl_corrupt_heldout", "ioi_right"} <= facts.keys()
-    first, second = circuits[:2]
+    assert facts["total"] == 13 and len(rows) == 6 and len(facts["prompts"]) == 8
+    assert {"edges_at_kl", "kl_corrupt", "kl_corrupt_heldout", "right"} <= facts.keys()
+    first, second = rows[:2]
     assert first["edges"] == len(first["circuit"]) == 13 - len(first["removed"])
     assert {"kl", "kl_heldout", "kl_random_heldout", "heads"} <= second.keys()
     assert first["kl_random_sd"] > 0 and second["kl_random_heldout_sd"] > 0
     assert (run / "acdc.png").read_bytes()[:4] == b"\x89PNG"
     before = contents(run)
-    assert typed(acdc.main, *words)[0] is None and contents(run) == before
-    message, _ = typed(acdc.main, run, "--device=cpu", "--count=4", "--tau=0.5")
+    assert typed(circuits.main, *words)[0] is None and contents(run) == before
+    message, _ = typed(circuits.main, run, "--device=cpu", "--count=4", "--tau=0.5")
     assert "tau=[0.0003, 0.2], not [0.5]: --force" in message
 
 
 def test_an_interrupted_command_continues_to_the_same_result(typed, run, monkeypatch):
     words = (run, "--device=cpu", "--count=4", "--tau=0.0003,0.001")
-    assert typed(acdc.main, *words)[0] is None
+    assert typed(circuits.main, *words)[0] is None
     _, whole = found_in(run)
     (run / "acdc.json").unlink()
-    save = acdc.Result.save
+    save = circuits.Result.save
 
     def interrupted(self, state):
         save(self, state)
         if len(state["circuits"]) == 1:  # in the second sweep
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(acdc.Result, "save", interrupted)
-    assert typed(acdc.main, *words)[0] == "stopped" and not (run / "acdc.json").exists()
+    monkeypatch.setattr(circuits.Result, "save", interrupted)
+    assert typed(circuits.main, *words)[0] == "stopped" and not (run / "acdc.json").exists()
     monkeypatch.undo()
-    assert typed(acdc.main, *words)[0] is None
+    assert typed(circuits.main, *words)[0] is None
     assert found_in(run)[1] == whole and not (run / "acdc.resume.pt").exists()
 
 
 def test_prompts_of_ones_own(typed, run, tmp_path):
     path = tmp_path / "own.json"
     path.write_text(json.dumps(OWN))
-    message, out = typed(acdc.main, run, "--device=cpu", f"--prompts={path}")
+    message, out = typed(circuits.main, run, "--device=cpu", f"--prompts={path}")
     assert message is None and "heldout" not in out  # two prompts, none to hold out
     path.write_text('[{"clean": " Tom"}]')
-    message, _ = typed(acdc.main, run, f"--prompts={path}")
+    message, _ = typed(circuits.main, run, f"--prompts={path}")
     assert "cannot read prompts from" in message and "clean, corrupt, answer, wrong" in message

@@ -1,0 +1,854 @@
+"""Circuits: what a model needs for one task, as edges (paper: Table 1) or as units.
+
+    python -m interp.circuits out/local_k2                          ACDC, tau 0.03, 64 prompts
+    python -m interp.circuits out/*_seed? --tau 0.03,0.01,0.1,0.3   several models at equal KL
+    python -m interp.circuits out/local_k2 --orders 8               8 random orders of edges too
+    python -m interp.circuits out/*_seed? --method eap              edges and units by attribution
+    python -m interp.circuits out/local_k2 --prompts mine.json      a JSON list of prompts like
+               {"clean": TEXT, "corrupt": TEXT, "answer": " Tom", "wrong": " Sue"}
+
+Task "names": "Then, Tom and Sue went to the park. Sue gave a ball to" -> " Tom". In its corrupt
+prompt these names are others. assets/tasks.txt has the prompts of this and of two more tasks. What
+is in a circuit is computed; all else carries the values of the corrupt prompt.
+
+acdc (Conmy et al. 2023), as the paper ran it, removes edges one by one. Its result depends on the
+order of the edges, part of which depends on Python's hash seed in the paper's library. Here the
+order is fixed, and --orders shows how much it matters. One tau gives two models circuits of
+different quality, so compare models at equal KL: edges_at_kl, interpolated between several taus.
+
+eap (EAP-IG: Hanna et al. 2024) scores all edges and units by gradients, and keeps the n best:
+    f           (metric of the circuit - of the corrupt prompt) / (of the model - of the corrupt
+                prompt); metric: logit of the right answer - of the wrong one, on other prompts
+    size        the first n for which f >= 0.8; f_random: f of as many random edges or units
+    CPR, CMD    areas below f and below |1 - f| over the share that is kept; best: 1 and 0
+    jaccard     of the best tenths that two sets of openings find; 0.05 by chance
+each the mean over three sets of prompts. A model that prefers the right answer in fewer than 90 %
+of the prompts gets no f, nor does one on whose metric the corrupt prompt has no effect.
+
+Writes acdc.json and acdc.png, or eap.json, beside the checkpoint, and eap.png for all runs. After
+Ctrl-C the same command continues. Shape letters: see interp/graph.py.
+"""
+
+import json
+import math
+import os
+import random
+import statistics
+import time
+from collections import defaultdict
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+import config as knobs
+from eval import open_run, plain, print_table, run_paths, save_figure
+from interp.graph import Circuit, Dest, Edge, PatchedModel
+from interp.results import Result, digest, measure_all, result_path
+from prepare import UserError, load_tokenizer, read_asset, word_lists
+
+TASKS = ("names", "pronouns", "objects")
+
+WINDOW = 16  # edges tried in one batch; a larger one wastes more work when an edge is put back
+RANDOM = 10  # random circuits of the same size that a circuit's KL is compared with
+KNOWS = 0.5  # a model that is right in a smaller share of prompts has no circuit for the task
+AT_KL = ("0.1", "0.3", "1")  # nats, at which models are compared
+LEAST_KL = 1e-6  # a smaller KL is rounding in float32; 0 has no logarithm
+# of attribution
+PATH = (0.1, 0.3, 0.5, 0.7, 0.9)  # from the corrupt (0) to the clean (1) embeddings
+SETS = 3  # of prompts, over which all numbers are means
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # sizes for CPR and CMD
+FAITHFUL = 0.8  # the f of a circuit that counts as large enough
+PREFERS = 0.9  # a model that prefers the right answer in a smaller share of prompts gets no f
+LEAST_EFFECT = 0.5  # logits: f would be a ratio of noise
+
+# ----------------------------------------------------------------------------------------- the task
+
+
+class Prompt(NamedTuple):
+    clean: str
+    corrupt: str  # the same with other names
+    answer: str  # the right name
+    wrong: str  # the other name of the clean text
+
+
+class Tokens(NamedTuple):
+    """Prompts as int64 tokens, padded on the left to the longest."""
+
+    clean: torch.Tensor  # (B, T)
+    corrupt: torch.Tensor  # (B, T)
+    lengths: torch.Tensor  # (B), without padding
+    answers: torch.Tensor  # (B)
+    wrong: torch.Tensor  # (B)
+
+    def rows(self, start, stop):
+        return Tokens(*(tensor[start:stop] for tensor in self))
+
+
+def fill(template, slots, girls):
+    """A template of assets/tasks.txt as text."""
+    pronouns = {f"{friend}_He": "She" if slots[friend] in girls else "He" for friend in "GR"}
+    return template.format(**slots, **pronouns)
+
+
+def corrupt_slots(task, slots, asked, names, girls, objects, rng):
+    """The slots of a corrupt prompt: see assets/tasks.txt. asked: the slot of the answer."""
+    others = [name for name in names if name not in (slots["A"], slots["B"])]
+    if task == "names":  # each drawn independently of the other two
+        return slots | {slot: rng.choice(others) for slot in "ABG"}
+    if task == "objects":
+        return slots | {"object": rng.choice([word for word in objects if word != slots["object"]])}
+    friend = slots[asked[0]]  # of R_He
+    other = rng.choice([name for name in others if (name in girls) != (friend in girls)])
+    return slots | {slot: other for slot in "ABGR" if slots[slot] == friend}
+
+
+def make_prompts(tokenizer, task, openings, count, seed):
+    """Distinct Prompts of a task; the giver is named first in half of them.
+
+    Raises UserError if too few of the words in assets/words.txt, with a space before them, are
+    single tokens.
+    """
+    rng, endings, lists = random.Random(seed), read_asset("tasks.txt")[task], {}
+    for kind, words in word_lists().items():
+        lists[kind] = [word for word in words if len(tokenizer.encode_ordinary(f" {word}")) == 1]
+    girls, boys = lists["girls"] + lists["more_girls"], lists["boys"] + lists["more_boys"]
+    places, objects = lists["places"], lists["objects"]
+    if min(len(girls), len(boys)) < 3 or not places or len(objects) < 2:
+        raise UserError("too few of our names, places and objects are single tokens of this "
+                        "tokenizer: give prompts of its own with --prompts FILE")
+    prompts = {}  # by the clean text
+    for turn in range(100 * count):
+        round_number, place = divmod(turn, len(openings))
+        ending = endings[round_number // 2 % len(endings)]
+        template = f"{openings[place]} {ending}"
+        A, B = rng.sample(girls + boys, 2)
+        giver, receiver = (A, B) if round_number % 2 else (B, A)
+        slots = {"A": A, "B": B, "G": giver, "R": receiver,
+                 "place": rng.choice(places), "object": rng.choice(objects)}
+        clean, _, answer = fill(template, slots, girls).rpartition(" ")
+        if clean in prompts:
+            continue
+        asked = ending.rpartition("{")[2]
+        slots = corrupt_slots(task, slots, asked, girls + boys, girls, objects, rng)
+        corrupt, _, wrong = fill(template, slots, girls).rpartition(" ")
+        wrong = giver if task == "names" else wrong
+        prompts[clean] = Prompt(clean, corrupt, f" {answer}", f" {wrong}")
+        if len(prompts) == count:
+            return list(prompts.values())
+    raise UserError(f"our words make fewer than {count} different prompts: lower --count")
+
+
+def read_prompts(path):
+    """The Prompts of a --prompts file. Raises UserError."""
+    try:
+        return [Prompt(**row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read prompts from {path}, a JSON list of objects with "
+                        f"{', '.join(Prompt._fields)}: {error}") from None
+
+
+def pad(rows):
+    """Lists of tokens -> (B, T); shorter lists are filled with 0 on the left."""
+    T = max(map(len, rows))
+    return torch.tensor([[0] * (T - len(row)) + row for row in rows])
+
+
+def tokenize(prompts, tokenizer, block_size):
+    """Prompts -> Tokens. Raises UserError if clean and corrupt positions do not correspond."""
+    rows = []
+    for prompt in prompts:
+        tokens = [tokenizer.encode_ordinary(text) for text in prompt]
+        length, corrupt, *names = map(len, tokens)
+        if not length == corrupt <= block_size or names != [1, 1]:
+            raise UserError(
+                f"{prompt.clean!r} has {length} tokens, its corrupt prompt {corrupt}, its names "
+                f"{names}: texts must be equally long, of {block_size} tokens at most, and names "
+                f"single tokens, as a rule with a space in front")
+        rows.append(tokens)
+    clean, corrupt, answers, wrong = zip(*rows)
+    lengths = torch.tensor([len(row) for row in clean])
+    return Tokens(pad(clean), pad(corrupt), lengths, pad(answers)[:, 0], pad(wrong)[:, 0])
+
+
+# ---------------------------------------------------------------------------------------- the sweep
+#
+# All of ACDC, one edge at a time:
+#
+#     kl = 0
+#     for edge in order:
+#         rise = KL(clean model || circuit without edge) - kl
+#         if rise < tau:         the edge stays removed, and kl += rise, even if rise is negative
+#         else:                  the edge is put back, kl stays
+#
+# The sweep below decides the same, but tries several edges in one batch, and fewer of them.
+
+
+def sweep_order(graph, rng=None):
+    """Every edge, in the order in which the sweep tries them: stage by stage, from the end.
+
+    Within a stage: heads ascending, Q, K, V, and the sources of each descending, as in ACDC. With
+    rng, a random.Random, the edges of every stage are shuffled instead.
+    """
+    edges = []
+    for stage in reversed(graph.stages):
+        stage_edges = []
+        for node in stage:
+            for dest in graph.dests(node):
+                stage_edges += [Edge(source, dest) for source in reversed(graph.sources(node))]
+        if rng is not None:
+            rng.shuffle(stage_edges)
+        edges += stage_edges
+    return edges
+
+
+def decide(circuit, edges, kl, tau):
+    """The rule for the next edges, up to the first that is put back.
+
+    -> a verdict for each, [whether it is kept, by how much its removal raised KL], and the new KL.
+    All are tried in one batch, each with those before it removed too. This follows the rule until
+    an edge is put back; what was tried after that edge is not used.
+    """
+    kls, inputs, outputs = circuit.attempt(edges)
+    verdicts, removed = [], 0
+    for kl_without in kls:
+        rise = kl_without - kl
+        kept = not rise < tau
+        verdicts.append([kept, rise])
+        if kept:
+            break
+        kl, removed = kl_without, removed + 1
+    if removed:
+        circuit.commit(edges[:removed], inputs, outputs)
+    return verdicts, kl
+
+
+def sweep_stage(circuit, edges, tau, state, bar):
+    """Decide the edges of the next stage. -> the state of the sweep after it, see discover."""
+    began = time.time()
+    done, state = state["decided"], dict(state)
+    # from scratch for every stage, so that a continued sweep is bit-equal to an uninterrupted one
+    circuit.set_removed([edge for edge, (kept, _) in zip(edges, done) if not kept])
+    stage_of, left = circuit.graph.stage, edges[len(done) :]
+    stage_edges = [edge for edge in left if stage_of[edge.dest.node] == stage_of[left[0].dest.node]]
+    # All edges out of these nodes are decided. A node that keeps none has no effect, so removing
+    # an edge into it raises KL by exactly 0 and need not be tried.
+    verdicts = {edge: [not 0.0 < tau, 0.0] for edge in stage_edges}
+    untried = [edge for edge in stage_edges if edge.dest.node in circuit.live]
+    bar.update(len(stage_edges) - len(untried))
+
+    # On a CPU a batch of edges costs more than one edge: after a put-back, start with one again.
+    on_cpu = circuit.current.device.type == "cpu"
+    smallest, largest = (1, WINDOW) if on_cpu else (2 * WINDOW, 2 * WINDOW)
+    size = smallest
+    while untried:
+        tried = untried[:size]
+        decided, state["kl"] = decide(circuit, tried, state["kl"], tau)
+        state["batches"] += 1
+        state["evaluations"] += len(tried)
+        state["margin"] = min(state["margin"], *(abs(rise - tau) for _, rise in decided))
+        verdicts.update(zip(tried, decided))
+        put_back, _ = decided[-1]
+        size = smallest if put_back else min(2 * size, largest)
+        untried = untried[len(decided) :]
+        bar.update(len(decided))
+    state["decided"] = done + [verdicts[edge] for edge in stage_edges]
+    state["seconds"] += time.time() - began
+    return state
+
+
+def discover(circuit, edges, tau, state=None, save=lambda state: None, title="ACDC"):
+    """ACDC's sweep over these edges, in this order -> the state it ends in, a dict of plain values:
+
+    decided: a verdict for every edge so far, see decide. kl: of what is left of the model, in nats.
+    margin: how close a rise of KL came to tau. batches, evaluations, seconds: what it took.
+    save is called with the state after every stage. A given state is continued.
+    """
+    state = state or {"decided": [], "kl": 0.0, "margin": math.inf,
+                      "batches": 0, "evaluations": 0, "seconds": 0.0}
+    with tqdm(total=len(edges), initial=len(state["decided"]), unit=" edges",
+              desc=f"{title} tau {tau:g}", mininterval=1) as bar:
+        while len(state["decided"]) < len(edges):
+            state = sweep_stage(circuit, edges, tau, state, bar)
+            save(state)
+    return state
+
+
+# ---------------------------------------------------------------------------------- attribution
+
+
+def logit_difference(model, residual, tokens):
+    """What Resid End reads, (B, T or 1, C) -> logit of the right answer - of the wrong one, (B)."""
+    embeddings = model.unembed.T  # (V, C)
+    direction = embeddings[tokens.answers] - embeddings[tokens.wrong]  # (B, C)
+    return (model.norm("ln_f", residual[:, -1]) * direction).sum(-1)
+
+
+def record(model, x):
+    """A run from the embeddings x (B, T, C): {Dest: what this input reads, (B, T, C); node: its
+    units, (B, T, D or 4C)}."""
+    found = {}
+
+    def note(place, value):
+        found[place] = value.view_as(value)  # no copy, but a tensor of its own for autograd
+        return found[place]
+
+    model.run(x, note, note)
+    return found
+
+
+def gradients(model, tokens, path):
+    """The gradient of the mean logit difference at every place of record: its mean over a path
+    between the embeddings of both prompts (integrated gradients)."""
+    mean = defaultdict(float)
+    for share in path:
+        x = torch.lerp(model.corrupt[0], model.clean[0], share)
+        places = record(model, x.requires_grad_())
+        metric = logit_difference(model, places[Dest(model.graph.end, "")], tokens).mean()
+        for place, slope in zip(places, torch.autograd.grad(metric, [*places.values()])):
+            mean[place] = mean[place] + slope / len(path)
+    return mean
+
+
+def attribute(model, tokens, path=PATH):
+    """{level: {Edge or (node, unit): score}}: to first order, by how much the logit difference
+    rises when this edge or unit carries the corrupt prompt's value. Of an edge (Hanna et al. 2024):
+    sum over prompts and positions of the change of its source . the gradient at its input; of a
+    unit: of its change x its gradient."""
+    scores, change = {"edges": {}, "units": {}}, model.corrupt - model.clean  # (S, B, T, C)
+    clean, corrupt = record(model, model.clean[0]), record(model, model.corrupt[0])
+    for place, slope in gradients(model, tokens, path).items():
+        if isinstance(place, Dest):
+            sources = model.graph.sources(place.node)  # the first so many of all
+            products = change[: len(sources)].flatten(1) @ slope.flatten()  # (sources)
+            names = [Edge(source, place) for source in sources]
+            scores["edges"] |= zip(names, products.tolist())
+        else:
+            products = ((corrupt[place] - clean[place]) * slope).sum((0, 1))  # (D or 4C)
+            names = [(place, unit) for unit in range(len(products))]
+            scores["units"] |= zip(names, products.tolist())
+    return scores
+
+
+def edge_circuits(model):
+    """-> a function: a set of edges -> what Resid End reads in their circuit, (B, 1, C)."""
+    circuit, edges = Circuit(model), sweep_order(model.graph)
+
+    def run(kept):
+        circuit.set_removed([edge for edge in edges if edge not in kept])
+        return circuit.input_of(circuit.end)
+    return run
+
+
+def unit_circuits(model):
+    """The same for a set of units (node, unit): all others have the corrupt prompt's values."""
+    corrupt = record(model, model.corrupt[0])
+
+    def run(kept):
+        masks = {}
+        for node in range(1, model.graph.end):
+            masks[node] = torch.zeros_like(corrupt[node][0, 0], dtype=torch.bool)
+        for node, unit in kept:
+            masks[node][unit] = True
+
+        def edit(node, units):
+            return torch.where(masks[node], units, corrupt[node])
+        return model.run(model.clean[0], edit=edit)[1][-1]
+    return run
+
+
+CIRCUITS = {"edges": edge_circuits, "units": unit_circuits}
+
+
+def area(sizes, heights, total):
+    """The area below these heights over the share size / total, from the height heights[0] at 0."""
+    shares = torch.tensor(sizes, dtype=torch.float64) / total
+    return torch.trapezoid(torch.tensor(heights, dtype=torch.float64), shares).item()
+
+
+def faithfulness(f, total):
+    """f: number of edges or units -> f of that circuit. -> the areas, and f of all SHARES."""
+    sizes = sorted({max(1, round(share * total)) for share in SHARES})
+    heights = [f(size) for size in sizes]
+    distance = [abs(1 - height) for height in heights]
+    return {"cpr": area([0, *sizes], [0, *heights], total),
+            "cmd": area([0, *sizes], [1, *distance], total), "curve": [sizes, heights]}
+
+
+def smallest(f, total):
+    """The first n of a fine grid with f(n) >= FAITHFUL. f(total) is 1."""
+    n = 1
+    while n < total and f(n) < FAITHFUL:
+        n = min(total, max(n + 1, round(1.1 * n)))
+    return n
+
+
+def overlap(first, second):
+    """Jaccard: what the best tenths of two rankings share, of all that is in either."""
+    count = max(1, round(len(first) / 10))
+    first, second = set(first[:count]), set(second[:count])
+    return len(first & second) / len(first | second)
+
+
+def rank(scores):
+    return sorted(scores, key=lambda name: -abs(scores[name]))
+
+
+@torch.no_grad()
+def measure_level(run, metric, halves, ends, rng):
+    """Circuits of edges or of units, of one set of prompts: a dict.
+
+    run: a set of them -> the end of that circuit. metric: such an end -> a float. halves: {name:
+    score} by each set of openings. ends: the metric of the corrupt prompt and of the model.
+    """
+    total, (none, full) = len(halves[0]), ends
+
+    def f_of(order):
+        return cache(lambda n: (metric(run(set(order[:n]))) - none) / (full - none))
+
+    best = f_of(rank({name: halves[0][name] + halves[1][name] for name in halves[0]}))
+    chance = f_of(rng.sample([*halves[0]], total))
+    size, by_chance = smallest(best, total), faithfulness(chance, total)
+    return faithfulness(best, total) | {
+        "total": total, "size": size, "f_random": chance(size),
+        "jaccard": overlap(*map(rank, halves)),
+        **{f"{name}_random": by_chance[name] for name in ("cpr", "cmd", "curve")}}
+
+
+# --------------------------------------------------------------------------------------- the result
+
+
+def accuracy(logits, tokens):
+    """logits (B, V) -> the share of prompts in which the answer is the likeliest token, and in
+    which it beats the wrong name."""
+    names = torch.stack([tokens.answers, tokens.wrong], -1).to(logits.device)  # (B, 2)
+    answer, wrong = logits.gather(1, names).T  # (B) each
+    exact = logits.argmax(-1) == names[:, 0]  # (B)
+    right = answer > wrong  # (B)
+    return exact.double().mean().item(), right.double().mean().item()
+
+
+@torch.no_grad()
+def ablated_logits(model, tokens):
+    """The ablated stream's logits at the last position, (B, V).
+
+    It cannot ignore padding, so it reads the prompts of one length at a time.
+    """
+    logits = model.lm_head.weight.new_empty(len(tokens.clean), model.config.vocab_size)  # (B, V)
+    for length in tokens.lengths.unique().tolist():
+        rows = tokens.lengths == length  # (B)
+        idx = tokens.clean[rows, -length:].to(logits.device)  # without padding
+        hidden, inputs, caches = model.clean_pass(idx)
+        hidden, _ = model.ablated_pass(hidden, inputs, caches)  # (B, T, C)
+        logits[rows.to(logits.device)] = model.lm_head(hidden[:, -1])
+    return logits
+
+
+def describe_model(model, circuits, tokens):
+    """What a result says about the model itself, a dict; None where it has no ablated stream.
+
+    circuits: {"": a Circuit of all edges on the prompts that circuits are found on, the tokens,
+    "_heldout": one on other prompts, if any}. The keys end the names of what is measured there.
+    """
+    exact, right = accuracy(circuits[""].logits(), tokens)
+    everything = sweep_order(circuits[""].graph)
+    facts = {"total": len(everything), "exact": exact, "right": right,
+             "ablated_exact": None, "ablated_right": None}
+    if model.config.ablation != "none":
+        exact, right = accuracy(ablated_logits(model, tokens), tokens)
+        facts |= {"ablated_exact": exact, "ablated_right": right}
+    for ending, circuit in circuits.items():
+        facts[f"kl_corrupt{ending}"] = circuit.kl_without(everything)
+    return facts
+
+
+def describe_circuit(circuits, edges, state, tokens, seed):
+    """What a result says about the circuit that a sweep of these edges found, a dict."""
+    graph = circuits[""].graph
+    kept, removed = {}, {}  # {edge: by how much its removal raised KL}
+    for edge, (put_back, rise) in zip(edges, state["decided"]):
+        (kept if put_back else removed)[edge] = rise
+    connected = graph.connected(kept)
+    ends = {node for edge in connected for node in (edge.source, edge.dest.node)}
+    heads = sum(graph.place(node)[1] is not None for node in ends)
+    facts = {"edges": len(kept), "connected": len(connected), "heads": heads}
+    facts |= {name: state[name] for name in ("margin", "batches", "evaluations", "seconds")}
+    removals, rng = [], random.Random(seed)  # of random circuits of the same size
+    for _ in range(RANDOM):
+        chosen = set(rng.sample(edges, len(kept)))
+        removals.append([edge for edge in edges if edge not in chosen])
+    for ending, circuit in circuits.items():
+        kls = [circuit.kl_without(others) for others in removals]
+        facts[f"kl_random{ending}"] = statistics.mean(kls)
+        facts[f"kl_random{ending}_sd"] = statistics.stdev(kls)
+        facts[f"kl{ending}"] = circuit.kl_without(removed)
+    facts["circuit_exact"], facts["circuit_right"] = accuracy(circuits[""].logits(), tokens)
+    facts["circuit"] = {graph.edge_name(edge): rise for edge, rise in kept.items()}
+    facts["removed"] = {graph.edge_name(edge): rise for edge, rise in removed.items()}
+    return facts
+
+
+def find_warnings(exact, margin, dtype):
+    """Reasons not to trust a circuit, one line each."""
+    if exact < KNOWS:
+        yield "is right in under half of the prompts: its circuit is not one for the task"
+    if margin < 1e-5 and dtype == "float32":
+        yield "a decision differs from tau only by rounding: measure again with --dtype float64"
+
+
+def load_prompts(run, task, args):
+    """A run's prompts: a list of (Prompts, Tokens). Those of ACDC are one set; those of EAP are
+    SETS, and each half of the scored ones has its own openings. Raises UserError."""
+    tokenizer, tasks = load_tokenizer(run.tokenizer), read_asset("tasks.txt")
+    first, second, count, seed = tasks["openings1"], tasks["openings2"], args.count, args.seed
+    if args.prompts:
+        sets = [read_prompts(args.prompts)]
+    elif args.method == "acdc":
+        sets = [make_prompts(tokenizer, task, first + second, 2 * count, seed)]
+    else:
+        sets = []
+        for number in range(seed * SETS, seed * SETS + SETS):
+            ours = make_prompts(tokenizer, task, first, count, number)
+            others = make_prompts(tokenizer, task, second, count, number)
+            half = count // 2
+            sets.append(ours[:half] + others[:half] + ours[half:] + others[half:])
+    return [(prompts, tokenize(prompts, tokenizer, run.model.config.block_size))
+            for prompts in sets]
+
+
+def open_result(path, args):
+    """The Result of a run. Raises UserError or ModelError."""
+    run, digests = open_run(path), {}
+    for task in args.task:
+        sets = load_prompts(run, task, args)
+        digests[task] = digest({str(i): torch.cat([*map(torch.flatten, tokens)])
+                                for i, (_, tokens) in enumerate(sets)})
+    prompts, _ = sets[0]
+    if args.method == "eap" and len(prompts) <= args.count:
+        raise UserError(f"{args.prompts} has {len(prompts)} prompts, none to hold out: lower "
+                        f"--count={args.count}")
+    settings = {
+        "task": args.task, "prompts": f"{args.prompts or 'templates'}, tokens {digests}",
+        "seed": args.seed, "dtype": args.dtype, "count": min(args.count, len(prompts)),
+        "heldout": max(0, len(prompts) - args.count)}
+    if args.method == "eap":
+        return Result(run, "eap", settings | {"level": args.level}, args.force)
+    settings |= {"tau": args.tau, "orders": args.orders}
+    return Result(run, "acdc", settings, args.force, files=[".png"])
+
+
+def patch(model, tokens, args, device):
+    """A PatchedModel of a GPTNeo on some of the prompts."""
+    config = model.config
+    return PatchedModel(model.clean_state_dict(), config.n_head, config.windows, tokens.clean,
+                        tokens.corrupt, tokens.lengths, getattr(torch, args.dtype), device)
+
+
+def find_circuits(result, title, args, device):
+    """Find the circuits of one run, or continue -> the facts of its result."""
+    (prompts, tokens), = load_prompts(result.run, args.task[0], args)
+    model = result.run.model.to(device)
+    found_on, heldout = tokens.rows(0, args.count), tokens.rows(args.count, None)
+    circuits = {}  # see describe_model
+    for ending, part in {"": found_on, "_heldout": heldout}.items():
+        if len(part.clean):
+            circuits[ending] = Circuit(patch(model, part, args, device))
+    facts = describe_model(model, circuits, found_on)
+    state = result.state or {"circuits": [], "sweep": None}  # finished ones, the one in progress
+    rows, sweep, graph = state["circuits"], state["sweep"], circuits[""].graph
+    orders = ["descending", *range(args.orders)]  # a number is that of a random order
+    to_find = [(tau, order) for tau in args.tau for order in orders]
+    for tau, order in to_find[len(rows) :]:
+        is_random = order != "descending"
+        rng = random.Random(f"{args.seed} {order}") if is_random else None
+        edges = sweep_order(graph, rng=rng)
+        sweep = discover(circuits[""], edges, tau, sweep, title=title,
+                         save=lambda sweep: result.save({"circuits": rows, "sweep": sweep}))
+        row = describe_circuit(circuits, edges, sweep, found_on, args.seed)
+        if is_random:  # the numbers alone: a sweep of 8 x 16 has 23,981 edges
+            del row["circuit"], row["removed"]
+        rows.append({"tau": tau, "order": order, **row})
+        sweep = None
+    warnings = find_warnings(facts["exact"], rows[0]["margin"], args.dtype)
+    facts |= {"circuits": rows, "warnings": list(warnings),
+              "prompts": [prompt._asdict() for prompt in prompts]}
+    facts["edges_at_kl"] = edges_at_kl(facts)
+    draw_circuit(result.path(".png"), result.run.path, facts, graph)
+    return facts
+
+
+def check(model, tokens, args, device):
+    """What decides whether prompts have a circuit: the share of them in which the right answer is
+    the likelier one, and the effect of the corrupt prompts on the metric, in logits."""
+    heldout = tokens.rows(args.count, None)
+    patched = patch(model, heldout, args, device)
+    clean = logit_difference(patched, patched.clean_residual[-1], heldout)  # (B)
+    corrupt = logit_difference(patched, patched.corrupt_residual[-1], heldout)
+    return (clean > 0).double().mean().item(), (clean - corrupt).mean().item()
+
+
+def measure_set(model, tokens, args, rng, device):
+    """{level: what measure_level finds} for one set of prompts."""
+    half, scores = args.count // 2, []
+    for part in (tokens.rows(0, half), tokens.rows(half, args.count)):
+        scores.append(attribute(patch(model, part, args, device), part))
+    heldout, found = tokens.rows(args.count, None), {}
+    patched = patch(model, heldout, args, device)
+
+    def metric(end):
+        return logit_difference(patched, end, heldout).mean().item()
+
+    ends = metric(patched.corrupt_residual[-1]), metric(patched.clean_residual[-1])
+    for level in args.level:
+        halves = [one[level] for one in scores]
+        found[level] = measure_level(CIRCUITS[level](patched), metric, halves, ends, rng)
+    return found
+
+
+def attribute_run(result, title, args, device):
+    """The circuits by attribution of one run: {"rows": a dict for each task and level}."""
+    model, rows = result.run.model.to(device), result.state or []
+    for task in args.task[len(rows) // len(args.level) :]:
+        sets = [tokens for _, tokens in load_prompts(result.run, task, args)]
+        checks = [check(model, tokens, args, device) for tokens in sets]
+        right, effect = map(statistics.mean, zip(*checks))
+        verdict = "no effect" if effect < LEAST_EFFECT else ""
+        verdict = "does not know" if right < PREFERS else verdict
+        rng, found = random.Random(args.seed), []
+        for tokens in [] if verdict else tqdm(sets, f"{title} {task}", unit=" sets of prompts"):
+            found.append(measure_set(model, tokens, args, rng, device))
+        for level in args.level:
+            row = {"task": task, "level": level, "right": right, "effect": effect,
+                   "verdict": verdict}
+            numbers = pd.DataFrame([one[level] for one in found])
+            for name in numbers:  # a mean over the sets; of a list, entry by entry
+                mean = torch.tensor([*numbers[name]], dtype=torch.float64).mean(0)
+                row[name] = mean.tolist()
+            rows = [*rows, row]
+        result.save(rows)
+    return {"rows": rows}
+
+
+# ------------------------------------------------------------------------------------- the frontier
+
+
+def measured_points(facts):
+    """(edges, KL) of a model's circuits: the one without edges, then one per tau, in the fixed
+    order; on held-out prompts if there are any."""
+    ending = "_heldout" if "kl_corrupt_heldout" in facts else ""
+    points = [(0, facts[f"kl_corrupt{ending}"])]
+    for row in facts["circuits"]:
+        if row["order"] == "descending":
+            points.append((row["edges"], row[f"kl{ending}"]))
+    return [(edges, max(kl, LEAST_KL)) for edges, kl in points]
+
+
+def frontier(points):
+    """Those of the (edges, KL) that are better than all with fewer edges: KL falls along them."""
+    best = []
+    for edges, kl in sorted(points):
+        if not best or kl < best[-1][1]:
+            best.append((edges, kl))
+    return best
+
+
+def edges_for_kl(points, kl):
+    """How many edges are needed for a KL of at most kl, a float; None outside the measured range.
+
+    Between two neighbours on the frontier, log KL is interpolated linearly.
+    """
+    best = frontier(points)
+    for (fewer, high), (more, low) in zip(best, best[1:]):
+        if low <= kl <= high:
+            return fewer + (more - fewer) * math.log(high / kl) / math.log(high / low)
+    return 0.0 if kl >= best[0][1] else None
+
+
+def edges_at_kl(facts):
+    """{"0.1": edges_for_kl, ...} for every AT_KL. None for a single tau, and for a model that does
+    not know the answers: its circuit is nearly empty, and not one for the task."""
+    points = measured_points(facts)
+    if len(points) < 3 or facts["exact"] < KNOWS:
+        return dict.fromkeys(AT_KL)
+    return {kl: edges_for_kl(points, float(kl)) for kl in AT_KL}
+
+
+# ------------------------------------------------------------------------------------- the pictures
+
+PARTS = {"Q": ("tab:red", "queries"), "K": ("tab:blue", "keys"), "V": ("tab:green", "values"),
+         "": ("0.35", "an MLP or the end")}
+
+
+def spot(graph, node):
+    """Where a node is drawn, (x, y): blocks from bottom to top, heads left, MLPs right."""
+    if node in (0, graph.end):
+        return graph.n_head / 2, 2 * graph.n_layer + 1.5 if node else -0.5
+    block, head = graph.place(node)
+    if head is None:
+        return graph.n_head + 0.5, 2 * block + 1.4
+    return head, 2 * block + 0.6
+
+
+def draw_circuit(path, title, facts, graph):
+    """The first circuit of a result. A thicker edge costs more KL when it is removed."""
+    from matplotlib.figure import Figure  # here, because it is slow to import
+
+    row = facts["circuits"][0]
+    edges = {graph.edge_name(edge): edge for edge in sweep_order(graph)}
+    rises = {edges[name]: rise for name, rise in row["circuit"].items()}
+    connected = set(graph.connected(rises))
+    top = max(rises.values(), default=1)
+    figure = Figure(figsize=(graph.n_head / 2 + 5, graph.n_layer + 3), layout="constrained")
+    axes = figure.subplots()
+    for edge, rise in rises.items():
+        color, _ = PARTS[edge.dest.part]
+        x0, y0 = spot(graph, edge.source)
+        x1, y1 = spot(graph, edge.dest.node)
+        x1 += {"Q": -0.15, "V": 0.15}.get(edge.dest.part, 0)  # a head's three inputs side by side
+        axes.plot((x0, x1), (y0, y1), "-" if edge in connected else ":", color=color, alpha=0.65,
+                  lw=0.6 + 4 * math.sqrt(max(rise, 0) / top))
+    for node in {node for edge in rises for node in (edge.source, edge.dest.node)}:
+        axes.text(*spot(graph, node), graph.name(node), ha="center", va="center", fontsize=8,
+                  bbox={"boxstyle": "round", "fc": "white"})
+    for color, label in PARTS.values():
+        axes.plot([], [], color=color, label=f"into {label}")
+    axes.plot([], [], ":", color="0.35", label="dangling: on no path from start to end")
+    figure.legend(loc="outside right upper", fontsize=8)
+    axes.axis("off")
+    axes.set_title(f"{plain(title)}\n{row['edges']} of {facts['total']:,} edges have KL "
+                   f"{row['kl']:.2f}, answer exact {row['circuit_exact']:.0%}")
+    save_figure(path, figure)
+
+
+def draw_attribution(path, rows):
+    """f over the share that is kept: a panel for each level and task, a line for each run."""
+    from matplotlib.figure import Figure
+
+    known = rows[rows["verdict"] == ""]
+    if known.empty:
+        return
+    tasks, levels, groups = (known[name].unique().tolist() for name in ("task", "level", "group"))
+    size = (3.6 * len(tasks) + 1, 2.8 * len(levels) + 1)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(levels), len(tasks), squeeze=False, sharey=True)
+    for (y, level), (x, task) in product(enumerate(levels), enumerate(tasks)):
+        axes = panels[y][x]
+        here = known[(known["level"] == level) & (known["task"] == task)]
+        for row in here.to_dict("records"):
+            sizes, heights = row["curve"]
+            shares = [size / row["total"] for size in sizes]
+            axes.plot(shares, row["curve_random"][1], ":", color="0.7", lw=1)
+            axes.plot(shares, heights, color=f"C{groups.index(row['group'])}", lw=1)
+        axes.axhline(FAITHFUL, color="0.8", lw=0.8)
+        axes.set(title=task, xlabel=f"share of {level}", xscale="log", ylim=(-0.25, 1.25))
+        panels[y][0].set_ylabel("f: share of the effect")
+    for place, group in enumerate(groups[:6]):  # more are hard to distinguish
+        panels[0][0].plot([], [], color=f"C{place}", label=plain(group))
+    panels[0][0].plot([], [], ":", color="0.7", label="random order")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    save_figure(path, figure)
+
+
+# --------------------------------------------------------------------------------- the command line
+
+MODEL_COLUMNS = {  # entry of acdc.json: its format
+    "run": "", "total": ",", "exact": ".0%", "right": ".0%", "ablated_exact": ".0%",
+    "ablated_right": ".0%", "kl_corrupt": ".3f", "kl_corrupt_heldout": ".3f",
+    **{f"edges_at_kl.{kl}": ".1f" for kl in AT_KL}}
+CIRCUIT_COLUMNS = {
+    "run": "", "tau": "g", "edges": ",", "random_orders": ".1f", "connected": ",", "heads": "",
+    "kl": ".3f", "kl_random": ".3f", "kl_heldout": ".3f", "kl_random_heldout": ".3f",
+    "circuit_exact": ".0%", "circuit_right": ".0%", "evaluations": ",", "seconds": ".0f"}
+
+
+def circuit_rows(result):
+    """A row per tau: the circuit of the fixed order, and how many edges random orders keep."""
+    for tau in result["settings"]["tau"]:
+        first, *others = [row for row in result["circuits"] if row["tau"] == tau]
+        edges = pd.Series([row["edges"] for row in others], dtype=float)
+        yield {"run": result["run"], **first,
+               "random_orders": edges.mean(), "random_orders_sd": edges.std()}
+
+
+EAP_NUMBERS = {
+    "right": ".0%", "effect": ".1f", "size": ".1f", "f_random": ".2f", "cpr": ".3f",
+    "cpr_random": ".3f", "cmd": ".3f", "cmd_random": ".3f", "jaccard": ".2f"}
+EAP_COLUMNS = {"run": "", "task": "", "level": "", "total": ",.0f", "verdict": "", **EAP_NUMBERS}
+
+
+def print_circuits(results):
+    print()
+    print_table(pd.json_normalize(results), MODEL_COLUMNS)
+    print()
+    rows = [row for result in results for row in circuit_rows(result)]
+    print_table(pd.DataFrame(rows), CIRCUIT_COLUMNS)
+    print("± is the sample standard deviation over random orders or random circuits\n"
+          "edges_at_kl: interpolated between taus; -: out of range, or most answers are wrong")
+    for result in results:
+        for warning in result["warnings"]:
+            print(f"warning: {result['run']}: {warning}")
+
+
+def print_attribution(results):
+    """A row for each task, level and group of runs that differ in the seed; and eap.png."""
+    rows = pd.DataFrame([{"run": one["run"], **row} for one in results for row in one["rows"]])
+    rows = rows.reindex(columns=[*EAP_COLUMNS, "curve", "curve_random"])  # also without any circuit
+    rows["group"] = rows["run"].str.replace(r"seed\d+", "seed*", regex=True)
+    groups = rows.groupby(["task", "level", "group"], sort=False)
+    table = groups.agg(n=("run", "size"), total=("total", "first"),
+                       verdict=("verdict", lambda texts: ", ".join(sorted({*texts} - {""}))))
+    numbers = groups[[*EAP_NUMBERS]].agg(["mean", "std", "count"])
+    numbers.columns = [name + end for name in EAP_NUMBERS for end in ("", "_sd", "_n")]
+    table = table.join(numbers).reset_index().rename(columns={"group": "run"})
+    print_table(table, EAP_COLUMNS)
+    print("± is the sample standard deviation over seeds; (1 of 3): one of 3 seeds has it\n"
+          "verdict: why a run has no circuit; random: a random order of the edges or units")
+    folder = os.path.commonpath([result_path(one["run"], "eap.png").parent for one in results])
+    draw_attribution(Path(folder, "eap.png"), rows)
+
+
+def numbers(text):
+    """For argparse: 0.03,0.1 -> [0.03, 0.1]."""
+    return [float(word) for word in text.split(",")]
+
+
+def main():
+    parser = knobs.Parser(description=__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", help="run folders (their best.pt) or .pt files")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default %(default)s); not mps, which lacks float64")
+    add("--method", choices=("acdc", "eap"), default="acdc", help="default acdc, the paper's")
+    one_of = parser.add_mutually_exclusive_group()
+    one_of.add_argument("--task", choices=TASKS, help="default: names for acdc, all three for eap")
+    one_of.add_argument("--prompts", metavar="FILE", help="your own prompts")
+    add("--count", type=knobs.positive, default=64, help="prompts to find circuits on (64); as "
+        "many more, or the rest of a file, are held out")
+    add("--seed", type=int, default=0, help="of prompts and of everything random (0)")
+    add("--dtype", choices=("float32", "float64"), default="float32")
+    add("--force", action="store_true", help="replace a result of other settings")
+    add("--tau", type=numbers, help="acdc: an edge stays removed if that raises KL by less, nats "
+        "(0.03); a list: 0.03,0.1")
+    add("--orders", type=knobs.positive, default=0, help="acdc: how many random orders to add (0)")
+    add("--level", choices=CIRCUITS, help="eap: edges or units only (default: both)")
+    args = parser.parse_args()
+    acdc = args.method == "acdc"
+    if args.level if acdc else args.tau or args.orders:
+        parser.error("--tau and --orders are for acdc, --level is for eap")
+    args.tau = args.tau or [0.03]
+    args.level = [args.level] if args.level else [*CIRCUITS]
+    tasks = TASKS[:1] if acdc else TASKS
+    args.task = [args.prompts or args.task] if args.prompts or args.task else [*tasks]
+    device = knobs.pick_device(args.device)
+    results = [open_result(path, args) for path in run_paths(args.runs)]
+    measure = partial(find_circuits if acdc else attribute_run, args=args, device=device)
+    found = measure_all(results, measure, device)
+    (print_circuits if acdc else print_attribution)(found)
+
+
+if __name__ == "__main__":
+    knobs.cli(main)

@@ -148,8 +148,8 @@ def hooked(folder):
     return model
 
 
-def circuit_of_the_library(folder, clean, corrupt, names, tau):
-    """The edges that AutoCircuit's ACDC keeps when it asks for them in this order, by name."""
+def patchable(folder):
+    """The exported folder as a model of AutoCircuit."""
     import transformer_lens
     from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
@@ -158,32 +158,65 @@ def circuit_of_the_library(folder, clean, corrupt, names, tau):
     moved.HookedTransformerKeyValueCache = TransformerLensKeyValueCache
     transformer_lens.HookedTransformerKeyValueCache = TransformerLensKeyValueCache
     sys.modules[moved.__name__] = moved
-    from auto_circuit.prune_algos.ACDC import acdc_prune_scores
     from auto_circuit.utils.graph_utils import patchable_model
 
-    model = patchable_model(hooked(folder), factorized=True, slice_output="last_seq",
-                            separate_qkv=True, device=torch.device("cpu"))
-    edges = {edge.name: edge for edge in model.edges}
-    assert edges.keys() == set(names)
-    model.edges = [edges[name] for name in names]  # else a set, in the order of a hash seed
-    pair = SimpleNamespace(clean=clean, corrupt=corrupt)
-    scores = acdc_prune_scores(model, [pair], None, tao_exps=[0], tao_bases=[tau])
-    return [name for name in names if edges[name].prune_score(scores) == torch.inf]
+    return patchable_model(hooked(folder), factorized=True, slice_output="last_seq",
+                           separate_qkv=True, device=torch.device("cpu"))
+
+
+def patched_pair(folder):
+    """An exported model as a PatchedModel, and its prompts as a batch of AutoCircuit."""
+    from interp.graph import PatchedModel
+
+    ours = exported(folder, n_layer=2, n_head=3, n_embd=12, block_size=16, window_size=4,
+                    attention_layers="global,local")
+    clean, corrupt, lengths = ids(4, 9), ids(4, 9).flip(0), torch.full((4,), 9)
+    model = PatchedModel(ours.clean_state_dict(), 3, ours.config.windows, clean, corrupt, lengths,
+                         torch.float64)
+    batch = SimpleNamespace(key=0, clean=clean, corrupt=corrupt, answers=clean[:, :1],
+                            wrong_answers=corrupt[:, 1:2])
+    return model, batch
 
 
 @needs("auto-circuit")
 @pytest.mark.parametrize("tau", [0.001, 0.003])
 def test_the_papers_library_finds_the_circuit_that_acdc_finds(tau, tmp_path):
-    from interp import acdc
+    from interp import circuits
+    from interp.graph import Circuit
 
-    ours = exported(tmp_path, n_layer=2, n_head=3, n_embd=12, block_size=16, window_size=4,
-                    attention_layers="global,local")
-    clean, corrupt, lengths = ids(4, 9), ids(4, 9).flip(0), torch.full((4,), 9)
-    model = acdc.PatchedModel(ours.clean_state_dict(), 3, ours.config.windows, clean, corrupt,
-                              lengths, torch.float64)
-    edges = acdc.sweep_order(model.graph)
-    state = acdc.discover(acdc.Circuit(model), edges, tau)
+    model, batch = patched_pair(tmp_path)
+    edges = circuits.sweep_order(model.graph)
+    state = circuits.discover(Circuit(model), edges, tau)
     names = [model.graph.edge_name(edge) for edge in edges]
     kept = [name for name, (put_back, _) in zip(names, state["decided"]) if put_back]
     assert state["margin"] > 1e-9 and 0 < len(kept) < len(edges)
-    assert circuit_of_the_library(tmp_path / "local_k2_hf", clean, corrupt, names, tau) == kept
+
+    theirs = patchable(tmp_path / "local_k2_hf")
+    from auto_circuit.prune_algos.ACDC import acdc_prune_scores
+
+    library = {edge.name: edge for edge in theirs.edges}
+    assert library.keys() == set(names)
+    theirs.edges = [library[name] for name in names]  # else a set, in the order of a hash seed
+    scores = acdc_prune_scores(theirs, [batch], None, tao_exps=[0], tao_bases=[tau])
+    found = [name for name in names if library[name].prune_score(scores) == torch.inf]
+    assert found == kept
+
+
+@needs("auto-circuit")
+def test_the_papers_library_finds_the_scores_of_edge_attribution(tmp_path):
+    """It has no path between embeddings: compared at the clean prompt, its end."""
+    from interp import circuits
+
+    model, batch = patched_pair(tmp_path)
+    theirs = patchable(tmp_path / "local_k2_hf")
+    from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
+
+    scores = mask_gradient_prune_scores(theirs, [batch], None, "logit", "avg_diff", mask_val=0.0)
+    library = {edge.name: -edge.prune_score(scores).item() for edge in theirs.edges}  # of a loss
+    lengths = torch.full((4,), 9)
+    tokens = circuits.Tokens(batch.clean, batch.corrupt, lengths, batch.answers[:, 0],
+                             batch.wrong_answers[:, 0])
+    found = circuits.attribute(model, tokens, path=[1.0])["edges"]
+    found = {model.graph.edge_name(edge): score for edge, score in found.items()}
+    assert max(map(abs, found.values())) > 1e-3
+    assert found == pytest.approx(library, rel=1e-5, abs=1e-8)

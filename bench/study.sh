@@ -80,7 +80,7 @@ geometry)
         --eval_windows=120
     ;;
 measure)
-    $PYTHON -m interp.acdc out/toy/*/*_seed? --tau 0.03,0.01,0.1,0.2,0.4,0.8 --orders 8
+    $PYTHON -m interp.circuits out/toy/*/*_seed? --tau 0.03,0.01,0.1,0.2,0.4,0.8 --orders 8
     SAE="--small --steps 1500 --tokens 300000 --expansion 8 --l1 5,3,7"
     $PYTHON -m interp.sae out/toy/*/*_seed? $SAE
     $PYTHON -m interp.tables out/toy/*/*_seed?

@@ -1,1 +1,1 @@
-"""Experiments on trained runs, each a program: python -m interp.acdc out/run. README lists them."""
+"""Experiments on trained runs, each a program: python -m interp.units out/run. See README."""

@@ -2,8 +2,10 @@
 
 First run the experiments that you want in the tables, on run folders of train.py, in any order:
 
-    python -m interp.acdc out/*               Table 1: circuits
+    python -m interp.circuits out/*           Table 1: circuits by the paper's method
+    python -m interp.circuits out/* --method eap      Table 1: units that three tasks need
     python -m interp.sae out/*                Table 1: sparse autoencoders (SAEs)
+    python -m interp.unlearn out/*            Table 1: what it costs to remove a concept
     python -m interp.n2g out/*                Table 2: neuron graphs
     python -m interp.explain out/*            Table 2: how well neurons can be explained
     python -m interp.units out/*              Table 2: how the gates use their units
@@ -49,10 +51,13 @@ PAPER = {  # its Table 1: (ablation, k_attn and k_mlp) -> these numbers
 # the parts of a table, printed below each other: {column: format}
 HEAD = dict.fromkeys(("run", "layer", "ablation", "k_attn", "k_mlp", "differs", "n"), "")
 TABLE1 = [{
-    "IOI answers exact": ".0%", "by the ablated stream": ".0%",
+    "answers exact": ".0%", "by the ablated stream": ".0%",
     "edges": ".1f", "paper edges": ".4g", "connected edges": ".1f",
     "edges for KL <= 0.1": ".1f", "edges for KL <= 0.3": ".1f", "edges for KL <= 1": ".1f",
+    "units for names": ".0f", "units for pronouns": ".0f", "units for objects": ".0f",
     "nats lost at L0 = 3": ".3f", "CE score at L0 = 3": ".2f",
+    "unlearning, retain": ".4f", "unlearning, siblings": ".3f",
+    "logits edit, retain": ".4f", "logits edit, siblings": ".3f",
     "SAE L0": ".2f", "paper SAE L0": ".4g", "CE score": ".2f", "paper CE score": ".4g",
     "ppl_clean": ".2f", "paper ppl_clean": ".4g", "ppl_ablated": ".2f",
     "l1": ".3f", "paper l1": ".4g"}]
@@ -75,9 +80,13 @@ TRADEOFFS = {  # name of a number: label of its axis
 NOTES1 = [
     "± is the sample standard deviation over the seeds of a row; (1 of 3): one of 3 seeds has it",
     "paper: its model with the same ablation and k, of another size and data; ppl per GPT-2 token",
-    "IOI answers exact: how often the right name is the likeliest; if rarely, circuits say little",
+    "answers exact: how often the right answer is the likeliest; if rarely, circuits say little",
     "edges for KL <= x: interpolated over thresholds, on held-out prompts if any, of models that "
     "know the answers; a seed that does not reach this KL is left out: its row looks too good",
+    "units for names, pronouns, objects: the fewest that keep 80 % of the corrupt prompt's effect, "
+    "of models that know the task",
+    "unlearning: loss increase, nats, on other stories and on sibling words where removing units "
+    "raises the loss on a concept's words by 0.5; logits edit: lowering their logits instead",
     "nats lost at L0 = 3: loss increase when SAE reconstructions with 3 active features replace a "
     "layer's output (interpolated); lower is better",
     "CE score: 1 - this increase / the increase when the output is zeroed"]
@@ -99,7 +108,22 @@ def circuit_numbers(result, layer):
     numbers = {f"edges for KL <= {kl}": edges for kl, edges in result["edges_at_kl"].items()}
     return numbers | {
         "edges": first["edges"], "connected edges": first["connected"],
-        "IOI answers exact": result["ioi_exact"], "by the ablated stream": result["ablated_exact"]}
+        "answers exact": result["exact"], "by the ablated stream": result["ablated_exact"]}
+
+
+def unit_numbers(result, layer):
+    """Of eap.json: how many units each task needs, without those that the model does not know."""
+    return {f"units for {row['task']}": row.get("size")
+            for row in result["rows"] if row["level"] == "units"}
+
+
+def unlearning_numbers(result, layer):
+    """Of unlearn.json: what removing a concept costs, by the ranking fisher and by its control."""
+    numbers = {}
+    for name, ranking in (("unlearning", "fisher"), ("logits edit", "logits")):
+        for cost in ("retain", "siblings"):
+            numbers[f"{name}, {cost}"] = result["mean"][ranking][cost]
+    return numbers
 
 
 def sae_numbers(result, layer):
@@ -148,7 +172,8 @@ def use_numbers(result, layer):
 
 
 EXPERIMENTS = {  # name of a result file: function of the result and a layer (None: all layers)
-    "acdc": circuit_numbers, "sae": sae_numbers, "n2g": graph_numbers, "units": use_numbers,
+    "acdc": circuit_numbers, "eap": unit_numbers, "unlearn": unlearning_numbers,
+    "sae": sae_numbers, "n2g": graph_numbers, "units": use_numbers,
     "explain": partial(score_numbers, "score"),
     "explain_openai": partial(score_numbers, "llm_score")}
 
@@ -309,7 +334,7 @@ def main():
     over_seeds(rows)  # refuses repeated seeds before anything is measured
     folder = Path(os.path.commonpath([Path(run.path).absolute().parent for run in runs]))
     found, notes = read_experiments(runs)
-    notes1 = NOTES1 + notes.pop("acdc") + notes.pop("sae")
+    notes1 = NOTES1 + sum([notes.pop(name) for name in ("acdc", "eap", "unlearn", "sae")], [])
     notes2 = NOTES2 + sum(notes.values(), [])
     if args.layers:
         layers = range(max(run.model.config.n_layer for run in runs))

@@ -103,14 +103,15 @@ CORE = [
     ("sweep.py", "config"),
 ]
 
-NEED_A_RUN = ["acdc", "sae", "n2g", "explain --window=1", "units", "browse", "tables"]
+NEED_A_RUN = ["circuits", "unlearn", "sae", "n2g", "explain --window=1", "units", "browse",
+              "tables"]
 INTERP = [
     *((f"-m interp.{script} out/nowhere", "no checkpoint at out/nowhere") for script in NEED_A_RUN),
     *((f"-m interp.{script} out/run", "best.pt is damaged", flip("out/run/best.pt"))
       for script in NEED_A_RUN),
-    ("-m interp.acdc out/run", "names"),  # these data have none
-    ("-m interp.acdc out/run --tau=a", "argument --tau"),
-    ("-m interp.acdc out/run --prompts=pairs.json", "cannot read prompts from pairs.json"),
+    ("-m interp.circuits out/run", "names"),  # these data have none
+    ("-m interp.circuits out/run --tau=a", "argument --tau"),
+    ("-m interp.circuits out/run --prompts=pairs.json", "cannot read prompts from pairs.json"),
     ("-m interp.sae out/run --layer=9", "--layer=9: the blocks of this model are 0 to 1"),
     ("-m interp.sae out/run --batch_size=100000", "too few for batches of 100,000"),
     ("-m interp.n2g out/run --layer=9", "--layer=9: the blocks of this model are 0 to 1"),

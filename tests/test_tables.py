@@ -47,7 +47,7 @@ def found(run, experiment, knob=0, **facts):
 
 def found_circuit(run, edges, edges_at_kl=(None, None, None), exact=0.5, ablated=None, **more):
     found(run, "acdc", circuits=[{"edges": edges, "connected": edges - 2}, {"edges": 999}],
-          edges_at_kl=dict(zip(("0.1", "0.3", "1"), edges_at_kl)), ioi_exact=exact,
+          edges_at_kl=dict(zip(("0.1", "0.3", "1"), edges_at_kl)), exact=exact,
           ablated_exact=ablated, **more)
 
 
@@ -58,6 +58,21 @@ def found_saes(run, saes, nats=None, score=None, **more):
     places = [{**PLACE, "nats_lost": nats, "ce_score": score}, {"nats_lost": 99, "ce_score": 99}]
     found(run, "sae", saes=[*rows, {**rows[0], "layer": 2, "l0": 999}], at_l0={"places": places},
           **more)
+
+
+def found_units(run, names, pronouns=None):
+    """None: a task that the model does not know."""
+    rows = [{"task": "names", "level": "edges", "size": 999}, {"task": "names", "level": "units"},
+            {"task": "pronouns", "level": "units"}]
+    for row, size in zip(rows[1:], (names, pronouns)):
+        row |= {} if size is None else {"size": size}
+    found(run, "eap", rows=rows)
+
+
+def found_unlearning(run, retain, siblings):
+    costs = {"fisher": {"retain": retain, "siblings": siblings},
+             "logits": {"retain": 0.0, "siblings": None}}
+    found(run, "unlearn", mean=costs | {"chance": {"retain": 999, "siblings": 999}})
 
 
 def graphs(value, **more):
@@ -103,6 +118,10 @@ def test_table_1_joins_experiments_over_seeds(make, call, tmp_path):
     found_circuit(first, 10, (None, 5.0, 2.0), ablated=0.25)
     found_circuit(second, 13, (9.0, 8.0, 4.0), ablated=0.75)
     found_circuit(plain, 50, exact=1.0)
+    found_units(first, 80.0)
+    found_units(second, 90.0, 50.0)
+    found_unlearning(first, 0.005, 0.25)
+    found_unlearning(second, None, None)
     found_saes(first, [(5.0, 4.0, 0.5), (9.0, 100.0, 0.9), (5.0, 7.0, 0.75)], 1.25, 0.5)
     found_saes(plain, [(5.0, 7.5, None), (5.0, 8.5, 0.5)], warnings=["do not believe it"])
     out, files = call(first, second, plain)
@@ -110,7 +129,11 @@ def test_table_1_joins_experiments_over_seeds(make, call, tmp_path):
     assert (local["n"], local["run"]) == (2, f"{tmp_path}/out/local_seed*")
     assert (local["edges"], local["edges_sd"]) == (11.5, statistics.stdev([10, 13]))
     assert (local["edges for KL <= 0.1"], local["edges for KL <= 0.1_n"]) == (9, 1)
-    assert (local["by the ablated stream"], base["IOI answers exact"]) == (0.5, 1)
+    assert (local["by the ablated stream"], base["answers exact"]) == (0.5, 1)
+    assert (local["units for names"], local["units for names_n"]) == (85, 2)
+    assert (local["units for pronouns"], local["units for pronouns_n"]) == (50, 1)
+    assert (local["unlearning, retain"], local["unlearning, siblings_n"]) == (0.005, 1)
+    assert local["logits edit, retain"] == 0 and "logits edit, siblings" not in local
     # of the first place: means over its two seeds for the first coefficient, and at L0 = 3
     assert (local["SAE L0"], local["CE score"]) == (5.5, 0.625)
     assert (local["nats lost at L0 = 3"], local["CE score at L0 = 3"]) == (1.25, 0.5)
@@ -257,4 +280,4 @@ def test_it_works_as_its_help_says(make, tmp_path):
         (cell,) = re.findall(r"^\| (.*?) \| local", line)
         assert cell == str(run).replace("|", r"\|").replace("$", r"\$")
     programs = set(re.findall(r"python -m (interp\.\w+) out/\*", tables.__doc__))
-    assert len(programs) == 6 and all(map(find_spec, programs))
+    assert len(programs) == 7 and all(map(find_spec, programs))

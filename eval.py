@@ -46,9 +46,7 @@ COLUMNS = {  # of the table: entry of a row, its format
 
 def loss_numbers(stream, losses, is_end, T, text_bytes):
     """{name: number} of one stream over a split with text_bytes UTF-8 bytes of text.
-
-    losses (n,): nats per token. is_end (n,): end-of-text tokens, which have no bytes.
-    """
+    losses (n,): nats per token. is_end (n,): end-of-text tokens, which have no bytes."""
     starts = np.arange(0, len(losses), T)
     sums = np.add.reduceat(losses.numpy(), starts)  # nats of each window
     sizes = np.diff(starts, append=len(losses))  # tokens of each window
@@ -57,10 +55,11 @@ def loss_numbers(stream, losses, is_end, T, text_bytes):
     deviation = (sums - loss * sizes).std(ddof=1) if len(sums) > 1 else 0.0
     error = deviation * math.sqrt(len(sums)) / sizes.sum()
     bits = losses[~is_end].sum().item() / math.log(2)
+    ppl = math.exp(loss)
     return {
         f"loss_{stream}": loss,
-        f"ppl_{stream}": math.exp(loss),
-        f"ppl_{stream}_se": math.exp(loss) * error,
+        f"ppl_{stream}": ppl,
+        f"ppl_{stream}_se": ppl * error,
         f"bits_per_byte_{stream}": bits / text_bytes}
 
 
@@ -76,10 +75,8 @@ def window_batches(n, T, batch_size):
 @torch.no_grad()
 def measure_split(model, tokens, eot, text_bytes, batch_size=8, device="cpu"):
     """{name: number or list}: the losses of each stream over a split, and the use of units.
-
     tokens: uint16 (n,), stories that each end in eot, with text_bytes UTF-8 bytes in all.
-    A unit is used at a token when its mask is 1 there.
-    """
+    A unit is used at a token when its mask is 1 there."""
     n = len(tokens)
     T = model.config.block_size
     gated = model.config.ablation != "none"
@@ -88,8 +85,7 @@ def measure_split(model, tokens, eot, text_bytes, batch_size=8, device="cpu"):
     is_end = text[1:] == eot  # (n)
     story = (text[:-1] == eot).cumsum(0) - 1  # (n): the story of each target, counted from 0
     losses = defaultdict(list)  # nats per token
-    counts = {}  # tokens at which each unit is used (L * N)
-    seen = {}  # whether it is used in a story (stories, L * N)
+    counts = {}  # tokens of each story at which each unit is used (stories, L, N)
     for at in window_batches(n, T, batch_size):
         inputs = text[at].to(device)
         targets = text[at + 1].to(device)
@@ -99,22 +95,19 @@ def measure_split(model, tokens, eot, text_bytes, batch_size=8, device="cpu"):
             nats = F.cross_entropy(rows, targets.flatten(), reduction="none")  # (B * T)
             losses[stream].append(nats.cpu().double())
         for kind, mask in zip(("attn", "mlp"), outputs[2:]):  # (B, T, L, N) of zeros and ones
-            used = mask.flatten(2).flatten(0, 1).bool().cpu()  # (B * T, L * N)
+            used = mask.flatten(0, 1).int().cpu()  # (B * T, L, N)
             if kind not in counts:
-                counts[kind] = torch.zeros(used.size(1)).long()
-                seen[kind] = used.new_zeros(story[-1] + 1, used.size(1))
-            counts[kind] += used.sum(0)
-            token, unit = used.nonzero(as_tuple=True)
-            seen[kind][story[at].flatten()[token], unit] = True
+                counts[kind] = used.new_zeros(story[-1] + 1, *used.shape[1:])
+            counts[kind].index_add_(0, story[at].flatten(), used)
 
     numbers = {"tokens": n, "stories": int(is_end.sum())}
     for stream, nats in losses.items():
         numbers |= loss_numbers(stream, torch.cat(nats), is_end, T, text_bytes)
     for kind, count in counts.items():
-        rate = count.numpy() / n  # (L * N)
+        rate = count.numpy().sum(0) / n  # (L, N)
         numbers[f"{kind}_ever"] = (rate > 0).mean()
-        numbers[f"{kind}_per_story"] = seen[kind].numpy().sum(1).mean()
-        numbers[f"{kind}_rate"] = rate.reshape(model.config.n_layer, -1).tolist()
+        numbers[f"{kind}_per_story"] = (count > 0).sum((1, 2)).numpy().mean()
+        numbers[f"{kind}_rate"] = rate.tolist()
     return numbers
 
 
@@ -209,7 +202,8 @@ def open_runs(paths, data=None):
 
 def describe_run(run):
     """The row of a run before it is measured: a dict with every knob that decides the result."""
-    removed = {name: run.knobs[name] for name in run.knobs.keys() - {*DEFAULTS, "vocab_size"}}
+    known = {*DEFAULTS, "vocab_size"}
+    removed = {name: value for name, value in run.knobs.items() if name not in known}
     row = {"run": run.path, "step": run.step, "data": run.folder.name,
            "checksum": run.meta["checksum"], "trained_on": run.checksum,
            **{name: run.knobs[name] for name in knobs.decisive(DEFAULTS)},
@@ -239,10 +233,8 @@ def common_name(paths):
 
 def over_seeds(frame):
     """One row for the runs that differ only in the seed. Raises UserError where a seed repeats.
-
     Every number x becomes its mean x, its sample standard deviation x_sd, and x_n, the number of
-    runs that have it.
-    """
+    runs that have it."""
     shared = [name for name in [*RECIPE, "layer"] if name in frame]
     repeated = frame["run"][frame.duplicated([*shared, "seed"], keep=False)]
     if len(repeated):
@@ -259,9 +251,7 @@ def over_seeds(frame):
 
 def differences(frame):
     """One text per row: the knobs in which rows differ, where they are not at their default.
-
-    ablation and k have columns of their own.
-    """
+    ablation and k have columns of their own."""
     texts = frame["run"].str[:0]  # empty ones
     for name in ("seed", *RECIPE):
         without_column = name not in ("ablation", "k_attn", "k_mlp", "checksum")
@@ -313,14 +303,13 @@ def print_samples(run, args):
     """Continue the prompt once from each stream, with the same random numbers."""
     tokenizer = load_tokenizer(run.tokenizer)
     eot = tokenizer.eot_token
+    prompt = tokenizer.encode_ordinary(args.sample) or [eot]
+    idx = torch.tensor([prompt], device=run.model.lm_head.weight.device)  # (1, T)
     gated = run.model.config.ablation != "none"
-    idx = torch.tensor([tokenizer.encode_ordinary(args.sample) or [eot]])  # (1, T)
-    idx = idx.to(run.model.lm_head.weight.device)
     for stream in ("clean", "ablated") if gated else ("clean",):
         generator = torch.Generator(idx.device).manual_seed(args.seed)
-        story = run.model.generate(
-            idx, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
-            generator=generator, stream=stream, stop_token=eot)  # (1, T + new)
+        story = run.model.generate(idx, args.max_new_tokens, args.temperature, args.top_k,
+                                   generator, stream, stop_token=eot)  # (1, T + new)
         print(f"\n--- {run.path}, {stream} stream")
         print(tokenizer.decode(story[story != eot].tolist()))
 
@@ -371,7 +360,8 @@ def run_parser(description):
 
 def main():
     parser = run_parser(__doc__)
-    add, add_one_of = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add = parser.add_argument
+    add_one_of = parser.add_mutually_exclusive_group().add_argument
     add("--batch_size", type=knobs.positive, default=8, help="windows at a time")
     add("--over_seeds", action="store_true", help="one row for runs that differ only in the seed")
     add("--plot", type=knobs.picture, metavar="FILE", help="plot loss curves and unit use")

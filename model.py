@@ -270,10 +270,8 @@ class Block(nn.Module):
 
     def ablated(self, x, x_clean, kv_clean, scores=None):
         """The ablated stream: x (B, T, C) -> (B, T, C) and its masks (B, T, C or H), (B, T, M).
-
         x_clean (B, T, C), kv_clean: this block's input, keys and values on the clean stream.
-        scores: from global gates, shaped as the masks. None: local gates score x_clean.
-        """
+        scores: from global gates, shaped as the masks. None: local gates score x_clean."""
         config = self.config
         attn_scores, mlp_scores = scores or (self.attn_gate(x_clean), self.mlp_gate(x_clean))
         attn_mask = gate(attn_scores, config.k_attn, config.gate)
@@ -298,13 +296,13 @@ class GPTNeo(nn.Module):
         if config.ablation == "global":
             self.attn_gate = GateScores(C, L * config.attn_units)
             self.mlp_gate = GateScores(C, L * 4 * C)
-        wte = self.transformer["wte"]
-        for module in self.modules():  # as GPT-Neo: N(0, 0.02), biases 0; LayerNorms have 1 and 0
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=config.embd_std if module is wte else 0.02)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
-        self.lm_head.weight = wte.weight  # tied
+        wte = self.transformer["wte"].weight
+        for name, p in self.named_parameters():  # as GPT-Neo; LayerNorms have ones and zeros
+            if p.dim() == 2:
+                nn.init.normal_(p, std=config.embd_std if p is wte else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        self.lm_head.weight = wte  # tied
 
     def clean_pass(self, idx):
         """A plain GPT-Neo: idx (B, T) -> its final hidden state, after ln_f (B, T, C), and two
@@ -322,7 +320,7 @@ class GPTNeo(nn.Module):
         return self.transformer["ln_f"](x), inputs, caches
 
     def ablated_pass(self, hidden, inputs, caches):
-        """The ablated stream, from what clean_pass returned: -> its final hidden state (B, T, C),
+        """The ablated stream, from what clean_pass returned -> its final hidden state (B, T, C),
         and the masks, a pair (B, T, C or H), (B, T, M) per layer."""
         L = self.config.n_layer
         scores = [None] * L  # local gates score inside their block
@@ -330,17 +328,16 @@ class GPTNeo(nn.Module):
             attn_scores, mlp_scores = self.attn_gate(hidden), self.mlp_gate(hidden)  # (B, T, L * N)
             scores = list(zip(attn_scores.chunk(L, -1), mlp_scores.chunk(L, -1)))
         x, masks = inputs[0], []  # both streams start at the embeddings
-        for layer, block in enumerate(self.transformer["h"]):
-            x, block_masks = block.ablated(x, inputs[layer], caches[layer], scores[layer])
+        layers = zip(self.transformer["h"], inputs, caches, scores)
+        for block, x_clean, kv_clean, layer_scores in layers:
+            x, block_masks = block.ablated(x, x_clean, kv_clean, layer_scores)
             masks.append(block_masks)
         return self.transformer["ln_f"](x), masks
 
     def forward(self, idx, targets=None, ablated_coeff=None):
         """idx (B, T) -> clean logits (B, T, V), which is inference; with targets (B, T) -> Losses.
-
         ablated_coeff overrides the config's. As a tensor () its value may change without
-        recompiling. The number 0 skips the ablated pass: its loss is None.
-        """
+        recompiling. The number 0 skips the ablated pass: its loss is None."""
         config = self.config
         hidden, inputs, caches = self.clean_pass(idx)
         if targets is None:
@@ -358,10 +355,10 @@ class GPTNeo(nn.Module):
         """Both streams and every mask: idx (B, T) -> Streams. ModelError without ablation."""
         if self.config.ablation == "none":
             raise ModelError("this model has ablation='none', so it has no ablated stream")
-        hidden, inputs, caches = self.clean_pass(idx)
-        hidden_ablated, masks = self.ablated_pass(hidden, inputs, caches)
-        attn_mask, mlp_mask = (torch.stack(kind, 2) for kind in zip(*masks))  # (B, T, L, N)
-        return Streams(self.lm_head(hidden), self.lm_head(hidden_ablated), attn_mask, mlp_mask)
+        clean, inputs, caches = self.clean_pass(idx)
+        ablated, masks = self.ablated_pass(clean, inputs, caches)
+        masks = [torch.stack(kind, 2) for kind in zip(*masks)]  # (B, T, L, N) each
+        return Streams(self.lm_head(clean), self.lm_head(ablated), *masks)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None,
@@ -369,15 +366,12 @@ class GPTNeo(nn.Module):
         """Continue idx (B, T) by up to max_new_tokens -> (B, T + new). temperature 0 is greedy;
         top_k samples from the k likeliest tokens; stream: "clean" or "ablated". A row that reached
         stop_token is filled with it. The context is at most the last block_size tokens."""
-        if not temperature >= 0:  # nan too
-            raise ModelError(f"temperature={temperature} must be 0 or more")
-        stopped = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
+        V, stopped = self.config.vocab_size, torch.zeros_like(idx[:, :1], dtype=torch.bool)
         for _ in range(max_new_tokens):
             hidden, inputs, caches = self.clean_pass(idx[:, -self.config.block_size :])
             if stream == "ablated":
                 hidden, _ = self.ablated_pass(hidden, inputs, caches)
             logits = self.lm_head(hidden[:, -1]).float()  # (B, V)
-            V = logits.size(-1)
             logits, tokens = logits.topk(min(top_k or V, V))  # not more, even where logits tie
             choice = torch.zeros_like(tokens[:, :1])  # (B, 1): the first is the likeliest
             if temperature > 0:
@@ -397,7 +391,7 @@ class GPTNeo(nn.Module):
         return {name: value for name, value in self.state_dict().items() if "_gate." not in name}
 
     @classmethod
-    def from_checkpoint(cls, checkpoint, device="cpu"):
+    def from_checkpoint(cls, checkpoint):
         """A model from a run folder, a file or what load_checkpoint returned. Raises ModelError."""
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint(checkpoint)
@@ -406,12 +400,11 @@ class GPTNeo(nn.Module):
         for name, weight in model.state_dict().items():
             if not weight.isfinite().all():
                 raise ModelError(f"damaged weights: {name} holds values that are not finite")
-        return model.to(device)
+        return model
 
     @classmethod
     def from_pretrained(cls, name):
-        """A GPT-Neo of Hugging Face, in fp32 and without gates: a folder, or a name on the hub.
-        Needs transformers. Raises ModelError."""
+        """A GPT-Neo of Hugging Face, in fp32 and without gates: a folder, or a name on the hub."""
         from safetensors.torch import load_file
         from transformers import AutoConfig, GPTNeoForCausalLM
 
@@ -431,10 +424,10 @@ class GPTNeo(nn.Module):
                     raise ValueError(f"weights in {file} are not floating point")
             if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
                 raise ValueError("its lm_head is not its token embedding")
+            if info["missing_keys"]:
+                raise ValueError(f"it lacks weights: {', '.join(info['missing_keys'])}")
         except Exception as error:  # a damaged file can raise almost any exception
             raise ModelError(f"cannot load {name}: {' '.join(str(error).split())}") from None
-        if info["missing_keys"]:
-            raise ModelError(f"{name} lacks weights: {', '.join(info['missing_keys'])}")
         config = GPTNeoConfig(
             theirs.vocab_size, theirs.max_position_embeddings, theirs.num_layers, theirs.num_heads,
             theirs.hidden_size, ",".join(theirs.attention_layers), theirs.window_size, "none")
@@ -445,8 +438,7 @@ class GPTNeo(nn.Module):
 
 
 def cross_entropy(hidden, weight, targets):
-    """Mean -log softmax(hidden weight^T)[target] in nats: hidden (B, T, C), weight (V, C), targets
-    (B, T) -> ()."""
+    """Mean in nats per token: hidden (B, T, C), weight (V, C), targets (B, T) -> ()."""
     hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (B T, C), (B T)
     eager_cpu = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
     if eager_cpu and hasattr(F, "linear_cross_entropy"):  # torch 2.13
@@ -481,21 +473,19 @@ def save_checkpoint(path, config, weights, **state):
 
 
 def load_torch(path):
-    """What torch.save wrote to path, on the CPU. Raises ModelError.
-
-    Every byte is checked, because torch.load ignores the zip's CRCs: it would load a flipped bit as
-    a different model, and fill a tensor whose entry is marked as a folder with noise.
-    """
+    """What torch.save wrote to path, on the CPU. Every byte is checked, because torch.load ignores
+    the zip's CRCs: it would load a flipped bit as a different model, and fill a tensor whose entry
+    is marked as a folder with noise."""
     try:
         with zipfile.ZipFile(path) as archive:
             folders = [file.filename for file in archive.infolist() if file.external_attr & 0x10]
-            damaged = archive.testzip() or folders
-        if not damaged:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        reason = f"{damaged} has changed since it was written"
+            if damaged := archive.testzip() or folders:
+                raise ValueError(f"{damaged} has changed since it was written")
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise OSError, IndexError, TypeError, ...
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    raise ModelError(f"{path} is damaged, or not a file of this project ({reason:.150})")
+        message = f"{path} is damaged, or not a file of this project ({reason:.150})"
+        raise ModelError(message) from None
 
 
 def load_checkpoint(path):

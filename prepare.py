@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import random
-import re
 import shutil
 import signal
 from collections import Counter
@@ -32,7 +31,6 @@ import tiktoken
 from tqdm import tqdm
 
 EOT = "<|endoftext|>"
-SPLITS = ("train", "val")
 # how GPT-2 cuts text before it merges bytes: words with their leading space, numbers, white space
 PIECE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 LONG_SPACE = 100_000  # characters of white space in a row; tiktoken fails at a million
@@ -82,7 +80,7 @@ def load_tokens(folder, split):
 
 
 def load_tokenizer(spec):
-    """The tiktoken.Encoding of meta["tokenizer"]. Raises UserError if it cannot be loaded."""
+    """The tiktoken.Encoding of meta["tokenizer"]. Raises UserError."""
     if spec["name"] == "words":
         # Ids: the 256 bytes, the pieces from frequent to rare, end-of-text. tiktoken looks up the
         # whole piece, or else merges its bytes, lowest id first: every text can be encoded.
@@ -112,11 +110,6 @@ def read_asset(name):
     return texts
 
 
-def toy_texts(count, seed):
-    rng, grammar, words = random.Random(seed), read_asset("toy.txt"), word_lists()
-    return (Story(rng, grammar, words)["story"] for _ in range(count))
-
-
 class Story(dict):
     """{slot: text} of one toy story. Slots of the grammar are filled when they are asked for."""
 
@@ -124,13 +117,14 @@ class Story(dict):
         self.rng, self.grammar = rng, grammar
         friends = rng.sample(words["girls"] + words["boys"], 2)
         cast = friends + rng.sample(friends, 2) + rng.sample(friends, 2)
-        cast += [rng.choice(["mom", "grandma", "dad", "grandpa"])]
+        cast.append(rng.choice(["mom", "grandma", "dad", "grandpa"]))
         for slot, name in zip("ABXYGRM", cast):
             female = name in [*words["girls"], "mom", "grandma"]
             self[slot] = name
-            for pair in ("he", "she"), ("him", "her"), ("his", "her"), ("boy", "girl"):
-                self[f"{slot}_{pair[0]}"] = pair[female]
-                self[f"{slot}_{pair[0].title()}"] = pair[female].title()
+            for he, she in ("he", "she"), ("him", "her"), ("his", "her"), ("boy", "girl"):
+                word = she if female else he
+                self[f"{slot}_{he}"] = word
+                self[f"{slot}_{he.title()}"] = word.title()
         self["place"], self["other_place"] = rng.sample(words["places"], 2)
         self["gift"], self["toy"] = rng.sample(words["objects"], 2)
         self["spot"], self["other_spot"] = rng.sample(grammar["spot"], 2)
@@ -173,11 +167,13 @@ def texts_of(args):
     source, train, val = args.dataset, args.train, args.val
     try:
         if args.toy:
-            train = [toy_texts(args.stories, args.seed)]
+            rng, grammar, words = random.Random(args.seed), read_asset("toy.txt"), word_lists()
+            train = [(Story(rng, grammar, words)["story"] for _ in range(args.stories))]
         elif not train:
             from datasets import load_dataset
             data = load_dataset(args.dataset, args.config)
-            train, val = [data["train"]], val or [data[n] for n in data if n == "validation"]
+            train = [data["train"]]
+            val = val or [data[name] for name in data if name == "validation"]
         for split, sources in ("train" if val else None, train), ("val", val):
             for source in sources:
                 yield from ((split, text) for text in texts_in(source, args.text_column))
@@ -185,16 +181,16 @@ def texts_of(args):
         hints = {KeyError: "no such column, set --text_column", UnicodeDecodeError: "not UTF-8",
                  ConnectionError: "without a network try --train FILE or toy"}
         reason = " ".join(f"{source} ({type(error).__name__}: {error})".split())
-        raise UserError(f"cannot read {reason}: {hints.get(type(error), 'see --help')}")
+        hint = hints.get(type(error), "see --help")
+        raise UserError(f"cannot read {reason}: {hint}")
 
 
 def stories_of(args, warnings):
     """Yields (split, story). Counts in warnings what the user should know, {message: count}.
-
     The hash of a story decides if it is held out, so equal stories go to the same split. But the
-    first story always trains and the next different one always validates: no split is empty.
-    """
-    fixed, key = {}, str(args.seed).encode()  # fixed: {digest: split}
+    first story always trains and the next different one always validates: no split is empty."""
+    key, limit = str(args.seed).encode(), args.val_share * 2**64
+    fixed = {}  # {digest: split}
     for split, text in tqdm(texts_of(args), unit=" texts", unit_scale=True):
         story = text.strip()
         while story.startswith(EOT) or story.endswith(EOT):
@@ -203,22 +199,19 @@ def stories_of(args, warnings):
         warnings["line ends CRLF or CR became LF"] += story.count("\r")
         story = story.replace("\r\n", "\n").replace("\r", "\n")
         digest = hashlib.blake2b(story.encode(), digest_size=8, key=key).digest()
-        if story and len(fixed) < 2:
-            fixed.setdefault(digest, SPLITS[len(fixed)])
-        drawn = "val" if int.from_bytes(digest, "little") < args.val_share * 2**64 else "train"
+        drawn = "val" if int.from_bytes(digest, "little") < limit else "train"
         if story:
+            if len(fixed) < 2:
+                fixed.setdefault(digest, "val" if fixed else "train")
             yield split or fixed.get(digest, drawn), story
 
 
 def frequent_pieces(stories, count):
     """The `count` most frequent pieces longer than a byte, the most frequent first."""
-    words, pieces = Counter(), Counter()
+    pieces = Counter()
     for split, story in stories:
         if split == "train":
-            words.update(re.split(r"(?= \S)", story))  # a piece always begins at such a place
-    for word, number in words.items():
-        for piece in regex.findall(PIECE, word):
-            pieces[piece] += number
+            pieces.update(regex.findall(PIECE, story))
     frequent = sorted(pieces, key=lambda piece: (-pieces[piece], piece))
     return [piece for piece in frequent if len(piece.encode()) > 1][:count]
 
@@ -226,11 +219,12 @@ def frequent_pieces(stories, count):
 def encode(batch, encoding):
     """[(split, story), ...] -> the tokens of each story. A separator inside it is ordinary text."""
     stories = [story for split, story in batch]
-    text = "".join(story + EOT for story in stories)
+    text = EOT.join(stories) + EOT
     if text.count(EOT) == len(stories) and max(map(len, stories)) < LONG_SPACE:
         # one call for all: the threads wait less for each other
         tokens = encoding.encode_to_numpy(text, allowed_special="all").astype("<u2")
-        return np.split(tokens, np.flatnonzero(tokens == encoding.eot_token)[:-1] + 1)
+        ends = np.flatnonzero(tokens == encoding.eot_token)
+        return np.split(tokens, ends[:-1] + 1)
     # PIECE ends a piece before the last character of white space: a cut there changes no token
     cut, done = rf"(?=\s\S)(?<=\s{{{LONG_SPACE}}})", []
     for story in stories:
@@ -243,24 +237,22 @@ def encode(batch, encoding):
 def write_tokens(folder, stories, encoding):
     """Writes train.bin and val.bin. -> {split: its entry in meta.json}. Raises UserError."""
     batches = iter(lambda: list(itertools.islice(stories, 128)), [])
-    facts = {split: {"tokens": 0, "stories": 0, "bytes": 0} for split in SPLITS}
+    facts = {"train": Counter(), "val": Counter()}
     with (open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val,
           ThreadPoolExecutor(os.cpu_count()) as pool):  # tiktoken releases the GIL
         jobs = ((batch, pool.submit(encode, batch, encoding)) for batch in batches)
-        waiting = list(itertools.islice(jobs, 2 * (os.cpu_count() or 1)))  # memory is limited
+        waiting = list(itertools.islice(jobs, 2 * os.cpu_count()))  # memory is limited
         while waiting:
             batch, job = waiting.pop(0)
             for (split, story), tokens in zip(batch, job.result()):
                 (train if split == "train" else val).write(tokens)
-                facts[split]["tokens"] += len(tokens)
-                facts[split]["stories"] += 1
-                facts[split]["bytes"] += len(story.encode())
+                facts[split].update(tokens=len(tokens), stories=1, bytes=len(story.encode()))
             waiting += itertools.islice(jobs, 1)
-    for split in SPLITS:
-        if not facts[split]["stories"]:
+    for split, counts in facts.items():
+        if not counts["stories"]:
             raise UserError(f"no story for {split}: give two different ones, separated by {EOT}")
         tokens = np.memmap(folder / f"{split}.bin", mode="r")
-        facts[split]["sha256"] = hashlib.sha256(tokens).hexdigest()
+        counts["sha256"] = hashlib.sha256(tokens).hexdigest()
     return facts
 
 
@@ -299,8 +291,8 @@ def parse_arguments(argv):
         if not path.is_file():
             parser.error(f"no file {path}")
     args.tokenizer = args.tokenizer or ("words" if args.toy else "gpt2")
-    name = args.toy or [*args.train, Path(args.dataset.lower())][0].name.split(".")[0]
-    args.out = args.out or Path("data", name)
+    source = args.toy or [*args.train, args.dataset.lower()][0]
+    args.out = args.out or Path("data", Path(source).name.split(".")[0])
     return args
 
 
@@ -308,7 +300,8 @@ def main(argv=None):
     args = parse_arguments(argv)
     if not args.force and (args.out / "meta.json").exists():
         raise UserError(f"{args.out} already holds data: add --force or choose another --out")
-    folder, spec, warnings = args.out / "unfinished", {"name": args.tokenizer}, Counter()
+    folder = args.out / "unfinished"
+    spec, warnings = {"name": args.tokenizer}, Counter()
     with locked(args.out), ExitStack() as stack:
         shutil.rmtree(folder, ignore_errors=True)  # of a killed run
         folder.mkdir()
@@ -317,18 +310,19 @@ def main(argv=None):
             spec["pieces"] = frequent_pieces(stories_of(args, Counter()), args.vocab_size - 257)
         encoding = load_tokenizer(spec)
         facts = write_tokens(folder, stories_of(args, warnings), encoding)
-        identity = json.dumps([spec, facts["train"]["sha256"], facts["val"]["sha256"]])
-        checksum = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        identity = [spec, *(counts["sha256"] for counts in facts.values())]
+        checksum = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         meta = {"tokenizer": spec, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
                 **facts, "source": vars(args), "checksum": checksum}
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1, default=str))
+        text = json.dumps(meta, indent=1, default=str)
+        (folder / "meta.json").write_text(text)
         (args.out / "meta.json").unlink(missing_ok=True)  # a reader never finds a mixture
         for name in ("train.bin", "val.bin", "meta.json"):
             os.replace(folder / name, args.out / name)
     for message, count in (+warnings).items():  # + leaves out those with count 0
         print(f"warning: {count:,} {message}")
-    for split in SPLITS:
-        print("{0:6}{stories:,} stories, {tokens:,} tokens".format(split, **facts[split]))
+    for split, counts in facts.items():
+        print("{0:6}{stories:,} stories, {tokens:,} tokens".format(split, **counts))
     print(f"vocabulary of {encoding.n_vocab:,}, checksum {checksum}, in {args.out}")
 
 

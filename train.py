@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 import config as knobs
-from model import GPTNeo, ModelError, load_checkpoint, replace_file, save_checkpoint
+from model import GPTNeo, load_checkpoint, replace_file, save_checkpoint
 from prepare import UserError, load_meta, load_tokens, locked
 
 CPU = torch.device("cpu")
@@ -70,28 +70,18 @@ def find_machine(config):
         raise UserError("--compile=reduce-overhead needs one process and --grad_accum=1: "
                         "take --compile=True")
     device = knobs.pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
-    bfloat16, auto_mode = config.dtype == "bfloat16", None
+    bfloat16, modes = config.dtype == "bfloat16", {"auto": None, "False": None, "True": "default"}
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before NCCL starts
-        auto_mode = "reduce-overhead" if graphs else "default"
+        modes["auto"] = "reduce-overhead" if graphs else "default"
         if config.dtype == "auto":  # GPUs before Ampere emulate bfloat16, slower than fp32
             bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
         if bfloat16:  # TF32 for the gates, which stay fp32: their inputs have bf16's noise anyway
             torch.set_float32_matmul_precision("high")
-    modes = {"auto": auto_mode, "False": None, "True": "default"}
     return Machine(rank, world, device, bfloat16, modes.get(config.compile, config.compile))
 
 
 # ------------------------------------------------------------------------------------------- data
-
-
-def load_split(config, split):
-    """The tokens of "train" or "val", memory-mapped uint16 (n,). Raises UserError."""
-    tokens = load_tokens(config.data, split)
-    if len(tokens) <= config.block_size:
-        raise UserError(f"the {split} split of {config.data} has {len(tokens)} tokens, too few for "
-                        f"block_size={config.block_size}: prepare more text or lower --block_size")
-    return tokens
 
 
 def rows_at(tokens, starts, length, device):
@@ -183,20 +173,16 @@ def update(model, optimizer, rows, config, autocast, coeff, world=1):
         (losses.loss / config.grad_accum).backward()
         sums += stack_losses(losses) / config.grad_accum
     if world > 1:
-        average_gradients(model, world)
+        # Averaged in one all-reduce. DistributedDataParallel would sum in another order after a
+        # restart, and wait for gates, which have no gradient before the ramp.
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.nn.utils.parameters_to_vector(gradients)
+        dist.all_reduce(flat)
+        torch.nn.utils.vector_to_parameters(flat / world, gradients)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return torch.cat((sums, norm[None]))  # (4,)
-
-
-def average_gradients(model, world):
-    """Average over all processes, in one all-reduce. DistributedDataParallel would sum in another
-    order after a restart, and wait for gates, which have no gradient before the ramp."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.nn.utils.parameters_to_vector(gradients)
-    dist.all_reduce(flat)
-    torch.nn.utils.vector_to_parameters(flat / world, gradients)
 
 
 def stack_losses(losses):
@@ -228,6 +214,13 @@ def validate(model, tokens, config, machine):
 # ----------------------------------------------------------------------------------- the run folder
 
 
+def require_finite(value, when):
+    """value: a number or a tensor. Raises UserError."""
+    if not torch.as_tensor(value).isfinite().all():
+        raise UserError(f"the loss or its gradient is no longer finite at {when}: start again with "
+                        f"another --out and a lower --learning_rate or another --seed")
+
+
 @dataclass
 class Progress:
     """The state of a run besides weights and optimizer. Saved in every checkpoint."""
@@ -242,26 +235,21 @@ class Progress:
     wandb_id: str | None = None
 
     def add(self, rows, seconds):
-        """Count updates: rows (n, 4) of what update() returned, and the time that they took.
-        Raises UserError at the first one that is not finite."""
-        for number, row in enumerate(rows.tolist(), self.step - len(rows) + 1):
-            loss, _, _, norm = row
-            if not math.isfinite(loss + norm):
-                raise diverged(f"update {number:,}")
+        """Count updates: rows (n, 4) of what update() returned, and the time that they took."""
+        for number, row in enumerate(rows, self.step - len(rows) + 1):
+            require_finite(row[[0, 3]], f"update {number:,}")
             # one by one: these sums must not depend on when a run was interrupted
-            self.sums_since_eval = [a + b for a, b in zip(self.sums_since_eval, [*row, 1.0])]
+            self.sums_since_eval = [a + b for a, b in zip(self.sums_since_eval, [*row.tolist(), 1])]
         self.seconds += seconds
 
     def record(self, config, val_clean, val_ablated):
-        """Append an evaluation's line to metrics. -> whether its loss is the lowest so far.
-        Raises UserError where it is not finite."""
+        """Append an evaluation's line to metrics -> whether its loss is the lowest so far."""
         *sums, updates = self.sums_since_eval
         loss, clean, ablated, norm = [total / (updates or math.nan) for total in sums]
         val_loss = config.clean_coeff * val_clean
         if config.ablation != "none":
             val_loss += config.ablated_coeff * val_ablated
-        if not math.isfinite(val_loss):
-            raise diverged(f"step {self.step:,} (validation)")
+        require_finite(val_loss, f"step {self.step:,} (validation)")
         rate, coeff = config.schedule(self.step)
         line = {"step": self.step, "loss": loss, "loss_clean": clean, "loss_ablated": ablated,
                 "grad_norm": norm, "val_loss": val_loss, "val_clean": val_clean,
@@ -275,22 +263,14 @@ class Progress:
         return is_best
 
 
-def diverged(when):
-    return UserError(f"the loss or its gradient is no longer finite at {when}: start again with "
-                     f"another --out and a lower --learning_rate or another --seed")
-
-
 def read_resumable(config, data_checksum):
     """The checkpoint to resume from. Raises UserError if it belongs to another run."""
-    paths = [Path(config.out, name) for name in ("last.pt", "best.pt")]
-    path = paths[0] if paths[0].is_file() else paths[1]  # a run killed early has only best.pt
+    path = Path(config.out, "last.pt")
+    if not path.is_file():
+        path = Path(config.out, "best.pt")  # a run killed early has only that
     if not path.is_file():
         raise UserError(f"{config.out} has no checkpoint: start the run without --resume")
-    try:
-        checkpoint = load_checkpoint(path)
-    except ModelError as error:
-        advice = "; delete it to resume from best.pt" if path != paths[1] else ""
-        raise UserError(f"{error}{advice}") from None
+    checkpoint = load_checkpoint(path)
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} has no optimizer state to resume from: use --init_from={path} "
                         f"with another --out")
@@ -298,9 +278,6 @@ def read_resumable(config, data_checksum):
         raise UserError(f"{config.data} is not the data that {path} was trained on: give the run's "
                         f"own with --data=")
     theirs = knobs.decisive(checkpoint["train_config"])
-    if theirs.keys() != knobs.decisive(asdict(config)).keys():
-        raise UserError(f"{path} is of another version of train.py, with other knobs: it can be "
-                        f"evaluated, but not continued")
     require_knobs(theirs, config, f"{path} was trained with other knobs")
     return checkpoint
 
@@ -337,22 +314,24 @@ def train(config):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     meta = load_meta(config.data)
     config = replace(config, vocab_size=meta["vocab_size"])
-    train_tokens = load_split(config, "train")
-    val_tokens = load_split(config, "val")
+    splits = {split: load_tokens(config.data, split) for split in ("train", "val")}  # (n,) each
+    for split, tokens in splits.items():
+        if len(tokens) <= config.block_size:
+            raise UserError(f"the {split} split of {config.data} has {len(tokens)} tokens, too few "
+                            f"for block_size={config.block_size}: lower it or prepare more text")
 
     # ---- model, optimizer, progress
     folder, progress = Path(config.out), Progress()
     if config.resume:
         checkpoint = read_resumable(config, meta["checksum"])
-        model = GPTNeo.from_checkpoint(checkpoint, device)
+        model = GPTNeo.from_checkpoint(checkpoint)
         origin = f"goes on from {folder} at step {checkpoint['step']:,}"
     elif list(folder.glob("*.pt")):
         raise UserError(f"{folder} already holds a run: --resume=True continues it, --out=FOLDER "
                         f"starts another")
     else:
         model, origin = build_model(config, meta)
-        model.to(device)
-    optimizer = make_optimizer(model, config, device)
+    optimizer = make_optimizer(model.to(device), config, device)
     if config.resume:
         groups = optimizer.state_dict()["param_groups"]  # this machine's, which say "fused" or not
         optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
@@ -366,8 +345,8 @@ def train(config):
             print(text, flush=True)  # so that a log file shows it at once
 
     def save(*names):
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise diverged(f"update {progress.step:,}")  # the last checkpoint stays
+        for p in model.parameters():  # where one is not finite, the last checkpoint stays
+            require_finite(p, f"update {progress.step:,}")
         if rank == 0:
             for name in names:
                 save_checkpoint(
@@ -390,7 +369,7 @@ def train(config):
     say(json.dumps(asdict(config)))
     size = sum(p.numel() for p in model.parameters())
     say(f"{config.ablation} ablation, {size:,} parameters, {origin} | "
-        f"{len(train_tokens):,} training tokens, vocabulary {config.vocab_size:,} | "
+        f"{len(splits['train']):,} training tokens, vocabulary {config.vocab_size:,} | "
         f"{world} x {device}, "
         f"{'bfloat16' if machine.bfloat16 else 'float32'}, compile {machine.compile_mode}")
     if config.wandb and rank == 0:
@@ -418,7 +397,7 @@ def train(config):
             recent, clock = [], time.perf_counter()
 
         if eval_due:
-            val_clean, val_ablated = validate(model, val_tokens, config, machine)
+            val_clean, val_ablated = validate(model, splits["val"], config, machine)
             is_best = progress.record(config, val_clean, val_ablated)
             say(f"step {step:,}: validation {streams_text(val_clean, val_ablated)}")
             # best.pt first: a run that is killed between the two saves repeats this evaluation
@@ -439,7 +418,7 @@ def train(config):
         rate, ablated_coeff = config.schedule(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = batch_at(train_tokens, step, config, rank, world, device)
+        batch = batch_at(splits["train"], step, config, rank, world, device)
         recent.append(update(model, optimizer, batch, config, machine.autocast, ablated_coeff,
                              world))
         progress.step += 1

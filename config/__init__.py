@@ -94,8 +94,7 @@ class Config(GPTNeoConfig):
 
     def schedule(self, step):
         """(learning rate, ablated_coeff) of an update, counted from 0. Learning rate: linear
-        warm-up, then cosine annealing that would reach zero at step max_iters. ablated_coeff: the
-        ramp; 0 without an ablated stream."""
+        warm-up, then cosine annealing that would reach zero at step max_iters."""
         if step < self.warmup_iters:
             rate = self.learning_rate * (step + 1) / self.warmup_iters
         else:
@@ -103,17 +102,15 @@ class Config(GPTNeoConfig):
             rate = self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
         done = step / self.max_iters  # share of the run
         if self.ablation == "none" or done < self.ramp_start:
-            coeff = 0.0
-        elif done >= self.ramp_end:
-            coeff = self.ablated_coeff
-        else:
-            ramp = (done - self.ramp_start) / (self.ramp_end - self.ramp_start)
-            coeff = self.ablated_coeff * ramp
-        return rate, coeff
+            return rate, 0.0
+        if done >= self.ramp_end:
+            return rate, self.ablated_coeff
+        ramp = (done - self.ramp_start) / (self.ramp_end - self.ramp_start)
+        return rate, self.ablated_coeff * ramp
 
     @property
     def model(self):
-        """The knobs of the model alone, as a GPTNeoConfig."""
+        """The knobs of the model alone."""
         return GPTNeoConfig(**{field.name: getattr(self, field.name)
                                for field in fields(GPTNeoConfig)})
 
@@ -148,9 +145,7 @@ def positive(text):
 
 def parse(words):
     """Words such as --n_layer=2 -> {knob: value}, and "config": a path or None. Raises UserError.
-
-    The help texts are the comments beside the knobs.
-    """
+    The help texts are the comments beside the knobs."""
     source = inspect.getsource(GPTNeoConfig) + inspect.getsource(Config)
     notes = dict(re.findall(r"^    (\w+): [^#\n]*?  # (.*)$", source, re.MULTILINE))
     usage = "python train.py [config/NAME.py] [--knob=value ...]"
@@ -165,17 +160,13 @@ def parse(words):
         note = f"{notes.get(name, '')} (default {field.default})".replace("%", "%%")
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=note, **options,
                             metavar="|".join(choices) or field.type.__name__)
-    known, extra = parser.parse_known_args(words)
-    for word in extra:
-        check_name(word.split("=")[0].lstrip("-"))
-    return vars(known)
-
-
-def check_name(name):
-    if name not in FIELDS:
-        near = difflib.get_close_matches(name, FIELDS, n=1)
-        advice = f"did you mean --{near[0]}?" if near else "--help lists them"
-        raise UserError(f"there is no knob {name}: {advice}")
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--")
+        if word.startswith("--") and name not in {*FIELDS, "help"}:
+            near = difflib.get_close_matches(name, FIELDS, n=1)
+            advice = f"did you mean --{near[0]}?" if near else "--help lists them"
+            raise UserError(f"there is no knob {name}: {advice}")
+    return vars(parser.parse_args(words))
 
 
 def load(argv):
@@ -187,19 +178,16 @@ def load(argv):
     if not Path(path).is_file():
         raise UserError(f"there is no config file {path}")
     try:
-        names = runpy.run_path(path)
-    except Exception as error:  # whatever is wrong with the user's Python
-        raise UserError(f"{path} does not run: {type(error).__name__}: {error}") from None
-    names = {name: value for name, value in names.items()
-             if not name.startswith("_") and not inspect.ismodule(value)}
-    try:  # the file's values are checked as the command line's are
-        for name in names:
-            check_name(name)
-        values = parse([f"--{name}={value}" for name, value in names.items()])
+        values = {"out": f"out/{Path(path).stem}", **runpy.run_path(path)}
+        words = [f"--{name}={value}" for name, value in values.items()
+                 if not name.startswith("_") and not inspect.ismodule(value)]
+        values = parse([*words, *argv])  # the file's values are checked as the command line's are
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # whatever is wrong with the user's Python
+        raise UserError(f"{path} does not run: {type(error).__name__}: {error}") from None
     del values["config"]
-    return Config(**{"out": f"out/{Path(path).stem}"} | values | given)
+    return Config(**values)
 
 
 def picture(path):
@@ -214,9 +202,7 @@ def picture(path):
 
 def pick_device(name="auto", index=0):
     """A torch.device that works: "auto" takes cuda, else mps, else cpu; "cuda" is GPU number index.
-
-    Raises UserError.
-    """
+    Raises UserError."""
     if name == "auto":
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
@@ -231,10 +217,8 @@ def pick_device(name="auto", index=0):
 
 class StopRequest:
     """Ctrl-C and SIGTERM set a flag, so that an update is never interrupted: `if stop.requested:`.
-
     A second signal kills at once, but not under torchrun, which sends each process the signal that
-    it has received already.
-    """
+    it has received already."""
 
     def __init__(self):
         self.requested = False

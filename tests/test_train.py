@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -515,24 +516,53 @@ def test_a_crash_between_any_two_files_loses_nothing(data, tmp_path, monkeypatch
     assert renamed == ["best.pt", "last.pt", "metrics.jsonl"] * 2 + ["best.pt", "last.pt"]
 
 
+# What a process to be killed does before train.main(): it waits inside its save number {save},
+# counted from 0, or else at its last update. So on a fast machine, too, a kill comes in mid-run.
+WAITING = """
+import itertools, os, time, train
+train.draw_losses = lambda *_: None
+_batch_at, _fsync, _saves = train.batch_at, os.fsync, itertools.count()
+def _wait(place):
+    print("waits in", place, flush=True)
+    time.sleep({patience})
+def _waiting_batch(tokens, step, *rest):
+    return _wait("the last update") if step == 15 else _batch_at(tokens, step, *rest)
+def _waiting_fsync(file):
+    return _wait("a save") if next(_saves) == {save} else _fsync(file)
+train.batch_at, os.fsync = _waiting_batch, _waiting_fsync
+"""
+
+
 def test_a_run_killed_again_and_again_equals_the_undisturbed_one(data, tmp_path, launcher):
-    """Real processes and real kill -9, at random moments."""
-    rng, out, log, codes = random.Random(0), tmp_path / "run", tmp_path / "log", []
+    """Real processes and real kill -9: before the first checkpoint, inside saves, and at random
+    moments of the updates, evaluations and saves between."""
+    rng, out, log = random.Random(0), tmp_path / "run", tmp_path / "log"
     chosen = dict(eval_interval=1, max_iters=16, n_layer=1)
-    before = "train.draw_losses = lambda *_: None"
-    while 0 not in codes:
-        job = words(data, out, **chosen, resume=has_checkpoint(out)), {}
-        pid, = launcher.start(log, job, before=before)
-        if len(codes) < 6:
-            time.sleep(rng.uniform(0.05, 0.6))
-            with contextlib.suppress(ProcessLookupError):  # it had come to its end
-                os.kill(pid, signal.SIGKILL)
-        codes += launcher.wait()
+
+    def begin(before):
+        resume = has_checkpoint(out)
+        return launcher.start(log, (words(data, out, **chosen, resume=resume), {}), before=before)
+
+    def said(text):
+        return len(re.findall(text, log.read_text())) if log.exists() else 0
+
+    for save in (0, None, 1, None, 3, None):
+        # None: a random moment after the process's first lines or after one of its evaluations
+        waits, lines = said("waits in"), said("parameters, |: validation")
+        lines += rng.randint(1, 3) if save is None else 100
+        until = time.monotonic() + PATIENCE
+        pid, = begin(WAITING.format(save=save, patience=PATIENCE))
+        while said("waits in") == waits and said("parameters, |: validation") < lines:
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
+        os.kill(pid, signal.SIGKILL)
+        assert launcher.wait() == [-signal.SIGKILL], log.read_text()
         for name in ("last.pt", "best.pt", "metrics.jsonl"):
-            if out.exists():
-                (out / f"{name}.tmp").write_bytes(b"left over from a killed run")
-        assert set(codes) <= {-signal.SIGKILL, 0}, log.read_text()
-    assert -signal.SIGKILL in codes
+            (out / f"{name}.tmp").write_bytes(b"left over from a killed run")
+    assert "waits in a save" in log.read_text()
+    begin("train.draw_losses = lambda *_: None")
+    assert launcher.wait() == [0], log.read_text()
     assert_same_run(out, start(data, tmp_path / "whole", **chosen))
 
 

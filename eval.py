@@ -85,7 +85,8 @@ def measure_split(model, tokens, eot, text_bytes, batch_size=8, device="cpu"):
     is_end = text[1:] == eot  # (n)
     story = (text[:-1] == eot).cumsum(0) - 1  # (n): the story of each target, counted from 0
     losses = defaultdict(list)  # nats per token
-    counts = {}  # tokens of each story at which each unit is used (stories, L, N)
+    counts = {}  # tokens at which each unit is used (L, N)
+    seen = {}  # whether it is used in a story (stories, L, N): a byte each, as there may be many
     for at in window_batches(n, T, batch_size):
         inputs = text[at].to(device)
         targets = text[at + 1].to(device)
@@ -95,18 +96,21 @@ def measure_split(model, tokens, eot, text_bytes, batch_size=8, device="cpu"):
             nats = F.cross_entropy(rows, targets.flatten(), reduction="none")  # (B * T)
             losses[stream].append(nats.cpu().double())
         for kind, mask in zip(("attn", "mlp"), outputs[2:]):  # (B, T, L, N) of zeros and ones
-            used = mask.flatten(0, 1).int().cpu()  # (B * T, L, N)
+            used = mask.flatten(0, 1).bool().cpu()  # (B * T, L, N)
             if kind not in counts:
-                counts[kind] = used.new_zeros(story[-1] + 1, *used.shape[1:])
-            counts[kind].index_add_(0, story[at].flatten(), used)
+                counts[kind] = 0
+                seen[kind] = used.new_zeros(story[-1] + 1, *used.shape[1:])
+            counts[kind] += used.sum(0)
+            token, *unit = used.nonzero(as_tuple=True)
+            seen[kind][story[at].flatten()[token], *unit] = True
 
     numbers = {"tokens": n, "stories": int(is_end.sum())}
     for stream, nats in losses.items():
         numbers |= loss_numbers(stream, torch.cat(nats), is_end, T, text_bytes)
     for kind, count in counts.items():
-        rate = count.numpy().sum(0) / n  # (L, N)
+        rate = count.numpy() / n  # (L, N)
         numbers[f"{kind}_ever"] = (rate > 0).mean()
-        numbers[f"{kind}_per_story"] = (count > 0).sum((1, 2)).numpy().mean()
+        numbers[f"{kind}_per_story"] = seen[kind].sum((1, 2)).numpy().mean()
         numbers[f"{kind}_rate"] = rate.tolist()
     return numbers
 

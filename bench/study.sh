@@ -9,6 +9,8 @@
 #     bash bench/study.sh measure      their circuits, autoencoders and tables, when they are there
 #     bash bench/study.sh neurons      graphs, explanations and use of units of those on real stories
 #     bash bench/study.sh tradeoff     the figure of the README, from the runs of "stories"
+#     bash bench/study.sh tasks        toy stories by config/demo.py: circuits of three tasks
+#     bash bench/study.sh unlearn      concepts removed from the runs of "stories"
 set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -113,8 +115,23 @@ tradeoff)
     $PYTHON -m interp.tables out/tradeoff/*_seed? --title \
         "The recommended recipe keeps most of the gain for autoencoders, at a fraction of the cost"
     ;;
+tasks)
+    SEEDS=1,2,3,4,5,6,7,8,9
+    sweep out/tasks/plain demo_baseline
+    sweep out/tasks/k2 demo
+    sweep out/tasks/k8 demo --k_attn=8 --k_mlp=8
+    sweep out/tasks/global_k8 demo --ablation=global --k_attn=8 --k_mlp=8
+    SEEDS=1,2,3
+    sweep out/tasks/paper demo --gate=softmax --ramp_start=0 --ramp_end=0
+    $PYTHON -m interp.circuits out/tasks/*/*_seed? --method eap
+    ;;
+unlearn)
+    $PYTHON -m interp.unlearn out/stories/plain/*_seed? \
+        out/stories/{paper,constant_ramp}/local_k2_seed?
+    ;;
 *)
-    echo "usage: bash bench/study.sh stories|tuned|toy|geometry|measure|neurons|tradeoff" >&2
+    echo "usage: bash bench/study.sh" \
+        "stories|tuned|toy|geometry|measure|neurons|tradeoff|tasks|unlearn" >&2
     exit 1
     ;;
 esac

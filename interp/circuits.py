@@ -593,7 +593,7 @@ def check(model, tokens, args, device):
 
 def measure_set(model, tokens, args, rng, device):
     """{level: what measure_level finds} for one set of prompts."""
-    half, scores = args.count // 2, []
+    half, scores = args.count // 2, []  # each half has its own openings
     for part in (tokens.rows(0, half), tokens.rows(half, args.count)):
         scores.append(attribute(patch(model, part, args, device), part))
     heldout, found = tokens.rows(args.count, None), {}
@@ -839,6 +839,8 @@ def main():
     acdc = args.method == "acdc"
     if args.level if acdc else args.tau or args.orders:
         parser.error("--tau and --orders are for acdc, --level is for eap")
+    if args.count < 2 and not acdc:
+        parser.error("--count must be at least 2 for eap: prompts are scored in two halves")
     args.tau = args.tau or [0.03]
     args.level = [args.level] if args.level else [*CIRCUITS]
     tasks = TASKS[:1] if acdc else TASKS

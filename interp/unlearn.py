@@ -59,7 +59,7 @@ COLUMNS = {"run": "", "ranking": "", "units": ".1f", "retain": ".1f", "siblings"
 CONCEPT_TOKENS, SIBLING_TOKENS = 80, 20  # held-out ones, at least: fewer are noise
 RISE = 0.5  # nats on the concept's words
 SIZES = [1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90, 135, 200, 300, 450, 675, 1000, 1500, 2250, 3375]
-CONSTANTS = [0.5, 0.6, 0.8, 1.2, 2, 4, 8, 16]  # sizes of the control logits
+CONSTANTS = [0.5, 0.6, 0.7, 0.8, 1, 1.5, 2, 3, 4, 6, 8]  # sizes of the control logits
 READ = 10_000_000  # tokens of a split that are searched for stories
 HELD_OUT, TRAINING, LESSONS = 12_288, 24_576, 12_800  # tokens in windows of one kind, at most
 UPDATES, LR = 64, 1e-4  # of relearning with Adam; at most so many
@@ -96,6 +96,9 @@ def read_batches(run, split, ids, hold, tokens):
     idx = windows_at(stream, starts, T + 1, run.model.lm_head.weight.device)  # (windows, T + 1)
     where = torch.isin(idx[:, 1:], idx.new_tensor(ids)) == hold
     rows = where.any(1).nonzero()[:, 0]
+    if not len(rows):
+        raise UserError(f"{run.folder} has no {split} stories {'with' if hold else 'without'} the "
+                        f"words of a concept: give --concept other words")
     rows = rows[:: 1 + len(rows) * T // tokens]
     parts = idx[rows, :-1], idx[rows, 1:], where[rows]
     return [*zip(*(part.split(max(1, TOKENS // T)) for part in parts))]
@@ -257,8 +260,8 @@ def relearn(models, lessons, concept):
 def held_out(run, words, siblings):
     """The tokens of a concept, those of each sibling, and the groups for losses(). Raises UserError
     where words do not fit."""
-    ids = tokens_of(run, words, LEAST[0])
-    others = [tokens_of(run, word, LEAST[1]) for word in siblings.split()]
+    ids = tokens_of(run, words, CONCEPT_TOKENS)
+    others = [tokens_of(run, word, SIBLING_TOKENS) for word in siblings.split()]
     concept = read_batches(run, "val", ids, True, HELD_OUT)
     retain = read_batches(run, "val", ids, False, HELD_OUT)
     apart = [read_batches(run, "val", tokens, True, HELD_OUT) for tokens in others]
@@ -273,8 +276,8 @@ def measure_concept(run, words, siblings, by, seed):
     start = losses(model, groups)
     for name, order in rank(run, ids, others, seed).items():
         sizes = sorted({min(n, len(order)) for n in SIZES})
-        if "chance" in name:
-            sizes = sizes[2::3]  # fewer, because there are several orders
+        if "chance" in name:  # small sizes do nothing
+            sizes = [n for n in sizes if n > len(order) / 20]
         models = ((n, without(model, order[:n])) for n in sizes)
         found[name] = forget(models, groups, start)
         n = int(found[name]["curve"][-1][0])
@@ -301,27 +304,26 @@ def means(concepts):
     return table.where(table.notna(), None).to_dict("index")
 
 
-def draw(path, run, concepts, mean):
+def draw(path, run, concepts):
     """Costs against the increase on the concept's words, a line for each concept and ranking.
     Without chance, which is far above the others."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
-    costs = mean["fisher"]
-    if costs["retain"] is not None:
-        figure.suptitle(
-            f"{plain(run)}: for {RISE} nats on the words, fisher costs {costs['retain']:.3f} on "
-            f"other stories and {costs['siblings']:.3f} on siblings")
-    for column, axes in enumerate(figure.subplots(1, 2), 2):
-        axes.set(title=f"increase of the loss on {['other stories', 'siblings'][column - 2]}, nats",
-                 xlabel="increase of the loss on the concept's words, nats")
-        for number, name in enumerate([*RANKINGS, "logits"]):
-            label = name  # of the first line only
-            for concept in concepts:
-                if name in concept["rankings"]:
-                    curve = np.array(concept["rankings"][name]["curve"])
-                    axes.plot(curve[:, 1], curve[:, column], f"C{number}.-", label=label)
-                    label = None
+    mean = means(concepts)["fisher"]
+    if mean["retain"] is not None:
+        figure.suptitle(f"{plain(run)}: where the words lose {RISE} nats, fisher costs "
+                        f"{mean['retain']:.3f} on retain, {mean['siblings']:.3f} on siblings")
+    for axes, name, column in zip(figure.subplots(1, 2), COSTS, (2, 3)):
+        axes.set(title=f"increase of the loss on {name}, nats",
+                 xlabel="increase of the loss on the concept's words")
+        for number, ranking in enumerate([*RANKINGS, "logits"]):
+            entries = [concept["rankings"].get(ranking) for concept in concepts]
+            curves = [np.array(entry["curve"]) for entry in entries if entry]
+            for curve in curves:
+                line, = axes.plot(curve[:, 1], curve[:, column], f"C{number}.-")
+            if curves:
+                line.set_label(ranking)
     axes.legend()
     save_figure(path, figure)
 
@@ -333,28 +335,26 @@ def measure(result, title, device):
     for texts in settings["concepts"]:
         held_out(run, *texts)  # refuses one before others take minutes
     found = result.state or []
-    rest = settings["concepts"][len(found) :]
-    for texts in tqdm(rest, desc=title, unit=" concepts", leave=False):
+    for texts in tqdm(settings["concepts"][len(found) :], desc=title, leave=False):
         found.append(measure_concept(run, *texts, settings["relearn"], settings["seed"]))
         result.save(found)
-    mean = means(found)
-    draw(result.path(".png"), run.path, found, mean)
-    return {"concepts": found, "mean": mean}
+    draw(result.path(".png"), run.path, found)
+    return {"concepts": found, "mean": means(found)}
 
 
 def save(result, word, folder, by):
     """Write the model without the units of a concept as a run."""
     run = result.run
-    entries = [concept["rankings"].get(by, {"n": None}) for concept in result.facts["concepts"]
-               if word in concept["words"].split()]
-    if not entries or entries[0]["n"] is None:
-        raise UserError(f"{by} does not remove {word} from {run.path}: give another --by or word")
-    if Path(folder, "best.pt").exists():
-        raise UserError(f"there is a run in {folder}: choose another folder")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    weights = without(run.model, entries[0]["removed"]).state_dict()
-    save_checkpoint(Path(folder, "best.pt"), run.model.config, weights, step=run.step,
-                    tokenizer=run.tokenizer, data=run.checksum, train_config=run.knobs)
+    for concept in result.facts["concepts"]:
+        entry = concept["rankings"].get(by)
+        if word in concept["words"].split() and entry and entry["n"]:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            weights = without(run.model, entry["removed"]).state_dict()
+            save_checkpoint(
+                Path(folder, "best.pt"), run.model.config, weights, step=run.step,
+                tokenizer=run.tokenizer, data=run.checksum, train_config=run.knobs)
+            return
+    raise UserError(f"{by} removes no concept with the word {word} from {run.path}")
 
 
 def main():
@@ -369,9 +369,11 @@ def main():
     add("--by", choices=RANKINGS, default="fisher", help="the ranking for --save (default fisher)")
     add("--force", action="store_true", help="replace results of other settings or weights")
     args = parser.parse_args()
-    device = knobs.pick_device(args.device)
+    device, runs = knobs.pick_device(args.device), open_runs(args.runs, args.data)
+    if args.save and (len(runs) > 1 or Path(args.save[1], "best.pt").exists()):
+        raise UserError("--save needs exactly one run, and a folder that holds none yet")
     results = []
-    for run in open_runs(args.runs, args.data):
+    for run in runs:
         settings = {"data": run.meta["checksum"], "concepts": args.concept or CONCEPTS,
                     "relearn": args.relearn, "seed": args.seed}
         results.append(Result(run, "unlearn", settings, args.force, [".png"]))
@@ -379,7 +381,8 @@ def main():
     rows = [{"run": result["run"], "ranking": name, **row} for result in facts
             for name, row in result["mean"].items()]
     table = pd.DataFrame(rows)
-    table[[name + end for name in COSTS for end in ("", "_sd")]] *= 1000
+    for name in COSTS:
+        table[[name, f"{name}_sd"]] *= 1000
     print_table(table, COLUMNS)
     print("costs in thousandths of a nat per token, ± over the concepts")
     if args.save:

@@ -9,12 +9,12 @@ and neurons. A ranking orders them on training stories. The first n of them are 
 outgoing weights become 0. n grows until the loss on the concept's words in held-out stories has
 risen by 0.5 nats per token. Costs are the increases of other losses there, interpolated in n:
 
-    retain     on stories without the concept's words
-    siblings   on each sibling word, in any story; the mean over these words
-    rest       on the other tokens near the concept's words
-    relearn    updates on stories with the words until half of the gap to the intact model is gone;
-               the intact model is trained too, because its loss falls as well
-
+    retain      on stories without the concept's words
+    siblings    on each sibling word, in any story; the mean over these words
+    rest        on the other tokens near the concept's words
+    relearn     updates on stories with the words until half of the gap to the intact model is gone;
+                the intact model is trained too, because its loss falls as well
+The rankings:
     fisher      first-order effect of the removal on the loss on the words, divided by the root
                 mean square of its effect on retained stories
     contrast    the same, less the largest effect on a sibling
@@ -70,12 +70,12 @@ TOKENS, PREDICTIONS = 1024, 256  # in a forward pass, in a product with lm_head:
 
 def tokens_of(run, words, least):
     """The tokens of words with a space before them. Raises UserError where words do not fit."""
-    tokenizer, text = load_tokenizer(run.tokenizer), load_tokens(run.folder, "val")
+    tokenizer = load_tokenizer(run.tokenizer)
     try:
         ids = [tokenizer.encode_single_token(f" {word}") for word in words.split()]
     except KeyError as error:
         raise UserError(f"{error} is not one token for {run.path}: give --concept other words")
-    found = np.isin(text, ids).sum()
+    found = np.isin(load_tokens(run.folder, "val"), ids).sum()
     if found < least:
         raise UserError(f'"{words}" is {found} tokens of the held-out text in {run.folder}, and '
                         f"{least} are needed: give --concept other words")
@@ -97,11 +97,13 @@ def read_batches(run, split, ids, hold, tokens):
     where = torch.isin(idx[:, 1:], idx.new_tensor(ids)) == hold
     rows = where.any(1).nonzero()[:, 0]
     if not len(rows):
-        raise UserError(f"{run.folder} has no {split} stories {'with' if hold else 'without'} the "
-                        f"words of a concept: give --concept other words")
+        kind = "with" if hold else "without"
+        raise UserError(f"{run.folder} has no {split} stories {kind} the words of a concept: give "
+                        f"--concept other words")
     rows = rows[:: 1 + len(rows) * T // tokens]
+    step = max(1, TOKENS // T)
     parts = idx[rows, :-1], idx[rows, 1:], where[rows]
-    return [*zip(*(part.split(max(1, TOKENS // T)) for part in parts))]
+    return [*zip(*(part.split(step) for part in parts))]
 
 
 @torch.no_grad()
@@ -152,6 +154,7 @@ def lowered(model, ids, constant):
     return model
 
 
+@torch.no_grad()
 def gate_masks(model, states):
     """(B, T, U), from what clean_pass returned. A head that wins keeps all its channels."""
     C, parts = model.config.n_embd, []
@@ -182,8 +185,7 @@ def unit_means(model, batches):
         here = act[where]  # (n, U)
         sums = [change.sum(0), change.square().sum(0), here.sum(0), here.square().sum(0)]
         if model.config.ablation != "none":
-            with torch.no_grad():
-                sums.append(gate_masks(model, states)[where].sum(0))
+            sums.append(gate_masks(model, states)[where].sum(0))
         total = total + torch.stack(sums)  # (4 or 5, U)
         n += len(here)
     return dict(zip(("effect", "square", "x", "xx", "kept"), total / n))
@@ -193,15 +195,15 @@ def rank(run, ids, siblings, seed):
     """{ranking: all units, first those to remove}. siblings: the tokens of each, a list."""
     model = run.model
 
-    def means(tokens, hold=True):
+    def measured(tokens, hold=True):
         return unit_means(model, read_batches(run, "train", tokens, hold, TRAINING))
 
-    concept, retain = means(ids), means(ids, hold=False)
-    largest = torch.stack([means(tokens)["effect"] for tokens in siblings]).amax(0)  # (U)
+    concept, retain = measured(ids), measured(ids, hold=False)
+    largest = torch.stack([measured(tokens)["effect"] for tokens in siblings]).amax(0)
     spread = retain["square"].sqrt()
     spread += spread.mean() / 10  # a unit that does nothing has 0
     std = (retain["xx"] - retain["x"] ** 2).clamp_min(1e-12).sqrt()
-    wte = model.transformer["wte"].weight.detach()  # (V, C)
+    wte = model.lm_head.weight.detach()  # (V, C)
     towards = wte[ids].mean(0) - wte.mean(0)  # (C)
     writes = [towards @ site.module.weight.detach() for site in unit_sites(model)]  # 2L times (d)
     scores = {
@@ -275,13 +277,14 @@ def measure_concept(run, words, siblings, by, seed):
     model, found = run.model, {}
     start = losses(model, groups)
     for name, order in rank(run, ids, others, seed).items():
-        sizes = sorted({min(n, len(order)) for n in SIZES})
-        if "chance" in name:  # small sizes do nothing
-            sizes = [n for n in sizes if n > len(order) / 20]
+        U = len(order)
+        sizes = sorted({min(n, U) for n in SIZES})
+        if "chance" in name:
+            sizes = [n for n in sizes if n > U / 20]  # a few random units change little
         models = ((n, without(model, order[:n])) for n in sizes)
         found[name] = forget(models, groups, start)
-        n = int(found[name]["curve"][-1][0])
-        found[name]["removed"] = order[:n].tolist()
+        last = int(found[name]["curve"][-1][0])
+        found[name]["removed"] = order[:last].tolist()
     models = ((n, lowered(model, ids, n)) for n in CONSTANTS)
     found["logits"] = forget(models, groups, start)
     if by in found and found[by]["n"]:
@@ -295,8 +298,10 @@ def measure_concept(run, words, siblings, by, seed):
 
 def means(concepts):
     """{ranking: means over concepts, their deviations _sd, and how many concepts have them, _n}."""
-    rows = [{"ranking": name.rstrip("123"), "units": entry["n"], **entry} for concept in concepts
-            for name, entry in concept["rankings"].items()]
+    rows = []
+    for concept in concepts:
+        for name, entry in concept["rankings"].items():
+            rows.append({"ranking": name.rstrip("123"), "units": entry["n"], **entry})
     frame = pd.DataFrame(rows, columns=["ranking", "units", *COSTS, "relearn"])
     groups = frame.set_index("ranking").astype(float).groupby(level=0, sort=False)
     parts = [groups.mean(), groups.std().add_suffix("_sd"), groups.count().add_suffix("_n")]
@@ -304,26 +309,32 @@ def means(concepts):
     return table.where(table.notna(), None).to_dict("index")
 
 
+
 def draw(path, run, concepts):
-    """Costs against the increase on the concept's words, a line for each concept and ranking.
+    """Costs against the increase on the concept's words: means over the concepts that reach RISE.
     Without chance, which is far above the others."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    mean = means(concepts)["fisher"]
-    if mean["retain"] is not None:
-        figure.suptitle(f"{plain(run)}: where the words lose {RISE} nats, fisher costs "
-                        f"{mean['retain']:.3f} on retain, {mean['siblings']:.3f} on siblings")
-    for axes, name, column in zip(figure.subplots(1, 2), COSTS, (2, 3)):
-        axes.set(title=f"increase of the loss on {name}, nats",
-                 xlabel="increase of the loss on the concept's words")
-        for number, ranking in enumerate([*RANKINGS, "logits"]):
-            entries = [concept["rankings"].get(ranking) for concept in concepts]
-            curves = [np.array(entry["curve"]) for entry in entries if entry]
-            for curve in curves:
-                line, = axes.plot(curve[:, 1], curve[:, column], f"C{number}.-")
-            if curves:
-                line.set_label(ranking)
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    rises = RISE * np.arange(1, 11) / 10
+    fisher = means(concepts)["fisher"]
+    if fisher["retain"] is not None:
+        figure.suptitle(
+            f"{plain(run)}: fisher adds {fisher['siblings']:.3f} nats on siblings and "
+            f"{fisher['retain']:.3f} on retain,\nwhere it adds {RISE} on the concept's words")
+    for axes, cost, column in zip(figure.subplots(1, 2), COSTS, (2, 3)):
+        axes.set(title=f"increase of the loss on {cost}, nats",
+                 xlabel="increase of the loss on the concept's words, nats")
+        for number, name in enumerate([*RANKINGS, "logits"]):
+            lines = []
+            for concept in concepts:
+                entry = concept["rankings"].get(name)
+                if entry and entry["n"]:
+                    curve = np.array(entry["curve"])
+                    reached = np.maximum.accumulate(curve[:, 1])
+                    lines.append(np.interp(rises, reached, curve[:, column]))
+            if lines:
+                axes.plot(rises, np.mean(lines, 0), f"C{number}.-", label=name)
     axes.legend()
     save_figure(path, figure)
 
@@ -369,7 +380,8 @@ def main():
     add("--by", choices=RANKINGS, default="fisher", help="the ranking for --save (default fisher)")
     add("--force", action="store_true", help="replace results of other settings or weights")
     args = parser.parse_args()
-    device, runs = knobs.pick_device(args.device), open_runs(args.runs, args.data)
+    device = knobs.pick_device(args.device)
+    runs = open_runs(args.runs, args.data)
     if args.save and (len(runs) > 1 or Path(args.save[1], "best.pt").exists()):
         raise UserError("--save needs exactly one run, and a folder that holds none yet")
     results = []

@@ -74,7 +74,8 @@ def tokens_of(run, words, least):
     try:
         ids = [tokenizer.encode_single_token(f" {word}") for word in words.split()]
     except KeyError as error:
-        raise UserError(f"{error} is not one token for {run.path}: give --concept other words")
+        word = error.args[0].decode()
+        raise UserError(f'"{word}" is not one token for {run.path}: give --concept other words')
     found = np.isin(load_tokens(run.folder, "val"), ids).sum()
     if found < least:
         raise UserError(f'"{words}" is {found} tokens of the held-out text in {run.folder}, and '

@@ -292,7 +292,7 @@ def test_a_stopped_call_continues_and_its_model_is_a_run(run, typed, monkeypatch
 
 
 @pytest.mark.parametrize("words, siblings, expected", [
-    ("zebra", "cat", "zebra' is not one token"), ("dogs", "cat", '"dogs" is 0 tokens'),
+    ("zebra", "cat", '" zebra" is not one token'), ("dogs", "cat", '"dogs" is 0 tokens'),
     ("dog", "dogs", '"dogs" is 0 tokens'), ("a", "cat", "no val stories without")])
 def test_words_that_do_not_fit(run, typed, words, siblings, expected):
     message, _ = typed(unlearn.main, run.path, "--concept", words, siblings)

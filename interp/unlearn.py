@@ -1,0 +1,406 @@
+"""Unlearning: remove units until the model forgets a word. What else does it forget?
+
+    python -m interp.unlearn out/local_k2                        five concepts: minutes on a CPU
+    python -m interp.unlearn out/local_k2 --concept "dog dogs" "cat bird" --relearn none
+    python -m interp.unlearn out/local_k2 --save dog out/no_dog  the model without the units of dog
+
+A concept is some words, and siblings: similar words that should stay. Units are attention channels
+and neurons. A ranking orders them on training stories. The first n of them are removed: their
+outgoing weights become 0. n grows until the loss on the concept's words in held-out stories has
+risen by 0.5 nats per token. Costs are the increases of other losses there, interpolated in n:
+
+    retain      on stories without the concept's words
+    siblings    on each sibling word, in any story; the mean over these words
+    rest        on the other tokens near the concept's words
+    relearn     updates on stories with the words until half of the gap to the intact model is gone;
+                the intact model is trained too, because its loss falls as well
+The rankings:
+    fisher      first-order effect of the removal on the loss on the words, divided by the root
+                mean square of its effect on retained stories
+    contrast    the same, less the largest effect on a sibling
+    direct      outgoing weights . (the words' embeddings - the mean one) x mean activation
+    activation  standardised difference of the means before the words and in retained stories
+    gate        how many times more often the gate keeps the unit before the words than there
+    chance      random orders
+    logits      a control without removal: n is subtracted from the logits of the words
+
+The cost on retain alone says little: it is lowest for the control. Compare the cost on siblings,
+which shows whether a category goes instead of a word. A factor below two on one concept means
+nothing (DESIGN.md, section 8). Writes unlearn.json and unlearn.png; an interrupted call continues.
+
+Shape letters: B windows of T tokens, U units of the model (in each layer C attention channels, then
+4C neurons), d units of one place, V vocabulary, n places in the text.
+"""
+
+import copy
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import config as knobs
+from eval import open_runs, plain, print_table, run_parser, save_figure
+from interp.activations import Site, windows_at
+from interp.results import Result, measure_all
+from model import save_checkpoint
+from prepare import UserError, load_tokenizer, load_tokens
+
+CONCEPTS = [["dog dogs", "cat bird"], ["bird birds", "cat dog"], ["car cars", "ball box"],
+            ["tree trees", "park flower"], ["mom", "dad girl"]]  # words, siblings
+RANKINGS = ["fisher", "contrast", "direct", "activation", "gate"]
+COSTS = ["retain", "siblings", "rest"]
+COLUMNS = {"run": "", "ranking": "", "units": ".1f", "retain": ".1f", "siblings": ".1f",
+           "rest": ".1f", "relearn": ".1f"}
+CONCEPT_TOKENS, SIBLING_TOKENS = 80, 20  # held-out ones, at least: fewer are noise
+RISE = 0.5  # nats on the concept's words
+SIZES = [1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90, 135, 200, 300, 450, 675, 1000, 1500, 2250, 3375]
+CONSTANTS = [0.5, 0.6, 0.7, 0.8, 1, 1.5, 2, 3, 4, 6, 8]  # sizes of the control logits
+READ = 10_000_000  # tokens of a split that are searched for stories
+HELD_OUT, TRAINING, LESSONS = 12_288, 24_576, 12_800  # tokens in windows of one kind, at most
+UPDATES, LR = 64, 1e-4  # of relearning with Adam; at most so many
+TOKENS, PREDICTIONS = 1024, 256  # in a forward pass, in a product with lm_head: fast on a CPU
+
+# ------------------------------------------------------------------------------- text and losses
+
+
+def tokens_of(run, words, least):
+    """The tokens of words with a space before them. Raises UserError where words do not fit."""
+    tokenizer = load_tokenizer(run.tokenizer)
+    try:
+        ids = [tokenizer.encode_single_token(f" {word}") for word in words.split()]
+    except KeyError as error:
+        word = error.args[0].decode()
+        raise UserError(f'"{word}" is not one token for {run.path}: give --concept other words')
+    found = np.isin(load_tokens(run.folder, "val"), ids).sum()
+    if found < least:
+        raise UserError(f'"{words}" is {found} tokens of the held-out text in {run.folder}, and '
+                        f"{least} are needed: give --concept other words")
+    return ids
+
+
+def read_batches(run, split, ids, hold, tokens):
+    """A list of batches: windows of tokens (B, T), the next ones, and the places that count.
+
+    Places count where one of ids comes next. hold=False: all places of stories without ids. Windows
+    that have none are left out. At most so many tokens, evenly chosen."""
+    text = load_tokens(run.folder, split)[:READ]
+    eot, T = run.meta["eot"], run.model.config.block_size
+    stories = np.split(text, np.flatnonzero(text == eot) + 1)[:-1]  # the last one is not whole
+    chosen = [story for story in stories if np.isin(story, ids).any() == hold]
+    stream = np.concatenate([[eot], *chosen])
+    starts = np.arange(0, len(stream) - T, T)
+    idx = windows_at(stream, starts, T + 1, run.model.lm_head.weight.device)  # (windows, T + 1)
+    where = torch.isin(idx[:, 1:], idx.new_tensor(ids)) == hold
+    rows = where.any(1).nonzero()[:, 0]
+    if not len(rows):
+        kind = "with" if hold else "without"
+        raise UserError(f"{run.folder} has no {split} stories {kind} the words of a concept: give "
+                        f"--concept other words")
+    rows = rows[:: 1 + len(rows) * T // tokens]
+    step = max(1, TOKENS // T)
+    parts = idx[rows, :-1], idx[rows, 1:], where[rows]
+    return [*zip(*(part.split(step) for part in parts))]
+
+
+@torch.no_grad()
+def mean_loss(model, batches):
+    """Nats per token, over the places that count."""
+    total, n = 0.0, 0
+    for x, y, where in batches:
+        hidden = model.clean_pass(x)[0][where]  # (n, C)
+        for part, target in zip(hidden.split(PREDICTIONS), y[where].split(PREDICTIONS)):
+            total += F.cross_entropy(model.lm_head(part), target, reduction="sum").item()
+        n += len(hidden)
+    return total / n
+
+
+def losses(model, groups):
+    """On the concept, retain, siblings, rest: (4). groups: their batches, of each sibling apart."""
+    concept, retain, *words, rest = [mean_loss(model, batches) for batches in groups]
+    return np.array([concept, retain, np.mean(words), rest])
+
+
+# -------------------------------------------------------------------------------------- the units
+
+
+def unit_sites(model):
+    layers = range(model.config.n_layer)
+    return [Site(model, *place) for place in product(layers, ("attn_act", "mlp_act"))]
+
+
+def without(model, units):
+    """A copy of the model that lacks these units."""
+    model = copy.deepcopy(model)
+    sites = unit_sites(model)
+    sizes = [site.d for site in sites]
+    kept = torch.ones(sum(sizes))  # (U)
+    kept[units] = 0
+    for site, part in zip(sites, kept.split(sizes)):
+        weight = site.module.weight  # (C, d)
+        weight.data *= part.to(weight.device)
+    return model
+
+
+def lowered(model, ids, constant):
+    """A copy of the model that subtracts a constant from the logits of the tokens ids."""
+    model = copy.deepcopy(model)
+    bias = torch.zeros_like(model.lm_head.weight[:, 0])  # (V)
+    bias[ids] = -constant
+    model.lm_head.bias = torch.nn.Parameter(bias)
+    return model
+
+
+@torch.no_grad()
+def gate_masks(model, states):
+    """(B, T, U), from what clean_pass returned. A head that wins keeps all its channels."""
+    C, parts = model.config.n_embd, []
+    for attn, mlp in model.ablated_pass(*states)[1]:
+        parts += [attn.repeat_interleave(C // attn.size(-1), -1), mlp]
+    return torch.cat(parts, -1)
+
+
+def unit_means(model, batches):
+    """{name: (U)}, means over the places that count.
+
+    effect: what removing a unit everywhere adds to their loss, to first order: the sum over all
+    positions of -activation x gradient. square: of this change at single positions. x, xx: the
+    activation and its square. kept: the share of places at which the gate keeps the unit.
+    """
+    total, n = 0, 0
+    for x, y, where in batches:
+        seen = []  # 2L times (B, T, d)
+        hooks = [site.hook(seen.append) for site in unit_sites(model)]
+        states = model.clean_pass(x)
+        for hook in hooks:
+            hook.remove()
+        logits = model.lm_head(states[0][where])  # (n, V)
+        loss = F.cross_entropy(logits, y[where], reduction="sum")
+        gradient = torch.cat(torch.autograd.grad(loss, seen), -1)  # (B, T, U)
+        act = torch.cat(seen, -1).detach()  # (B, T, U)
+        change = (-act * gradient).flatten(0, 1)  # (B T, U)
+        here = act[where]  # (n, U)
+        sums = [change.sum(0), change.square().sum(0), here.sum(0), here.square().sum(0)]
+        if model.config.ablation != "none":
+            sums.append(gate_masks(model, states)[where].sum(0))
+        total = total + torch.stack(sums)  # (4 or 5, U)
+        n += len(here)
+    return dict(zip(("effect", "square", "x", "xx", "kept"), total / n))
+
+
+def rank(run, ids, siblings, seed):
+    """{ranking: all units, first those to remove}. siblings: the tokens of each, a list."""
+    model = run.model
+
+    def measured(tokens, hold=True):
+        return unit_means(model, read_batches(run, "train", tokens, hold, TRAINING))
+
+    concept, retain = measured(ids), measured(ids, hold=False)
+    largest = torch.stack([measured(tokens)["effect"] for tokens in siblings]).amax(0)
+    spread = retain["square"].sqrt()
+    spread += spread.mean() / 10  # a unit that does nothing has 0
+    std = (retain["xx"] - retain["x"] ** 2).clamp_min(1e-12).sqrt()
+    wte = model.lm_head.weight.detach()  # (V, C)
+    towards = wte[ids].mean(0) - wte.mean(0)  # (C)
+    writes = [towards @ site.module.weight.detach() for site in unit_sites(model)]  # 2L times (d)
+    scores = {
+        "fisher": concept["effect"] / spread,
+        "contrast": (concept["effect"] - largest) / spread,
+        "direct": torch.cat(writes) * concept["x"],
+        "activation": (concept["x"] - retain["x"]).abs() / std}
+    if "kept" in concept:
+        rare = 1e-3  # there is no ratio to a rate of 0
+        scores["gate"] = (concept["kept"] + rare) / (retain["kept"] + rare)
+    random = torch.Generator().manual_seed(seed)
+    for name in ("chance1", "chance2", "chance3"):
+        scores[name] = torch.rand(len(spread), generator=random)
+    return {name: score.argsort(descending=True, stable=True) for name, score in scores.items()}
+
+
+# -------------------------------------------------------------------- forgetting, and relearning
+
+
+def forget(models, groups, start):
+    """The entry of a ranking in unlearn.json. models: pairs of a size n and the model, lazily. The
+    curve has rows (n, increases of the losses at the start), until the first increase is RISE."""
+    curve = [[0.0] * 5]
+    for n, model in models:
+        increases = losses(model, groups) - start  # (4)
+        curve.append([float(n), *increases.tolist()])
+        if increases[0] >= RISE:
+            break
+    numbers = dict.fromkeys(["n", "concept", *COSTS])
+    if increases[0] >= RISE:
+        last = np.array(curve[-2:])  # interpolate between these two
+        for name, column in zip(numbers, last.T):
+            numbers[name] = float(np.interp(RISE, last[:, 1], column))
+    return numbers | {"curve": curve}
+
+
+def relearn(models, lessons, concept):
+    """Updates of two models, the intact one first, on the batches lessons until half of the gap
+    between their losses on the concept is gone; or None."""
+    models = torch.nn.ModuleList(copy.deepcopy(models))
+    optimizer = torch.optim.Adam(models.parameters(), lr=LR)
+    gaps = []
+    for update in range(UPDATES + 1):
+        intact, smaller = [mean_loss(model, concept) for model in models]
+        gaps.append(smaller - intact)
+        if gaps[-1] <= gaps[0] / 2:
+            return update
+        x, y, _ = lessons[update % len(lessons)]
+        optimizer.zero_grad()
+        for model in models:
+            model(x, y, ablated_coeff=0).loss.backward()
+        optimizer.step()
+    return None
+
+
+def held_out(run, words, siblings):
+    """The tokens of a concept, those of each sibling, and the groups for losses(). Raises UserError
+    where words do not fit."""
+    ids = tokens_of(run, words, CONCEPT_TOKENS)
+    others = [tokens_of(run, word, SIBLING_TOKENS) for word in siblings.split()]
+    concept = read_batches(run, "val", ids, True, HELD_OUT)
+    retain = read_batches(run, "val", ids, False, HELD_OUT)
+    apart = [read_batches(run, "val", tokens, True, HELD_OUT) for tokens in others]
+    rest = [(x, y, ~where) for x, y, where in concept[::3]]  # a third is enough
+    return ids, others, [concept, retain, *apart, rest]
+
+
+def measure_concept(run, words, siblings, by, seed):
+    """The entry of a concept in unlearn.json. by: the ranking to relearn after."""
+    ids, others, groups = held_out(run, words, siblings)
+    model, found = run.model, {}
+    start = losses(model, groups)
+    for name, order in rank(run, ids, others, seed).items():
+        U = len(order)
+        sizes = sorted({min(n, U) for n in SIZES})
+        if "chance" in name:
+            sizes = [n for n in sizes if n > U / 20]  # a few random units change little
+        models = ((n, without(model, order[:n])) for n in sizes)
+        found[name] = forget(models, groups, start)
+        last = int(found[name]["curve"][-1][0])
+        found[name]["removed"] = order[:last].tolist()
+    models = ((n, lowered(model, ids, n)) for n in CONSTANTS)
+    found["logits"] = forget(models, groups, start)
+    if by in found and found[by]["n"]:
+        pair = [model, without(model, found[by]["removed"])]
+        lessons = read_batches(run, "train", ids, True, LESSONS)
+        found[by]["relearn"] = relearn(pair, lessons, groups[0])
+    tokens = sum(where.sum().item() for _, _, where in groups[0])
+    loss = dict(zip(["concept", *COSTS], start.tolist()))
+    return {"words": words, "siblings": siblings, "tokens": tokens, "loss": loss, "rankings": found}
+
+
+def means(concepts):
+    """{ranking: means over concepts, their deviations _sd, and how many concepts have them, _n}."""
+    rows = []
+    for concept in concepts:
+        for name, entry in concept["rankings"].items():
+            rows.append({"ranking": name.rstrip("123"), "units": entry["n"], **entry})
+    frame = pd.DataFrame(rows, columns=["ranking", "units", *COSTS, "relearn"])
+    groups = frame.set_index("ranking").astype(float).groupby(level=0, sort=False)
+    parts = [groups.mean(), groups.std().add_suffix("_sd"), groups.count().add_suffix("_n")]
+    table = pd.concat([groups.size().rename("n"), *parts], axis=1).astype(object)
+    return table.where(table.notna(), None).to_dict("index")
+
+
+
+def draw(path, run, concepts):
+    """Costs against the increase on the concept's words: means over the concepts that reach RISE.
+    Without chance, which is far above the others."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    rises = RISE * np.arange(1, 11) / 10
+    fisher = means(concepts)["fisher"]
+    if fisher["retain"] is not None:
+        figure.suptitle(
+            f"{plain(run)}: fisher adds {fisher['siblings']:.3f} nats on siblings and "
+            f"{fisher['retain']:.3f} on retain,\nwhere it adds {RISE} on the concept's words")
+    for axes, cost, column in zip(figure.subplots(1, 2), COSTS, (2, 3)):
+        axes.set(title=f"increase of the loss on {cost}, nats",
+                 xlabel="increase of the loss on the concept's words, nats")
+        for number, name in enumerate([*RANKINGS, "logits"]):
+            lines = []
+            for concept in concepts:
+                entry = concept["rankings"].get(name)
+                if entry and entry["n"]:
+                    curve = np.array(entry["curve"])
+                    reached = np.maximum.accumulate(curve[:, 1])
+                    lines.append(np.interp(rises, reached, curve[:, column]))
+            if lines:
+                axes.plot(rises, np.mean(lines, 0), f"C{number}.-", label=name)
+    axes.legend()
+    save_figure(path, figure)
+
+
+def measure(result, title, device):
+    """The facts of unlearn.json of one run."""
+    run, settings = result.run, result.key["settings"]
+    run.model.to(device)
+    for texts in settings["concepts"]:
+        held_out(run, *texts)  # refuses one before others take minutes
+    found = result.state or []
+    for texts in tqdm(settings["concepts"][len(found) :], desc=title, leave=False):
+        found.append(measure_concept(run, *texts, settings["relearn"], settings["seed"]))
+        result.save(found)
+    draw(result.path(".png"), run.path, found)
+    return {"concepts": found, "mean": means(found)}
+
+
+def save(result, word, folder, by):
+    """Write the model without the units of a concept as a run."""
+    run = result.run
+    for concept in result.facts["concepts"]:
+        entry = concept["rankings"].get(by)
+        if word in concept["words"].split() and entry and entry["n"]:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            weights = without(run.model, entry["removed"]).state_dict()
+            save_checkpoint(
+                Path(folder, "best.pt"), run.model.config, weights, step=run.step,
+                tokenizer=run.tokenizer, data=run.checksum, train_config=run.knobs)
+            return
+    raise UserError(f"{by} removes no concept with the word {word} from {run.path}")
+
+
+def main():
+    parser = run_parser(__doc__)
+    add = parser.add_argument
+    add("--concept", nargs=2, action="append", metavar=("WORDS", "SIBLINGS"),
+        help='such as --concept "dog dogs" "cat bird"; can be repeated (default: five concepts)')
+    add("--relearn", choices=[*RANKINGS, "none"], default="fisher",
+        help="the ranking to relearn after (default fisher)")
+    add("--seed", type=int, default=0, help="of the random orders (default 0)")
+    add("--save", nargs=2, metavar=("WORD", "FOLDER"), help="write the model without the units")
+    add("--by", choices=RANKINGS, default="fisher", help="the ranking for --save (default fisher)")
+    add("--force", action="store_true", help="replace results of other settings or weights")
+    args = parser.parse_args()
+    device = knobs.pick_device(args.device)
+    runs = open_runs(args.runs, args.data)
+    if args.save and (len(runs) > 1 or Path(args.save[1], "best.pt").exists()):
+        raise UserError("--save needs exactly one run, and a folder that holds none yet")
+    results = []
+    for run in runs:
+        settings = {"data": run.meta["checksum"], "concepts": args.concept or CONCEPTS,
+                    "relearn": args.relearn, "seed": args.seed}
+        results.append(Result(run, "unlearn", settings, args.force, [".png"]))
+    facts = measure_all(results, partial(measure, device=device), device)
+    rows = [{"run": result["run"], "ranking": name, **row} for result in facts
+            for name, row in result["mean"].items()]
+    table = pd.DataFrame(rows)
+    for name in COSTS:
+        table[[name, f"{name}_sd"]] *= 1000
+    print_table(table, COLUMNS)
+    print("costs in thousandths of a nat per token, ± over the concepts")
+    if args.save:
+        save(results[0], *args.save, args.by)
+
+
+if __name__ == "__main__":
+    knobs.cli(main)

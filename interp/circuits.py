@@ -116,7 +116,8 @@ def make_prompts(tokenizer, task, openings, count, seed):
     rng, endings, lists = random.Random(seed), read_asset("tasks.txt")[task], {}
     for kind, words in word_lists().items():
         lists[kind] = [word for word in words if len(tokenizer.encode_ordinary(f" {word}")) == 1]
-    girls, boys = lists["girls"] + lists["more_girls"], lists["boys"] + lists["more_boys"]
+    girls = lists["girls"] + lists["more_girls"]
+    boys = lists["boys"] + lists["more_boys"]
     places, objects = lists["places"], lists["objects"]
     if min(len(girls), len(boys)) < 3 or not places or len(objects) < 2:
         raise UserError("too few of our names, places and objects are single tokens of this "
@@ -172,7 +173,8 @@ def tokenize(prompts, tokenizer, block_size):
         rows.append(tokens)
     clean, corrupt, answers, wrong = zip(*rows)
     lengths = torch.tensor([len(row) for row in clean])
-    return Tokens(pad(clean), pad(corrupt), lengths, pad(answers)[:, 0], pad(wrong)[:, 0])
+    answers, wrong = pad(answers)[:, 0], pad(wrong)[:, 0]
+    return Tokens(pad(clean), pad(corrupt), lengths, answers, wrong)
 
 
 # ---------------------------------------------------------------------------------------- the sweep
@@ -320,7 +322,8 @@ def attribute(model, tokens, path=PATH):
     sum over prompts and positions of the change of its source . the gradient at its input; of a
     unit: of its change x its gradient."""
     scores, change = {"edges": {}, "units": {}}, model.corrupt - model.clean  # (S, B, T, C)
-    clean, corrupt = record(model, model.clean[0]), record(model, model.corrupt[0])
+    clean = record(model, model.clean[0])
+    corrupt = record(model, model.corrupt[0])
     for place, slope in gradients(model, tokens, path).items():
         if isinstance(place, Dest):
             sources = model.graph.sources(place.node)  # the first so many of all
@@ -408,14 +411,21 @@ def measure_level(run, metric, halves, ends, rng):
     total, (none, full) = len(halves[0]), ends
 
     def f_of(order):
-        return cache(lambda n: (metric(run(set(order[:n]))) - none) / (full - none))
+        @cache
+        def f(n):
+            end = run(set(order[:n]))
+            return (metric(end) - none) / (full - none)
+        return f
 
-    best = f_of(rank({name: halves[0][name] + halves[1][name] for name in halves[0]}))
-    chance = f_of(rng.sample([*halves[0]], total))
-    size, by_chance = smallest(best, total), faithfulness(chance, total)
+    first, second = halves
+    both = {name: first[name] + second[name] for name in first}
+    best = f_of(rank(both))
+    chance = f_of(rng.sample([*both], total))
+    size = smallest(best, total)
+    by_chance = faithfulness(chance, total)
     return faithfulness(best, total) | {
         "total": total, "size": size, "f_random": chance(size),
-        "jaccard": overlap(*map(rank, halves)),
+        "jaccard": overlap(rank(first), rank(second)),
         **{f"{name}_random": by_chance[name] for name in ("cpr", "cmd", "curve")}}
 
 

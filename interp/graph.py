@@ -42,7 +42,8 @@ class Graph:
     """
 
     def __init__(self, n_layer, n_head):
-        self.n_layer, self.n_head, self.end = n_layer, n_head, 1 + n_layer * (n_head + 1)
+        self.n_layer, self.n_head = n_layer, n_head
+        self.end = 1 + n_layer * (n_head + 1)
         self.stages = []  # in forward order; the nodes of one cannot feed each other
         for first in range(1, self.end, n_head + 1):
             mlp = first + n_head
@@ -100,8 +101,10 @@ def unchanged(place, value):
 def attention_mask(position, window):
     """position (B, T), negative on padding -> (B, T, T): 0 where a query looks, -inf elsewhere."""
     T = position.size(1)
-    query, key = torch.arange(T)[:, None], torch.arange(T)
-    seen = (key <= query) & (key > query - window) & (position[:, None, :] >= 0)  # (B, T, T)
+    key = torch.arange(T)  # (T)
+    query = key[:, None]  # (T, 1)
+    seen = (key <= query) & (key > query - window)  # (T, T)
+    seen = seen & (position[:, None, :] >= 0)  # (B, T, T)
     seen |= torch.eye(T, dtype=torch.bool)  # padding sees itself: a row of -inf would give nan
     return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
 
@@ -125,11 +128,11 @@ class PatchedModel:
         self.heads = [self.split_heads(block) for block in range(len(windows))]
         self.unembed = self.weights["lm_head.weight"].T  # (C, V)
 
-        wte, wpe = self.weights["wte.weight"], self.weights["wpe.weight"]
-        clean, corrupt, position = (x.to(device) for x in (clean, corrupt, position.clamp_min(0)))
+        wte = self.weights["wte.weight"]
+        positions = self.weights["wpe.weight"][position.clamp_min(0).to(device)]  # (B, T, C)
         # the output of every source, (S, B, T, C), and the input of every stage, [(B, T, C), ...]
-        self.clean, self.clean_residual = self.run(wte[clean] + wpe[position])
-        self.corrupt, self.corrupt_residual = self.run(wte[corrupt] + wpe[position])
+        self.clean, self.clean_residual = self.run(wte[clean.to(device)] + positions)
+        self.corrupt, self.corrupt_residual = self.run(wte[corrupt.to(device)] + positions)
         self.end = self.norm("ln_f", self.clean_residual[-1][:, -1])  # (B, C)
         p = (self.end @ self.unembed).double().softmax(-1)  # (B, V)
         self.log_p = p.log().to(dtype)  # (B, V)
@@ -137,15 +140,18 @@ class PatchedModel:
 
     def split_heads(self, block):
         """A block's matrices head by head: Q, K and V (H, C, D), O (H, D, C)."""
-        name, split = f"h.{block}.attn.attention", (self.graph.n_head, -1)
-        heads = {"O": self.weights[f"{name}.out_proj.weight"].T.unflatten(0, split).contiguous()}
+        name = f"h.{block}.attn.attention"
+        split = (self.graph.n_head, -1)
+        out = self.weights[f"{name}.out_proj.weight"]  # (C, C), H * D columns
+        heads = {"O": out.T.unflatten(0, split).contiguous()}
         for part in "QKV":
             matrix = self.weights[f"{name}.{part.lower()}_proj.weight"]  # (C, C), H * D rows
             heads[part] = matrix.unflatten(0, split).mT.contiguous()
         return heads
 
     def norm(self, name, x):
-        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        weight = self.weights[f"{name}.weight"]
+        bias = self.weights[f"{name}.bias"]
         return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
 
     def linear(self, name, x):
@@ -157,7 +163,8 @@ class PatchedModel:
         block, head = self.graph.place(dest.node)
         if head is None:
             return self.norm(f"h.{block}.ln_2", x)
-        return self.norm(f"h.{block}.ln_1", x) @ self.heads[block][dest.part][head]
+        matrix = self.heads[block][dest.part][head]  # (C, D)
+        return self.norm(f"h.{block}.ln_1", x) @ matrix
 
     def output(self, node, projected, edit=unchanged):
         """The output of a node, (..., B, T or 1, C), from the list of its projections.
@@ -256,7 +263,8 @@ class Circuit:
         self.inputs, self.projections = {}, {}
         for node in sorted(self.live - {0, graph.end}):
             dests = graph.dests(node)
-            if any(self.removed[dest] or self.changed & {*self.kept[dest]} for dest in dests):
+            removed = any(self.removed[dest] for dest in dests)
+            if removed or any(self.changed & {*self.kept[dest]} for dest in dests):
                 self.set_output(node, self.output_of(node, {}))
 
     def positions(self, dest):
@@ -283,7 +291,8 @@ class Circuit:
             else:
                 x = model.corrupt_residual[stage]
                 change = self.current[kept] - model.corrupt[kept]  # (kept, B, T, C)
-            self.inputs[dest] = (x + change.sum(0))[:, self.positions(dest)]
+            x = x + change.sum(0)
+            self.inputs[dest] = x[:, self.positions(dest)]
         return self.inputs[dest]
 
     def output_of(self, node, new):

@@ -1,35 +1,32 @@
 """Unlearning: remove units until the model forgets a word. What else does it forget?
 
     python -m interp.unlearn out/local_k2                        five concepts: minutes on a CPU
-    python -m interp.unlearn out/local_k2 --concept "dog dogs" "cat bird" --relearn none
+    python -m interp.unlearn out/local_k2 --concept "dog dogs" "cat bird"    words, siblings
     python -m interp.unlearn out/local_k2 --save dog out/no_dog  the model without the units of dog
 
-A concept is some words, and siblings: similar words that should stay. Units are attention channels
-and neurons. A ranking orders them on training stories. The first n of them are removed: their
-outgoing weights become 0. n grows until the loss on the concept's words in held-out stories has
-risen by 0.5 nats per token. Costs are the increases of other losses there, interpolated in n:
+A concept is some words; siblings are similar words that should stay. A ranking orders the units
+(attention channels and neurons) on training stories. The first n are removed: their outgoing
+weights become 0. n grows until the loss on the concept's words in held-out stories has risen by 0.5
+nats per token. There, interpolated in n, these other losses have risen as well:
 
     retain      on stories without the concept's words
-    siblings    on each sibling word, in any story; the mean over these words
-    rest        on the other tokens near the concept's words
-    relearn     updates on stories with the words until half of the gap to the intact model is gone;
-                the intact model is trained too, because its loss falls as well
-The rankings:
+    siblings    on the sibling words, in any story; mean over these words
+Rankings:
     fisher      first-order effect of the removal on the loss on the words, divided by the root
                 mean square of its effect on retained stories
     contrast    the same, less the largest effect on a sibling
     direct      outgoing weights . (the words' embeddings - the mean one) x mean activation
     activation  standardised difference of the means before the words and in retained stories
     gate        how many times more often the gate keeps the unit before the words than there
-    chance      random orders
+    chance      three random orders
     logits      a control without removal: n is subtracted from the logits of the words
 
-The cost on retain alone says little: it is lowest for the control. Compare the cost on siblings,
-which shows whether a category goes instead of a word. A factor below two on one concept means
-nothing (DESIGN.md, section 8). Writes unlearn.json and unlearn.png; an interrupted call continues.
+relearn: updates on stories with the words until half of the gap to the intact model is gone, which
+is trained as well, because its loss falls too. The cost on retain alone says little: the control's
+is the lowest. A factor below two on one concept means nothing.
 
-Shape letters: B windows of T tokens, U units of the model (in each layer C attention channels, then
-4C neurons), d units of one place, V vocabulary, n places in the text.
+Writes unlearn.json, with the curve of each ranking. After Ctrl-C the same command continues. Shape
+letters: B windows of T tokens, U units, d units of one place, V vocabulary, n places in the text.
 """
 
 import copy
@@ -44,7 +41,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import config as knobs
-from eval import open_runs, plain, print_table, run_parser, save_figure
+from eval import open_runs, print_table, run_parser
 from interp.activations import Site, windows_at
 from interp.results import Result, measure_all
 from model import save_checkpoint
@@ -53,9 +50,9 @@ from prepare import UserError, load_tokenizer, load_tokens
 CONCEPTS = [["dog dogs", "cat bird"], ["bird birds", "cat dog"], ["car cars", "ball box"],
             ["tree trees", "park flower"], ["mom", "dad girl"]]  # words, siblings
 RANKINGS = ["fisher", "contrast", "direct", "activation", "gate"]
-COSTS = ["retain", "siblings", "rest"]
+COSTS = ["retain", "siblings"]
 COLUMNS = {"run": "", "ranking": "", "units": ".1f", "retain": ".1f", "siblings": ".1f",
-           "rest": ".1f", "relearn": ".1f"}
+           "relearn": ".1f"}
 CONCEPT_TOKENS, SIBLING_TOKENS = 80, 20  # held-out ones, at least: fewer are noise
 RISE = 0.5  # nats on the concept's words
 SIZES = [1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90, 135, 200, 300, 450, 675, 1000, 1500, 2250, 3375]
@@ -63,7 +60,7 @@ CONSTANTS = [0.5, 0.6, 0.7, 0.8, 1, 1.5, 2, 3, 4, 6, 8]  # sizes of the control 
 READ = 10_000_000  # tokens of a split that are searched for stories
 HELD_OUT, TRAINING, LESSONS = 12_288, 24_576, 12_800  # tokens in windows of one kind, at most
 UPDATES, LR = 64, 1e-4  # of relearning with Adam; at most so many
-TOKENS, PREDICTIONS = 1024, 256  # in a forward pass, in a product with lm_head: fast on a CPU
+TOKENS = 1024  # in a forward pass
 
 # ------------------------------------------------------------------------------- text and losses
 
@@ -112,17 +109,16 @@ def mean_loss(model, batches):
     """Nats per token, over the places that count."""
     total, n = 0.0, 0
     for x, y, where in batches:
-        hidden = model.clean_pass(x)[0][where]  # (n, C)
-        for part, target in zip(hidden.split(PREDICTIONS), y[where].split(PREDICTIONS)):
-            total += F.cross_entropy(model.lm_head(part), target, reduction="sum").item()
-        n += len(hidden)
+        logits = model.lm_head(model.clean_pass(x)[0][where])  # (n, V)
+        total += F.cross_entropy(logits, y[where], reduction="sum").item()
+        n += len(logits)
     return total / n
 
 
 def losses(model, groups):
-    """On the concept, retain, siblings, rest: (4). groups: their batches, of each sibling apart."""
-    concept, retain, *words, rest = [mean_loss(model, batches) for batches in groups]
-    return np.array([concept, retain, np.mean(words), rest])
+    """On the concept, retain, siblings: (3). groups: their batches, of each sibling apart."""
+    concept, retain, *words = [mean_loss(model, batches) for batches in groups]
+    return np.array([concept, retain, np.mean(words)])
 
 
 # -------------------------------------------------------------------------------------- the units
@@ -192,7 +188,7 @@ def unit_means(model, batches):
     return dict(zip(("effect", "square", "x", "xx", "kept"), total / n))
 
 
-def rank(run, ids, siblings, seed):
+def rank(run, ids, siblings):
     """{ranking: all units, first those to remove}. siblings: the tokens of each, a list."""
     model = run.model
 
@@ -215,7 +211,7 @@ def rank(run, ids, siblings, seed):
     if "kept" in concept:
         rare = 1e-3  # there is no ratio to a rate of 0
         scores["gate"] = (concept["kept"] + rare) / (retain["kept"] + rare)
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(0)
     for name in ("chance1", "chance2", "chance3"):
         scores[name] = torch.rand(len(spread), generator=random)
     return {name: score.argsort(descending=True, stable=True) for name, score in scores.items()}
@@ -227,9 +223,9 @@ def rank(run, ids, siblings, seed):
 def forget(models, groups, start):
     """The entry of a ranking in unlearn.json. models: pairs of a size n and the model, lazily. The
     curve has rows (n, increases of the losses at the start), until the first increase is RISE."""
-    curve = [[0.0] * 5]
+    curve = [[0.0] * 4]
     for n, model in models:
-        increases = losses(model, groups) - start  # (4)
+        increases = losses(model, groups) - start  # (3)
         curve.append([float(n), *increases.tolist()])
         if increases[0] >= RISE:
             break
@@ -268,16 +264,15 @@ def held_out(run, words, siblings):
     concept = read_batches(run, "val", ids, True, HELD_OUT)
     retain = read_batches(run, "val", ids, False, HELD_OUT)
     apart = [read_batches(run, "val", tokens, True, HELD_OUT) for tokens in others]
-    rest = [(x, y, ~where) for x, y, where in concept[::3]]  # a third is enough
-    return ids, others, [concept, retain, *apart, rest]
+    return ids, others, [concept, retain, *apart]
 
 
-def measure_concept(run, words, siblings, by, seed):
-    """The entry of a concept in unlearn.json. by: the ranking to relearn after."""
+def measure_concept(run, words, siblings):
+    """The entry of a concept in unlearn.json."""
     ids, others, groups = held_out(run, words, siblings)
     model, found = run.model, {}
     start = losses(model, groups)
-    for name, order in rank(run, ids, others, seed).items():
+    for name, order in rank(run, ids, others).items():
         U = len(order)
         sizes = sorted({min(n, U) for n in SIZES})
         if "chance" in name:
@@ -288,10 +283,10 @@ def measure_concept(run, words, siblings, by, seed):
         found[name]["removed"] = order[:last].tolist()
     models = ((n, lowered(model, ids, n)) for n in CONSTANTS)
     found["logits"] = forget(models, groups, start)
-    if by in found and found[by]["n"]:
-        pair = [model, without(model, found[by]["removed"])]
+    if found["fisher"]["n"]:
+        pair = [model, without(model, found["fisher"]["removed"])]
         lessons = read_batches(run, "train", ids, True, LESSONS)
-        found[by]["relearn"] = relearn(pair, lessons, groups[0])
+        found["fisher"]["relearn"] = relearn(pair, lessons, groups[0])
     tokens = sum(where.sum().item() for _, _, where in groups[0])
     loss = dict(zip(["concept", *COSTS], start.tolist()))
     return {"words": words, "siblings": siblings, "tokens": tokens, "loss": loss, "rankings": found}
@@ -310,63 +305,32 @@ def means(concepts):
     return table.where(table.notna(), None).to_dict("index")
 
 
-
-def draw(path, run, concepts):
-    """Costs against the increase on the concept's words: means over the concepts that reach RISE.
-    Without chance, which is far above the others."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    rises = RISE * np.arange(1, 11) / 10
-    fisher = means(concepts)["fisher"]
-    if fisher["retain"] is not None:
-        figure.suptitle(
-            f"{plain(run)}: fisher adds {fisher['siblings']:.3f} nats on siblings and "
-            f"{fisher['retain']:.3f} on retain,\nwhere it adds {RISE} on the concept's words")
-    for axes, cost, column in zip(figure.subplots(1, 2), COSTS, (2, 3)):
-        axes.set(title=f"increase of the loss on {cost}, nats",
-                 xlabel="increase of the loss on the concept's words, nats")
-        for number, name in enumerate([*RANKINGS, "logits"]):
-            lines = []
-            for concept in concepts:
-                entry = concept["rankings"].get(name)
-                if entry and entry["n"]:
-                    curve = np.array(entry["curve"])
-                    reached = np.maximum.accumulate(curve[:, 1])
-                    lines.append(np.interp(rises, reached, curve[:, column]))
-            if lines:
-                axes.plot(rises, np.mean(lines, 0), f"C{number}.-", label=name)
-    axes.legend()
-    save_figure(path, figure)
-
-
 def measure(result, title, device):
     """The facts of unlearn.json of one run."""
-    run, settings = result.run, result.key["settings"]
+    run, concepts = result.run, result.key["settings"]["concepts"]
     run.model.to(device)
-    for texts in settings["concepts"]:
+    for texts in concepts:
         held_out(run, *texts)  # refuses one before others take minutes
     found = result.state or []
-    for texts in tqdm(settings["concepts"][len(found) :], desc=title, leave=False):
-        found.append(measure_concept(run, *texts, settings["relearn"], settings["seed"]))
+    for texts in tqdm(concepts[len(found) :], desc=title, leave=False):
+        found.append(measure_concept(run, *texts))
         result.save(found)
-    draw(result.path(".png"), run.path, found)
     return {"concepts": found, "mean": means(found)}
 
 
-def save(result, word, folder, by):
-    """Write the model without the units of a concept as a run."""
+def save(result, word, folder):
+    """Write the model without the units that fisher ranks first for a concept, as a run."""
     run = result.run
     for concept in result.facts["concepts"]:
-        entry = concept["rankings"].get(by)
-        if word in concept["words"].split() and entry and entry["n"]:
+        entry = concept["rankings"]["fisher"]
+        if word in concept["words"].split() and entry["n"]:
             Path(folder).mkdir(parents=True, exist_ok=True)
             weights = without(run.model, entry["removed"]).state_dict()
             save_checkpoint(
                 Path(folder, "best.pt"), run.model.config, weights, step=run.step,
                 tokenizer=run.tokenizer, data=run.checksum, train_config=run.knobs)
             return
-    raise UserError(f"{by} removes no concept with the word {word} from {run.path}")
+    raise UserError(f"no units were found whose removal makes {run.path} forget {word}")
 
 
 def main():
@@ -374,11 +338,7 @@ def main():
     add = parser.add_argument
     add("--concept", nargs=2, action="append", metavar=("WORDS", "SIBLINGS"),
         help='such as --concept "dog dogs" "cat bird"; can be repeated (default: five concepts)')
-    add("--relearn", choices=[*RANKINGS, "none"], default="fisher",
-        help="the ranking to relearn after (default fisher)")
-    add("--seed", type=int, default=0, help="of the random orders (default 0)")
     add("--save", nargs=2, metavar=("WORD", "FOLDER"), help="write the model without the units")
-    add("--by", choices=RANKINGS, default="fisher", help="the ranking for --save (default fisher)")
     add("--force", action="store_true", help="replace results of other settings or weights")
     args = parser.parse_args()
     device = knobs.pick_device(args.device)
@@ -387,9 +347,8 @@ def main():
         raise UserError("--save needs exactly one run, and a folder that holds none yet")
     results = []
     for run in runs:
-        settings = {"data": run.meta["checksum"], "concepts": args.concept or CONCEPTS,
-                    "relearn": args.relearn, "seed": args.seed}
-        results.append(Result(run, "unlearn", settings, args.force, [".png"]))
+        settings = {"data": run.meta["checksum"], "concepts": args.concept or CONCEPTS}
+        results.append(Result(run, "unlearn", settings, args.force))
     facts = measure_all(results, partial(measure, device=device), device)
     rows = [{"run": result["run"], "ranking": name, **row} for result in facts
             for name, row in result["mean"].items()]
@@ -399,7 +358,7 @@ def main():
     print_table(table, COLUMNS)
     print("costs in thousandths of a nat per token, ± over the concepts")
     if args.save:
-        save(results[0], *args.save, args.by)
+        save(results[0], *args.save)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ TINY = ("--data=data/toy --n_layer=2 --n_head=2 --n_embd=16 --block_size=32 --ba
         "--max_iters=2 --eval_windows=2 --device=cpu")
 FASTER = {"train": TINY, "prepare": "--stories=1000 --val_share=0.2 --force",
           "interp.n2g": "--tokens 1000 --snippets 4", "interp.explain": "--window 16 --neurons 2",
+          "interp.unlearn": "--concept happy sad",
           "interp.sae": "--steps 5 --tokens 3000 --eval_windows 2 --expansion 1"}
 
 

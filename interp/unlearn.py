@@ -55,36 +55,32 @@ COLUMNS = {"run": "", "ranking": "", "units": ".1f", "retain": ".1f", "siblings"
            "relearn": ".1f"}
 CONCEPT_TOKENS, SIBLING_TOKENS = 80, 20  # held-out ones, at least: fewer are noise
 RISE = 0.5  # nats on the concept's words
-SIZES = [1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90, 135, 200, 300, 450, 675, 1000, 1500, 2250, 3375]
+SIZES = [1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90, 135, 200, 300, 450, 675]  # units removed
+SIZES += [1000 * n for n in SIZES]
 CONSTANTS = [0.5, 0.6, 0.7, 0.8, 1, 1.5, 2, 3, 4, 6, 8]  # sizes of the control logits
 READ = 10_000_000  # tokens of a split that are searched for stories
-HELD_OUT, TRAINING, LESSONS = 12_288, 24_576, 12_800  # tokens in windows of one kind, at most
-UPDATES, LR = 64, 1e-4  # of relearning with Adam; at most so many
+HELD_OUT, TRAINING, LESSONS = 16_384, 24_576, 12_800  # tokens in windows of one kind, at most
+UPDATES, LR = 64, 1e-4  # of relearning: most updates, Adam's learning rate
 TOKENS = 1024  # in a forward pass
 
 # ------------------------------------------------------------------------------- text and losses
 
 
-def tokens_of(run, words, least):
-    """The tokens of words with a space before them. Raises UserError where words do not fit."""
+def tokens_of(run, words):
+    """The tokens of words with a space before them. Raises UserError where one is not a token."""
     tokenizer = load_tokenizer(run.tokenizer)
     try:
-        ids = [tokenizer.encode_single_token(f" {word}") for word in words.split()]
+        return [tokenizer.encode_single_token(f" {word}") for word in words.split()]
     except KeyError as error:
         word = error.args[0].decode()
         raise UserError(f'"{word}" is not one token for {run.path}: give --concept other words')
-    found = np.isin(load_tokens(run.folder, "val"), ids).sum()
-    if found < least:
-        raise UserError(f'"{words}" is {found} tokens of the held-out text in {run.folder}, and '
-                        f"{least} are needed: give --concept other words")
-    return ids
 
 
 def read_batches(run, split, ids, hold, tokens):
     """A list of batches: windows of tokens (B, T), the next ones, and the places that count.
 
     Places count where one of ids comes next. hold=False: all places of stories without ids. Windows
-    that have none are left out. At most so many tokens, evenly chosen."""
+    that have none are left out. At most so many tokens, evenly chosen. Raises UserError."""
     text = load_tokens(run.folder, split)[:READ]
     eot, T = run.meta["eot"], run.model.config.block_size
     stories = np.split(text, np.flatnonzero(text == eot) + 1)[:-1]  # the last one is not whole
@@ -98,7 +94,8 @@ def read_batches(run, split, ids, hold, tokens):
         kind = "with" if hold else "without"
         raise UserError(f"{run.folder} has no {split} stories {kind} the words of a concept: give "
                         f"--concept other words")
-    rows = rows[:: 1 + len(rows) * T // tokens]
+    chosen = torch.linspace(0, len(rows) - 1, min(len(rows), max(1, tokens // T))).long()
+    rows = rows[chosen]
     step = max(1, TOKENS // T)
     parts = idx[rows, :-1], idx[rows, 1:], where[rows]
     return [*zip(*(part.split(step) for part in parts))]
@@ -256,15 +253,23 @@ def relearn(models, lessons, concept):
     return None
 
 
+def count(batches):
+    return sum(where.sum().item() for _, _, where in batches)
+
+
 def held_out(run, words, siblings):
     """The tokens of a concept, those of each sibling, and the groups for losses(). Raises UserError
     where words do not fit."""
-    ids = tokens_of(run, words, CONCEPT_TOKENS)
-    others = [tokens_of(run, word, SIBLING_TOKENS) for word in siblings.split()]
-    concept = read_batches(run, "val", ids, True, HELD_OUT)
-    retain = read_batches(run, "val", ids, False, HELD_OUT)
-    apart = [read_batches(run, "val", tokens, True, HELD_OUT) for tokens in others]
-    return ids, others, [concept, retain, *apart]
+    ids, *others = [tokens_of(run, text) for text in (words, *siblings.split())]
+    groups = [read_batches(run, "val", ids, True, HELD_OUT),
+              read_batches(run, "val", ids, False, HELD_OUT)]
+    groups += [read_batches(run, "val", tokens, True, HELD_OUT) for tokens in others]
+    for text, batches in zip((words, "", *siblings.split()), groups):
+        least = CONCEPT_TOKENS if text == words else SIBLING_TOKENS
+        if count(batches) < least:
+            raise UserError(f'"{text}" is {count(batches)} tokens of the held-out windows of '
+                            f"{run.folder}, and {least} are needed: give --concept other words")
+    return ids, others, groups
 
 
 def measure_concept(run, words, siblings):
@@ -276,7 +281,7 @@ def measure_concept(run, words, siblings):
         U = len(order)
         sizes = sorted({min(n, U) for n in SIZES})
         if "chance" in name:
-            sizes = [n for n in sizes if n > U / 20]  # a few random units change little
+            sizes = [n for n in sizes if n > U / 20][::2]  # a few random units change little
         models = ((n, without(model, order[:n])) for n in sizes)
         found[name] = forget(models, groups, start)
         last = int(found[name]["curve"][-1][0])
@@ -287,9 +292,9 @@ def measure_concept(run, words, siblings):
         pair = [model, without(model, found["fisher"]["removed"])]
         lessons = read_batches(run, "train", ids, True, LESSONS)
         found["fisher"]["relearn"] = relearn(pair, lessons, groups[0])
-    tokens = sum(where.sum().item() for _, _, where in groups[0])
     loss = dict(zip(["concept", *COSTS], start.tolist()))
-    return {"words": words, "siblings": siblings, "tokens": tokens, "loss": loss, "rankings": found}
+    return {"words": words, "siblings": siblings, "tokens": count(groups[0]), "loss": loss,
+            "rankings": found}
 
 
 def means(concepts):

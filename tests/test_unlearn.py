@@ -228,7 +228,8 @@ def test_control_lowers_the_logits_of_the_words(run):
     found = unlearn.forget(models, groups, unlearn.losses(run.model, groups))
     hits = groups[0]
     rise = naive_loss(run.model, hits, ids, found["n"]) - naive_loss(run.model, hits)
-    assert rise == pytest.approx(0.5, abs=0.02) and found["retain"] < 0
+    assert rise == pytest.approx(0.5, abs=0.02)
+    assert found["retain"] < 0 and found["siblings"] < 0  # in every model, see docs/unlearning.md
 
 
 def test_relearning_is_compared_with_the_same_training(run, monkeypatch):
@@ -291,8 +292,9 @@ def test_a_stopped_call_continues_and_its_model_is_a_run(run, typed, monkeypatch
 
 
 @pytest.mark.parametrize("words, siblings, expected", [
-    ("zebra", "cat", '" zebra" is not one token'), ("dogs", "cat", '"dogs" is 0 tokens'),
-    ("dog", "dogs", '"dogs" is 0 tokens'), ("a", "cat", "no val stories without")])
-def test_words_that_do_not_fit(run, typed, words, siblings, expected):
+    ("zebra", "cat", '" zebra" is not one token'), ("dogs", "cat", "no val stories with the words"),
+    ("far", "dog", "and 130 are needed"), ("a", "cat", "no val stories without")])
+def test_words_that_do_not_fit(run, typed, monkeypatch, words, siblings, expected):
+    monkeypatch.setattr(unlearn, "CONCEPT_TOKENS", 130)
     message, _ = typed(unlearn.main, run.path, "--concept", words, siblings)
     assert expected in message and "\n" not in message

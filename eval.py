@@ -248,9 +248,16 @@ def over_seeds(frame):
     table = groups.agg(run=("run", common_name), n=("seed", "size"), seeds=("seed", list),
                        data=("data", "first"))
     names = frame.select_dtypes("number").columns.difference([*shared, "seed"], sort=False)
+    table = table.join(spread(groups, names))
+    return table.copy().reset_index()  # a copy: pandas warns of scattered columns
+
+
+def spread(groups, names):
+    """For each group of a grouped DataFrame the mean of each number x, its sample standard
+    deviation x_sd, and x_n, how many rows have it."""
     numbers = groups[[*names]].agg(["mean", "std", "count"])
     numbers.columns = [name + end for name in names for end in ("", "_sd", "_n")]
-    return table.join(numbers).copy().reset_index()  # a copy: pandas warns of scattered columns
+    return numbers
 
 
 def differences(frame):

@@ -7,23 +7,25 @@
     python -m interp.circuits out/local_k2 --prompts mine.json      a JSON list of prompts like
                {"clean": TEXT, "corrupt": TEXT, "answer": " Tom", "wrong": " Sue"}
 
-Task "names": "Then, Tom and Sue went to the park. Sue gave a ball to" -> " Tom". In its corrupt
-prompt these names are others. assets/tasks.txt has the prompts of this and of two more tasks. What
-is in a circuit is computed; all else carries the values of the corrupt prompt.
+Task "names": "Then, Tom and Sue went to the park. Sue gave a ball to" -> " Tom". Its corrupt prompt
+has other names. assets/tasks.txt has the prompts of this and of two more tasks. What is in a
+circuit is computed; everything else carries the values of the corrupt prompt.
 
 acdc (Conmy et al. 2023), as the paper ran it, removes edges one by one. Its result depends on the
 order of the edges, part of which depends on Python's hash seed in the paper's library. Here the
 order is fixed, and --orders shows how much it matters. One tau gives two models circuits of
 different quality, so compare models at equal KL: edges_at_kl, interpolated between several taus.
 
-eap (EAP-IG: Hanna et al. 2024) scores all edges and units by gradients, and keeps the n best:
-    f           (metric of the circuit - of the corrupt prompt) / (of the model - of the corrupt
-                prompt); metric: logit of the right answer - of the wrong one, on other prompts
-    size        the first n for which f >= 0.8; f_random: f of as many random edges or units
-    CPR, CMD    areas below f and below |1 - f| over the share that is kept; best: 1 and 0
-    jaccard     of the best tenths that two sets of openings find; 0.05 by chance
+eap (EAP-IG: Hanna et al. 2024) scores all edges and units by gradients, and keeps the n with the
+largest absolute scores. d is the logit of the right answer minus that of the wrong one, mean over
+prompts that were not scored:
+    f           (d of the circuit - d of the corrupt prompt) / (d of the model - d of the corrupt
+                prompt): 0 without any edge, 1 for the whole model
+    size        the first n of a grid (steps of 10 %) with f >= 0.8; f_random: f of n random ones
+    cpr, cmd    area below f and between f and 1, over the share that is kept (the MIB benchmark)
+    jaccard     overlap of the best tenths of two halves of the prompts; 0.05 by chance
 each the mean over three sets of prompts. A model that prefers the right answer in fewer than 90 %
-of the prompts gets no f, nor does one on whose metric the corrupt prompt has no effect.
+of the prompts gets no f, nor does one whose d the corrupt prompt changes by less than 0.5.
 
 Writes acdc.json and acdc.png, or eap.json, beside the checkpoint, and eap.png for all runs. After
 Ctrl-C the same command continues. Shape letters: see interp/graph.py.
@@ -31,7 +33,6 @@ Ctrl-C the same command continues. Shape letters: see interp/graph.py.
 
 import json
 import math
-import os
 import random
 import statistics
 import time
@@ -46,16 +47,16 @@ import torch
 from tqdm import tqdm
 
 import config as knobs
-from eval import open_run, plain, print_table, run_paths, save_figure
+from eval import open_run, plain, print_table, run_paths, save_figure, spread
 from interp.graph import Circuit, Dest, Edge, PatchedModel
-from interp.results import Result, digest, measure_all, result_path
+from interp.results import Result, common_folder, digest, measure_all
 from prepare import UserError, load_tokenizer, read_asset, word_lists
 
 TASKS = ("names", "pronouns", "objects")
 
 WINDOW = 16  # edges tried in one batch; a larger one wastes more work when an edge is put back
 RANDOM = 10  # random circuits of the same size that a circuit's KL is compared with
-KNOWS = 0.5  # a model that is right in a smaller share of prompts has no circuit for the task
+KNOWS = 0.5  # a model whose likeliest token is the answer less often has no circuit for the task
 AT_KL = ("0.1", "0.3", "1")  # nats, at which models are compared
 LEAST_KL = 1e-6  # a smaller KL is rounding in float32; 0 has no logarithm
 # of attribution
@@ -71,9 +72,9 @@ LEAST_EFFECT = 0.5  # logits: f would be a ratio of noise
 
 class Prompt(NamedTuple):
     clean: str
-    corrupt: str  # the same with other names
-    answer: str  # the right name
-    wrong: str  # the other name of the clean text
+    corrupt: str  # as long, but the answer does not follow from it
+    answer: str  # the right one, a single token with its space
+    wrong: str  # the one that it is compared with
 
 
 class Tokens(NamedTuple):
@@ -95,14 +96,14 @@ def fill(template, slots, girls):
     return template.format(**slots, **pronouns)
 
 
-def corrupt_slots(task, slots, asked, names, girls, objects, rng):
-    """The slots of a corrupt prompt: see assets/tasks.txt. asked: the slot of the answer."""
+def corrupt_slots(task, slots, ending, names, girls, objects, rng):
+    """The slots of a corrupt prompt: see assets/tasks.txt."""
     others = [name for name in names if name not in (slots["A"], slots["B"])]
     if task == "names":  # each drawn independently of the other two
         return slots | {slot: rng.choice(others) for slot in "ABG"}
     if task == "objects":
         return slots | {"object": rng.choice([word for word in objects if word != slots["object"]])}
-    friend = slots[asked[0]]  # of R_He
+    friend = slots[ending.rpartition("{")[2][0]]  # the one whom the pronoun at the end means
     other = rng.choice([name for name in others if (name in girls) != (friend in girls)])
     return slots | {slot: other for slot in "ABGR" if slots[slot] == friend}
 
@@ -111,7 +112,7 @@ def make_prompts(tokenizer, task, openings, count, seed):
     """Distinct Prompts of a task; the giver is named first in half of them.
 
     Raises UserError if too few of the words in assets/words.txt, with a space before them, are
-    single tokens.
+    single tokens, or if they make too few different prompts.
     """
     rng, endings, lists = random.Random(seed), read_asset("tasks.txt")[task], {}
     for kind, words in word_lists().items():
@@ -120,13 +121,13 @@ def make_prompts(tokenizer, task, openings, count, seed):
     boys = lists["boys"] + lists["more_boys"]
     places, objects = lists["places"], lists["objects"]
     if min(len(girls), len(boys)) < 3 or not places or len(objects) < 2:
-        raise UserError("too few of our names, places and objects are single tokens of this "
-                        "tokenizer: give prompts of its own with --prompts FILE")
+        raise UserError("too few names, places and objects of assets/words.txt are single tokens "
+                        "of this tokenizer: give prompts of its own with --prompts FILE")
     prompts = {}  # by the clean text
     for turn in range(100 * count):
-        round_number, place = divmod(turn, len(openings))
+        round_number, opening = divmod(turn, len(openings))
         ending = endings[round_number // 2 % len(endings)]
-        template = f"{openings[place]} {ending}"
+        template = f"{openings[opening]} {ending}"
         A, B = rng.sample(girls + boys, 2)
         giver, receiver = (A, B) if round_number % 2 else (B, A)
         slots = {"A": A, "B": B, "G": giver, "R": receiver,
@@ -134,20 +135,23 @@ def make_prompts(tokenizer, task, openings, count, seed):
         clean, _, answer = fill(template, slots, girls).rpartition(" ")
         if clean in prompts:
             continue
-        asked = ending.rpartition("{")[2]
-        slots = corrupt_slots(task, slots, asked, girls + boys, girls, objects, rng)
+        slots = corrupt_slots(task, slots, ending, girls + boys, girls, objects, rng)
         corrupt, _, wrong = fill(template, slots, girls).rpartition(" ")
         wrong = giver if task == "names" else wrong
         prompts[clean] = Prompt(clean, corrupt, f" {answer}", f" {wrong}")
         if len(prompts) == count:
             return list(prompts.values())
-    raise UserError(f"our words make fewer than {count} different prompts: lower --count")
+    raise UserError(f"assets/words.txt makes fewer than {count} different prompts: lower --count")
 
 
 def read_prompts(path):
     """The Prompts of a --prompts file. Raises UserError."""
     try:
-        return [Prompt(**row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
+        prompts = [Prompt(**row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
+        texts = [text for prompt in prompts for text in prompt]
+        if not texts or not all(isinstance(text, str) and text for text in texts):
+            raise ValueError("a text is empty or missing")
+        return prompts
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read prompts from {path}, a JSON list of objects with "
                         f"{', '.join(Prompt._fields)}: {error}") from None
@@ -164,12 +168,12 @@ def tokenize(prompts, tokenizer, block_size):
     rows = []
     for prompt in prompts:
         tokens = [tokenizer.encode_ordinary(text) for text in prompt]
-        length, corrupt, *names = map(len, tokens)
-        if not length == corrupt <= block_size or names != [1, 1]:
+        length, corrupt, *answers = map(len, tokens)
+        if not length == corrupt <= block_size or answers != [1, 1]:
             raise UserError(
-                f"{prompt.clean!r} has {length} tokens, its corrupt prompt {corrupt}, its names "
-                f"{names}: texts must be equally long, of {block_size} tokens at most, and names "
-                f"single tokens, as a rule with a space in front")
+                f"{prompt.clean!r} has {length} tokens, its corrupt prompt {corrupt}, its answers "
+                f"{answers}: texts must be equally long, of {block_size} tokens at most, and "
+                f"answers single tokens, as a rule with a space in front")
         rows.append(tokens)
     clean, corrupt, answers, wrong = zip(*rows)
     lengths = torch.tensor([len(row) for row in clean])
@@ -338,7 +342,7 @@ def attribute(model, tokens, path=PATH):
 
 
 def edge_circuits(model):
-    """-> a function: a set of edges -> what Resid End reads in their circuit, (B, 1, C)."""
+    """A function that maps a set of edges to what Resid End reads in their circuit, (B, 1, C)."""
     circuit, edges = Circuit(model), sweep_order(model.graph)
 
     def run(kept):
@@ -368,7 +372,7 @@ CIRCUITS = {"edges": edge_circuits, "units": unit_circuits}
 
 
 def area(sizes, heights, total):
-    """The area below these heights over the share size / total, from the height heights[0] at 0."""
+    """The area below these heights over the share size / total; sizes[0] is 0."""
     shares = torch.tensor(sizes, dtype=torch.float64) / total
     return torch.trapezoid(torch.tensor(heights, dtype=torch.float64), shares).item()
 
@@ -391,33 +395,35 @@ def smallest(f, total):
 
 
 def overlap(first, second):
-    """Jaccard: what the best tenths of two rankings share, of all that is in either."""
+    """Jaccard: the intersection over the union of the best tenths of two rankings."""
     count = max(1, round(len(first) / 10))
     first, second = set(first[:count]), set(second[:count])
     return len(first & second) / len(first | second)
 
 
 def rank(scores):
+    """The edges or units, those with the largest absolute score first."""
     return sorted(scores, key=lambda name: -abs(scores[name]))
 
 
 @torch.no_grad()
-def measure_level(run, metric, halves, ends, rng):
+def measure_level(circuit_of, metric, halves, corrupt, clean, rng):
     """Circuits of edges or of units, of one set of prompts: a dict.
 
-    run: a set of them -> the end of that circuit. metric: such an end -> a float. halves: {name:
-    score} by each set of openings. ends: the metric of the corrupt prompt and of the model.
+    circuit_of: maps a set of them to what Resid End reads in their circuit. metric: of what Resid
+    End reads, a float. halves: {edge or unit: score} of each half of the scored prompts. corrupt,
+    clean: the metric of the corrupt prompts and of the model.
     """
-    total, (none, full) = len(halves[0]), ends
+    first, second = halves
+    total = len(first)
 
     def f_of(order):
         @cache
         def f(n):
-            end = run(set(order[:n]))
-            return (metric(end) - none) / (full - none)
+            residual = circuit_of(set(order[:n]))
+            return (metric(residual) - corrupt) / (clean - corrupt)
         return f
 
-    first, second = halves
     both = {name: first[name] + second[name] for name in first}
     best = f_of(rank(both))
     chance = f_of(rng.sample([*both], total))
@@ -505,7 +511,7 @@ def describe_circuit(circuits, edges, state, tokens, seed):
 def find_warnings(exact, margin, dtype):
     """Reasons not to trust a circuit, one line each."""
     if exact < KNOWS:
-        yield "is right in under half of the prompts: its circuit is not one for the task"
+        yield "finds the answer in under half of the prompts: its circuit is not one for the task"
     if margin < 1e-5 and dtype == "float32":
         yield "a decision differs from tau only by rounding: measure again with --dtype float64"
 
@@ -539,12 +545,12 @@ def open_result(path, args):
                                 for i, (_, tokens) in enumerate(sets)})
     prompts, _ = sets[0]
     if args.method == "eap" and len(prompts) <= args.count:
-        raise UserError(f"{args.prompts} has {len(prompts)} prompts, none to hold out: lower "
-                        f"--count={args.count}")
+        raise UserError(f"{args.prompts} has {len(prompts)} prompts, and --count={args.count} of "
+                        f"them are scored: lower --count or add prompts, so that some are held out")
     settings = {
-        "task": args.task, "prompts": f"{args.prompts or 'templates'}, tokens {digests}",
-        "seed": args.seed, "dtype": args.dtype, "count": min(args.count, len(prompts)),
-        "heldout": max(0, len(prompts) - args.count)}
+        "task": args.task, "count": min(args.count, len(prompts)),
+        "heldout": max(0, len(prompts) - args.count), "seed": args.seed, "dtype": args.dtype,
+        "prompts": f"{args.prompts or 'templates'}, tokens {digests}"}
     if args.method == "eap":
         return Result(run, "eap", settings | {"level": args.level}, args.force)
     settings |= {"tau": args.tau, "orders": args.orders}
@@ -603,7 +609,7 @@ def check(model, tokens, args, device):
 
 def measure_set(model, tokens, args, rng, device):
     """{level: what measure_level finds} for one set of prompts."""
-    half, scores = args.count // 2, []  # each half has its own openings
+    half, scores = args.count // 2, []  # each half has its own openings, unless they are a user's
     for part in (tokens.rows(0, half), tokens.rows(half, args.count)):
         scores.append(attribute(patch(model, part, args, device), part))
     heldout, found = tokens.rows(args.count, None), {}
@@ -612,10 +618,11 @@ def measure_set(model, tokens, args, rng, device):
     def metric(end):
         return logit_difference(patched, end, heldout).mean().item()
 
-    ends = metric(patched.corrupt_residual[-1]), metric(patched.clean_residual[-1])
+    corrupt, clean = metric(patched.corrupt_residual[-1]), metric(patched.clean_residual[-1])
     for level in args.level:
         halves = [one[level] for one in scores]
-        found[level] = measure_level(CIRCUITS[level](patched), metric, halves, ends, rng)
+        circuit_of = CIRCUITS[level](patched)
+        found[level] = measure_level(circuit_of, metric, halves, corrupt, clean, rng)
     return found
 
 
@@ -626,8 +633,11 @@ def attribute_run(result, title, args, device):
         sets = [tokens for _, tokens in load_prompts(result.run, task, args)]
         checks = [check(model, tokens, args, device) for tokens in sets]
         right, effect = map(statistics.mean, zip(*checks))
-        verdict = "no effect" if effect < LEAST_EFFECT else ""
-        verdict = "does not know" if right < PREFERS else verdict
+        verdict = ""
+        if right < PREFERS:
+            verdict = "does not know"
+        elif effect < LEAST_EFFECT:
+            verdict = "no effect"
         rng, found = random.Random(args.seed), []
         for tokens in [] if verdict else tqdm(sets, f"{title} {task}", unit=" sets of prompts"):
             found.append(measure_set(model, tokens, args, rng, device))
@@ -797,7 +807,7 @@ def print_circuits(results):
     rows = [row for result in results for row in circuit_rows(result)]
     print_table(pd.DataFrame(rows), CIRCUIT_COLUMNS)
     print("± is the sample standard deviation over random orders or random circuits\n"
-          "edges_at_kl: interpolated between taus; -: out of range, or most answers are wrong")
+          "edges_at_kl: interpolated between taus; -: out of range, or exact is below half")
     for result in results:
         for warning in result["warnings"]:
             print(f"warning: {result['run']}: {warning}")
@@ -811,14 +821,11 @@ def print_attribution(results):
     groups = rows.groupby(["task", "level", "group"], sort=False)
     table = groups.agg(n=("run", "size"), total=("total", "first"),
                        verdict=("verdict", lambda texts: ", ".join(sorted({*texts} - {""}))))
-    numbers = groups[[*EAP_NUMBERS]].agg(["mean", "std", "count"])
-    numbers.columns = [name + end for name in EAP_NUMBERS for end in ("", "_sd", "_n")]
-    table = table.join(numbers).reset_index().rename(columns={"group": "run"})
+    table = table.join(spread(groups, EAP_NUMBERS)).reset_index().rename(columns={"group": "run"})
     print_table(table, EAP_COLUMNS)
     print("± is the sample standard deviation over seeds; (1 of 3): one of 3 seeds has it\n"
           "verdict: why a run has no circuit; random: a random order of the edges or units")
-    folder = os.path.commonpath([result_path(one["run"], "eap.png").parent for one in results])
-    draw_attribution(Path(folder, "eap.png"), rows)
+    draw_attribution(common_folder(one["run"] for one in results) / "eap.png", rows)
 
 
 def numbers(text):
@@ -847,14 +854,16 @@ def main():
     add("--level", choices=CIRCUITS, help="eap: edges or units only (default: both)")
     args = parser.parse_args()
     acdc = args.method == "acdc"
-    if args.level if acdc else args.tau or args.orders:
+    misplaced = args.level if acdc else (args.tau or args.orders)
+    if misplaced:
         parser.error("--tau and --orders are for acdc, --level is for eap")
-    if args.count < 2 and not acdc:
-        parser.error("--count must be at least 2 for eap: prompts are scored in two halves")
+    if args.count % 2 and not acdc:
+        parser.error("--count must be even for eap: prompts are scored in two halves")
     args.tau = args.tau or [0.03]
     args.level = [args.level] if args.level else [*CIRCUITS]
     tasks = TASKS[:1] if acdc else TASKS
-    args.task = [args.prompts or args.task] if args.prompts or args.task else [*tasks]
+    chosen = args.prompts or args.task
+    args.task = [chosen] if chosen else [*tasks]
     device = knobs.pick_device(args.device)
     results = [open_result(path, args) for path in run_paths(args.runs)]
     measure = partial(find_circuits if acdc else attribute_run, args=args, device=device)

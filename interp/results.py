@@ -16,6 +16,7 @@ have names such as settings.tau or all.mean.
 
 import hashlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -83,6 +84,13 @@ def result_path(run, name):
     """out/x -> out/x/acdc.json and out/x/last.pt -> out/x/last.acdc.json, for name acdc.json."""
     run = Path(run)
     return run / name if run.is_dir() else run.with_suffix(f".{name}")
+
+
+def common_folder(runs):
+    """The deepest folder that holds all these run folders and .pt files; of one, the run's own."""
+    runs = [Path(run).absolute() for run in runs]
+    folders = [run if run.is_dir() else run.parent for run in runs]
+    return Path(os.path.commonpath(folders))
 
 
 def run_of(path):

@@ -20,7 +20,6 @@ every digit, as .png with a dot for each seed; and tradeoff.png: interpretabilit
 perplexity against clean perplexity.
 """
 
-import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ import config as knobs
 from eval import (
     RECIPE, describe_run, differences, measure_run, open_runs, over_seeds, plain, print_table,
     run_parser, save_figure, text_table)
-from interp.results import read_results, result_path, write_text
+from interp.results import common_folder, read_results, result_path, write_text
 from prepare import UserError
 
 IN_PAPER = ("edges", "SAE L0", "CE score", "ppl_clean", "l1")
@@ -83,10 +82,10 @@ NOTES1 = [
     "answers exact: how often the right answer is the likeliest; if rarely, circuits say little",
     "edges for KL <= x: interpolated over thresholds, on held-out prompts if any, of models that "
     "know the answers; a seed that does not reach this KL is left out: its row looks too good",
-    "units for names, pronouns, objects: the fewest that keep 80 % of the corrupt prompt's effect, "
-    "of models that know the task",
+    "units for names, pronouns, objects: the fewest with f >= 0.8, of models that know the task",
     "unlearning: loss increase, nats, on other stories and on sibling words where removing units "
-    "raises the loss on a concept's words by 0.5; logits edit: lowering their logits instead",
+    "(ranking fisher) raises the loss on a concept's words by 0.5, mean over concepts; logits "
+    "edit: where the logits of these words are lowered instead",
     "nats lost at L0 = 3: loss increase when SAE reconstructions with 3 active features replace a "
     "layer's output (interpolated); lower is better",
     "CE score: 1 - this increase / the increase when the output is zeroed"]
@@ -112,7 +111,7 @@ def circuit_numbers(result, layer):
 
 
 def unit_numbers(result, layer):
-    """Of eap.json: how many units each task needs, without those that the model does not know."""
+    """Of eap.json: how many units each task needs; None for one that the model does not know."""
     return {f"units for {row['task']}": row.get("size")
             for row in result["rows"] if row["level"] == "units"}
 
@@ -332,7 +331,7 @@ def main():
         raise UserError("these runs have different data: make a table for each of them")
     rows = pd.DataFrame([describe_run(run) for run in runs])
     over_seeds(rows)  # refuses repeated seeds before anything is measured
-    folder = Path(os.path.commonpath([Path(run.path).absolute().parent for run in runs]))
+    folder = common_folder(Path(run.path).parent for run in runs)
     found, notes = read_experiments(runs)
     notes1 = NOTES1 + sum([notes.pop(name) for name in ("acdc", "eap", "unlearn", "sae")], [])
     notes2 = NOTES2 + sum(notes.values(), [])

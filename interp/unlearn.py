@@ -14,16 +14,18 @@ nats per token. There, interpolated in n, these other losses have risen as well:
 Rankings:
     fisher      first-order effect of the removal on the loss on the words, divided by the root
                 mean square of its effect on retained stories
-    contrast    the same, less the largest effect on a sibling
-    direct      outgoing weights . (the words' embeddings - the mean one) x mean activation
-    activation  standardised difference of the means before the words and in retained stories
-    gate        how many times more often the gate keeps the unit before the words than there
-    chance      three random orders
+    contrast    the same, minus the largest effect on a sibling
+    direct      outgoing weights . (the words' embeddings - the mean one) x mean activation before
+                the words
+    activation  |mean activation before the words - in retained stories| / standard deviation there
+    gate        how many times more often the gate keeps the unit before the words than in retained
+                stories
+    chance      three random orders, from a twentieth of all units on
     logits      a control without removal: n is subtracted from the logits of the words
 
-relearn: updates on stories with the words until half of the gap to the intact model is gone, which
-is trained as well, because its loss falls too. The cost on retain alone says little: the control's
-is the lowest. A factor below two on one concept means nothing.
+relearn, for fisher: Adam updates on stories with the words until half of the gap to the intact
+model is gone. That model is trained as well, because its loss falls too. Both costs of the control
+are below 0 in every model, so a low cost alone does not show that few units hold the concept.
 
 Writes unlearn.json, with the curve of each ranking. After Ctrl-C the same command continues. Shape
 letters: B windows of T tokens, U units, d units of one place, V vocabulary, n places in the text.
@@ -41,7 +43,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import config as knobs
-from eval import open_runs, print_table, run_parser
+from eval import open_runs, print_table, run_parser, spread
 from interp.activations import Site, windows_at
 from interp.results import Result, measure_all
 from model import save_checkpoint
@@ -113,7 +115,7 @@ def mean_loss(model, batches):
 
 
 def losses(model, groups):
-    """On the concept, retain, siblings: (3). groups: their batches, of each sibling apart."""
+    """-> (3): loss on the concept, on retain, mean over the siblings. groups: their batches."""
     concept, retain, *words = [mean_loss(model, batches) for batches in groups]
     return np.array([concept, retain, np.mean(words)])
 
@@ -122,6 +124,7 @@ def losses(model, groups):
 
 
 def unit_sites(model):
+    """The sites of all units, in the order of their numbers."""
     layers = range(model.config.n_layer)
     return [Site(model, *place) for place in product(layers, ("attn_act", "mlp_act"))]
 
@@ -218,8 +221,10 @@ def rank(run, ids, siblings):
 
 
 def forget(models, groups, start):
-    """The entry of a ranking in unlearn.json. models: pairs of a size n and the model, lazily. The
-    curve has rows (n, increases of the losses at the start), until the first increase is RISE."""
+    """The entry of a ranking in unlearn.json. models: pairs of a size n and the model, lazily.
+
+    "curve": rows (n, three increases of losses()), until the first is RISE. "n" and the costs are
+    interpolated where it is RISE; None if it never is."""
     curve = [[0.0] * 4]
     for n, model in models:
         increases = losses(model, groups) - start  # (3)
@@ -235,8 +240,9 @@ def forget(models, groups, start):
 
 
 def relearn(models, lessons, concept):
-    """Updates of two models, the intact one first, on the batches lessons until half of the gap
-    between their losses on the concept is gone; or None."""
+    """The number of updates on the batches lessons after which half of the gap between the losses
+    of two models on the concept is gone; None if UPDATES are too few. models: the intact one first.
+    """
     models = torch.nn.ModuleList(copy.deepcopy(models))
     optimizer = torch.optim.Adam(models.parameters(), lr=LR)
     gaps = []
@@ -260,6 +266,8 @@ def count(batches):
 def held_out(run, words, siblings):
     """The tokens of a concept, those of each sibling, and the groups for losses(). Raises UserError
     where words do not fit."""
+    if not words.split() or not siblings.split() or {*words.split()} & {*siblings.split()}:
+        raise UserError(f'--concept "{words}" "{siblings}": both need words, and no word twice')
     ids, *others = [tokens_of(run, text) for text in (words, *siblings.split())]
     groups = [read_batches(run, "val", ids, True, HELD_OUT),
               read_batches(run, "val", ids, False, HELD_OUT)]
@@ -305,8 +313,7 @@ def means(concepts):
             rows.append({"ranking": name.rstrip("123"), "units": entry["n"], **entry})
     frame = pd.DataFrame(rows, columns=["ranking", "units", *COSTS, "relearn"])
     groups = frame.set_index("ranking").astype(float).groupby(level=0, sort=False)
-    parts = [groups.mean(), groups.std().add_suffix("_sd"), groups.count().add_suffix("_n")]
-    table = pd.concat([groups.size().rename("n"), *parts], axis=1).astype(object)
+    table = spread(groups, frame.columns[1:]).assign(n=groups.size()).astype(object)
     return table.where(table.notna(), None).to_dict("index")
 
 
@@ -315,7 +322,7 @@ def measure(result, title, device):
     run, concepts = result.run, result.key["settings"]["concepts"]
     run.model.to(device)
     for texts in concepts:
-        held_out(run, *texts)  # refuses one before others take minutes
+        held_out(run, *texts)  # an unusable concept is refused before the others are measured
     found = result.state or []
     for texts in tqdm(concepts[len(found) :], desc=title, leave=False):
         found.append(measure_concept(run, *texts))
@@ -333,9 +340,12 @@ def save(result, word, folder):
             weights = without(run.model, entry["removed"]).state_dict()
             save_checkpoint(
                 Path(folder, "best.pt"), run.model.config, weights, step=run.step,
-                tokenizer=run.tokenizer, data=run.checksum, train_config=run.knobs)
+                tokenizer=run.tokenizer, data=run.checksum,
+                train_config=run.knobs | {"unlearned": word})  # for tables: it is another model
+            print(f"{folder}: {len(entry['removed'])} units removed, the loss on "
+                  f"{concept['words']} rises by {entry['curve'][-1][1]:.2f} nats")
             return
-    raise UserError(f"no units were found whose removal makes {run.path} forget {word}")
+    raise UserError(f"no number of units makes {run.path} forget {word}: nothing is saved")
 
 
 def main():
@@ -348,11 +358,14 @@ def main():
     args = parser.parse_args()
     device = knobs.pick_device(args.device)
     runs = open_runs(args.runs, args.data)
-    if args.save and (len(runs) > 1 or Path(args.save[1], "best.pt").exists()):
-        raise UserError("--save needs exactly one run, and a folder that holds none yet")
+    concepts = args.concept or CONCEPTS
+    if args.save and (len(runs) > 1 or Path(args.save[1]).exists()):
+        raise UserError("--save needs exactly one run, and a FOLDER that does not exist yet")
+    if args.save and args.save[0] not in " ".join(words for words, _ in concepts).split():
+        raise UserError(f"--save {args.save[0]}: no concept has this word: give --concept")
     results = []
     for run in runs:
-        settings = {"data": run.meta["checksum"], "concepts": args.concept or CONCEPTS}
+        settings = {"data": run.meta["checksum"], "concepts": concepts}
         results.append(Result(run, "unlearn", settings, args.force))
     facts = measure_all(results, partial(measure, device=device), device)
     rows = [{"run": result["run"], "ranking": name, **row} for result in facts
@@ -361,7 +374,8 @@ def main():
     for name in COSTS:
         table[[name, f"{name}_sd"]] *= 1000
     print_table(table, COLUMNS)
-    print("costs in thousandths of a nat per token, ± over the concepts")
+    print("costs in thousandths of a nat per token; ± is the standard deviation over the concepts, "
+          "for chance over concepts and orders")
     if args.save:
         save(results[0], *args.save)
 

@@ -124,7 +124,9 @@ tasks)
     sweep out/tasks/global_k8 demo --ablation=global --k_attn=8 --k_mlp=8
     SEEDS=1,2,3
     sweep out/tasks/paper demo --gate=softmax --ramp_start=0 --ramp_end=0
-    $PYTHON -m interp.circuits out/tasks/*/*_seed? --method eap
+    $PYTHON -m interp.circuits out/tasks/{plain,k2,k8,global_k8}/*_seed? --method eap \
+        --title "Self-ablated models do not need fewer edges or units than the baseline"
+    $PYTHON -m interp.circuits out/tasks/paper/*_seed? --method eap
     ;;
 unlearn)
     $PYTHON -m interp.unlearn out/stories/plain/*_seed? \

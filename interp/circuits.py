@@ -33,6 +33,7 @@ Ctrl-C the same command continues. Shape letters: see interp/graph.py.
 
 import json
 import math
+import os
 import random
 import statistics
 import time
@@ -744,16 +745,17 @@ def draw_circuit(path, title, facts, graph):
     save_figure(path, figure)
 
 
-def draw_attribution(path, rows):
+def draw_attribution(path, rows, title):
     """f over the share that is kept: a panel for each level and task, a line for each run."""
     from matplotlib.figure import Figure
 
     known = rows[rows["verdict"] == ""]
     if known.empty:
         return
-    tasks, levels, groups = (known[name].unique().tolist() for name in ("task", "level", "group"))
+    tasks, levels, groups = (rows[name].unique().tolist() for name in ("task", "level", "group"))
     size = (3.6 * len(tasks) + 1, 2.8 * len(levels) + 1)
     figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title)
     panels = figure.subplots(len(levels), len(tasks), squeeze=False, sharey=True)
     for (y, level), (x, task) in product(enumerate(levels), enumerate(tasks)):
         axes = panels[y][x]
@@ -766,8 +768,9 @@ def draw_attribution(path, rows):
         axes.axhline(FAITHFUL, color="0.8", lw=0.8)
         axes.set(title=task, xlabel=f"share of {level}", xscale="log", ylim=(-0.25, 1.25))
         panels[y][0].set_ylabel("f: share of the effect")
-    for place, group in enumerate(groups[:6]):  # more are hard to distinguish
-        panels[0][0].plot([], [], color=f"C{place}", label=plain(group))
+    for place, group in enumerate(groups[:5]):  # more are hard to distinguish
+        label = plain(os.path.relpath(group, path.parent))
+        panels[0][0].plot([], [], color=f"C{place}", label=label)
     panels[0][0].plot([], [], ":", color="0.7", label="random order")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     save_figure(path, figure)
@@ -813,7 +816,7 @@ def print_circuits(results):
             print(f"warning: {result['run']}: {warning}")
 
 
-def print_attribution(results):
+def print_attribution(results, title):
     """A row for each task, level and group of runs that differ in the seed; and eap.png."""
     rows = pd.DataFrame([{"run": one["run"], **row} for one in results for row in one["rows"]])
     rows = rows.reindex(columns=[*EAP_COLUMNS, "curve", "curve_random"])  # also without any circuit
@@ -825,7 +828,7 @@ def print_attribution(results):
     print_table(table, EAP_COLUMNS)
     print("± is the sample standard deviation over seeds; (1 of 3): one of 3 seeds has it\n"
           "verdict: why a run has no circuit; random: a random order of the edges or units")
-    draw_attribution(common_folder(one["run"] for one in results) / "eap.png", rows)
+    draw_attribution(common_folder(one["run"] for one in results) / "eap.png", rows, title)
 
 
 def numbers(text):
@@ -852,6 +855,7 @@ def main():
         "(0.03); a list: 0.03,0.1")
     add("--orders", type=knobs.positive, default=0, help="acdc: how many random orders to add (0)")
     add("--level", choices=CIRCUITS, help="eap: edges or units only (default: both)")
+    add("--title", default="", help="eap: of eap.png")
     args = parser.parse_args()
     acdc = args.method == "acdc"
     misplaced = args.level if acdc else (args.tau or args.orders)
@@ -868,7 +872,10 @@ def main():
     results = [open_result(path, args) for path in run_paths(args.runs)]
     measure = partial(find_circuits if acdc else attribute_run, args=args, device=device)
     found = measure_all(results, measure, device)
-    (print_circuits if acdc else print_attribution)(found)
+    if acdc:
+        print_circuits(found)
+    else:
+        print_attribution(found, args.title)
 
 
 if __name__ == "__main__":

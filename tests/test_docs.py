@@ -25,13 +25,12 @@ import prepare
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
 OF_OTHER_LIBRARIES = "elsewhere.md"  # its Python runs in test_hf.py and test_lens.py
 NOT_RUN = re.compile(
-    r"make |pip|python3|torchrun|bash|bench/|prepare.py( --dataset|$)|--dry_run|gpt-neo")
+    r"make |pip|python3|torchrun|bash|bench/|prepare.py( --dataset|$)|--dry_run|gpt-neo|unlearn")
 # what is added to a command, so that it takes a second
-TINY = ("--data=data/toy --n_layer=2 --n_head=2 --n_embd=16 --block_size=32 --batch_size=4 "
+TINY = ("--data=data/toy --n_layer=2 --n_head=2 --n_embd=16 --block_size=64 --batch_size=4 "
         "--max_iters=2 --eval_windows=2 --device=cpu")
 FASTER = {"train": TINY, "prepare": "--stories=1000 --val_share=0.2 --force",
           "interp.n2g": "--tokens 1000 --snippets 4", "interp.explain": "--window 16 --neurons 2",
-          "interp.unlearn": "--concept happy sad",
           "interp.sae": "--steps 5 --tokens 3000 --eval_windows 2 --expansion 1"}
 
 

@@ -202,7 +202,7 @@ def test_prompts_of_ones_own_need_some_to_hold_out(typed, run, tmp_path, monkeyp
     path.write_text(json.dumps(OWN * 2))
     words = (run, "--method=eap", "--device=cpu", f"--prompts={path}")
     message, _ = typed(circuits.main, *words)
-    assert "has 4 prompts, none to hold out: lower --count=64" in message
+    assert "has 4 prompts, and --count=64 of them are scored: lower --count" in message
     assert typed(circuits.main, *words, "--count=2", "--level=units")[0] is None
     row, = json.loads((run / "eap.json").read_text())["rows"]
     assert row["level"] == "units" and row["total"] == 8 + 32

@@ -255,7 +255,7 @@ def test_names_asks_for_the_friend_who_did_not_give():
         first += texts[2] == names[:1]
     assert 25 <= first <= 35  # both name orders
     assert prompts == prompts_of("names") != prompts_of("names", seed=1)
-    with pytest.raises(UserError, match="too few of our names"):
+    with pytest.raises(UserError, match="too few names"):
         circuits.make_prompts(load_tokenizer(vocabulary("park")), "names", ["{A}"], 4, 0)
 
 

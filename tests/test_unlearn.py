@@ -272,7 +272,7 @@ def test_a_stopped_call_continues_and_its_model_is_a_run(run, typed, monkeypatch
     message, out = typed(unlearn.main, *words, "--save", "dog", folder)
     assert message is None and len(calls) == 3  # the first concept is measured once
     continued = json.loads((path / "unlearn.json").read_text())
-    lines = {line.split()[1]: line for line in out.splitlines()[1:-1]}
+    lines = {line.split()[1]: line for line in out.splitlines()[1:-2]}
     assert lines.keys() == {*unlearn.RANKINGS, "chance", "logits"}
     dog, far = (entry["rankings"]["fisher"] for entry in continued["concepts"])
     mean = continued["mean"]["fisher"]
@@ -293,7 +293,8 @@ def test_a_stopped_call_continues_and_its_model_is_a_run(run, typed, monkeypatch
 
 @pytest.mark.parametrize("words, siblings, expected", [
     ("zebra", "cat", '" zebra" is not one token'), ("dogs", "cat", "no val stories with the words"),
-    ("far", "dog", "and 130 are needed"), ("a", "cat", "no val stories without")])
+    ("far", "dog", "and 130 are needed"), ("a", "cat", "no val stories without"),
+    ("dog", "dog", "no word twice"), ("dog", "", "both need words")])
 def test_words_that_do_not_fit(run, typed, monkeypatch, words, siblings, expected):
     monkeypatch.setattr(unlearn, "CONCEPT_TOKENS", 130)
     message, _ = typed(unlearn.main, run.path, "--concept", words, siblings)

@@ -214,7 +214,8 @@ def rank(run, ids, siblings):
     random = torch.Generator().manual_seed(0)
     for name in ("chance1", "chance2", "chance3"):
         scores[name] = torch.rand(len(spread), generator=random)
-    return {name: score.argsort(descending=True, stable=True) for name, score in scores.items()}
+    return {name: score.argsort(descending=True, stable=True).cpu()
+            for name, score in scores.items()}
 
 
 # -------------------------------------------------------------------- forgetting, and relearning

@@ -48,7 +48,7 @@ import torch
 from tqdm import tqdm
 
 import config as knobs
-from eval import open_run, plain, print_table, run_paths, save_figure, spread
+from eval import common_name, open_run, plain, print_table, run_paths, save_figure, spread
 from interp.graph import Circuit, Dest, Edge, PatchedModel
 from interp.results import Result, common_folder, digest, measure_all
 from prepare import UserError, load_tokenizer, read_asset, word_lists
@@ -769,7 +769,8 @@ def draw_attribution(path, rows, title):
         axes.set(title=task, xlabel=f"share of {level}", xscale="log", ylim=(-0.25, 1.25))
         panels[y][0].set_ylabel("f: share of the effect")
     for place, group in enumerate(groups[:5]):  # more are hard to distinguish
-        label = plain(os.path.relpath(group, path.parent))
+        runs = rows.loc[rows["group"] == group, "run"].unique()
+        label = plain(os.path.relpath(common_name(runs), path.parent))
         panels[0][0].plot([], [], color=f"C{place}", label=label)
     panels[0][0].plot([], [], ":", color="0.7", label="random order")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
@@ -822,9 +823,9 @@ def print_attribution(results, title):
     rows = rows.reindex(columns=[*EAP_COLUMNS, "curve", "curve_random"])  # also without any circuit
     rows["group"] = rows["run"].str.replace(r"seed\d+", "seed*", regex=True)
     groups = rows.groupby(["task", "level", "group"], sort=False)
-    table = groups.agg(n=("run", "size"), total=("total", "first"),
+    table = groups.agg(run=("run", common_name), n=("run", "size"), total=("total", "first"),
                        verdict=("verdict", lambda texts: ", ".join(sorted({*texts} - {""}))))
-    table = table.join(spread(groups, EAP_NUMBERS)).reset_index().rename(columns={"group": "run"})
+    table = table.join(spread(groups, EAP_NUMBERS)).reset_index()
     print_table(table, EAP_COLUMNS)
     print("± is the sample standard deviation over seeds; (1 of 3): one of 3 seeds has it\n"
           "verdict: why a run has no circuit; random: a random order of the edges or units")

@@ -3,7 +3,7 @@
     python -m pytest tests/test_docs.py
 
 Commands run in this process, in the order of the page, on tiny runs. Those of NOT_RUN need a GPU, a
-hub, hours or processes of their own; of these only the flags are checked.
+hub, minutes, or processes of their own; of these only the flags are checked.
 """
 
 import contextlib

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 import config as knobs
 from model import GPTNeo, ModelError, load_checkpoint, replace_file
-from prepare import UserError, load_meta, load_tokenizer, load_tokens
+from prepare import EOT, UserError, load_meta, load_tokenizer, load_tokens
 
 DEFAULTS = {name: field.default for name, field in knobs.FIELDS.items()}
 # what runs of one recipe share: the knobs that decide the result, and the data
@@ -311,18 +311,16 @@ def to_json(frame):
 
 
 def print_samples(run, args):
-    """Continue the prompt once from each stream, with the same random numbers."""
+    """Continue the prompt once from each stream, with the same random numbers, to its end."""
     tokenizer = load_tokenizer(run.tokenizer)
-    eot = tokenizer.eot_token
-    prompt = tokenizer.encode_ordinary(args.sample) or [eot]
+    prompt = tokenizer.encode_ordinary(args.sample) or [tokenizer.eot_token]
     idx = torch.tensor([prompt], device=run.model.lm_head.weight.device)  # (1, T)
     gated = run.model.config.ablation != "none"
     for stream in ("clean", "ablated") if gated else ("clean",):
-        generator = torch.Generator(idx.device).manual_seed(args.seed)
-        story = run.model.generate(idx, args.max_new_tokens, args.temperature, args.top_k,
-                                   generator, stream, stop_token=eot)  # (1, T + new)
-        print(f"\n--- {run.path}, {stream} stream")
-        print(tokenizer.decode(story[story != eot].tolist()))
+        torch.manual_seed(args.seed)
+        story = run.model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, stream)
+        text = tokenizer.decode(story[0].tolist()).removeprefix(EOT)
+        print(f"\n--- {run.path}, {stream} stream\n{text.partition(EOT)[0]}")
 
 
 def plain(text):

@@ -361,12 +361,11 @@ class GPTNeo(nn.Module):
         return Streams(self.lm_head(clean), self.lm_head(ablated), *masks)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None,
-                 stream="clean", stop_token=None):
-        """Continue idx (B, T) by up to max_new_tokens -> (B, T + new). temperature 0 is greedy;
-        top_k samples from the k likeliest tokens; stream: "clean" or "ablated". A row that reached
-        stop_token is filled with it. The context is at most the last block_size tokens."""
-        V, stopped = self.config.vocab_size, torch.zeros_like(idx[:, :1], dtype=torch.bool)
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stream="clean"):
+        """Continue idx (B, T) -> (B, T + max_new_tokens). temperature 0 is greedy; top_k samples
+        from the k likeliest tokens; stream: "clean" or "ablated". The context is at most the last
+        block_size tokens."""
+        V = self.config.vocab_size
         for _ in range(max_new_tokens):
             hidden, inputs, caches = self.clean_pass(idx[:, -self.config.block_size :])
             if stream == "ablated":
@@ -375,15 +374,8 @@ class GPTNeo(nn.Module):
             logits, tokens = logits.topk(min(top_k or V, V))  # not more, even where logits tie
             choice = torch.zeros_like(tokens[:, :1])  # (B, 1): the first is the likeliest
             if temperature > 0:
-                p = (logits / temperature).softmax(-1)
-                choice = torch.multinomial(p, 1, generator=generator)
-            token = tokens.gather(-1, choice)  # (B, 1)
-            if stop_token is not None:
-                token = token.masked_fill(stopped, stop_token)
-                stopped |= token == stop_token
-            idx = torch.cat((idx, token), 1)
-            if stopped.all():
-                break
+                choice = torch.multinomial((logits / temperature).softmax(-1), 1)
+            idx = torch.cat((idx, tokens.gather(-1, choice)), 1)
         return idx
 
     def clean_state_dict(self):
@@ -405,7 +397,6 @@ class GPTNeo(nn.Module):
     @classmethod
     def from_pretrained(cls, name):
         """A GPT-Neo of Hugging Face, in fp32 and without gates: a folder, or a name on the hub."""
-        from safetensors.torch import load_file
         from transformers import AutoConfig, GPTNeoForCausalLM
 
         try:
@@ -418,13 +409,11 @@ class GPTNeo(nn.Module):
                     raise ValueError(f"{field}={found}, not {values[0]}")
             model, info = GPTNeoForCausalLM.from_pretrained(
                 name, dtype=torch.float32, output_loading_info=True)
-            for file in (*Path(name).glob("*.safetensors"), *Path(name).glob("pytorch_model*.bin")):
-                read = load_torch(file) if file.suffix == ".bin" else load_file(file)  # checks CRCs
-                if not all(w.is_floating_point() or "attention.bias" in k for k, w in read.items()):
-                    raise ValueError(f"weights in {file} are not floating point")
+            for file in Path(name).glob("pytorch_model*.bin"):
+                load_torch(file)  # for its check of every byte
             if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
                 raise ValueError("its lm_head is not its token embedding")
-            if info["missing_keys"]:
+            if info["missing_keys"]:  # transformers fills them with random numbers
                 raise ValueError(f"it lacks weights: {', '.join(info['missing_keys'])}")
         except Exception as error:  # a damaged file can raise almost any exception
             raise ModelError(f"cannot load {name}: {' '.join(str(error).split())}") from None

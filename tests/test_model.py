@@ -113,8 +113,8 @@ def test_greedy_generation_is_a_plain_loop(stream, changes):
 
 
 def frequencies(model, **how):
-    generator = torch.Generator().manual_seed(0)
-    drawn = model.generate(prompt(1, 5).expand(8000, -1), 1, generator=generator, **how)[:, -1]
+    torch.manual_seed(0)
+    drawn = model.generate(prompt(1, 5).expand(8000, -1), 1, **how)[:, -1]
     return torch.bincount(drawn, minlength=50) / 8000
 
 
@@ -128,17 +128,6 @@ def test_sampling_follows_temperature_and_top_k():
     assert torch.equal(frequencies(model, top_k=500), frequencies(model))
     model.lm_head.weight.data[10:20] = model.lm_head.weight.data[10]  # ten tokens tie
     assert (frequencies(model, temperature=1e9, top_k=5) > 0).sum() == 5
-
-
-def test_rows_stop_at_the_stop_token_each_on_its_own():
-    model, idx = tiny(), prompt(6, 3)
-    free = model.generate(idx, 30, generator=torch.Generator().manual_seed(0))
-    stop = int(free[0, 8])
-    written = model.generate(idx, 30, generator=torch.Generator().manual_seed(0), stop_token=stop)
-    for row, unstopped in zip(written.tolist(), free.tolist()):
-        length = row.index(stop, 3) if stop in row[3:] else len(row)
-        assert row[:length] == unstopped[:length] and set(row[length:]) <= {stop}
-    assert written.size(1) == 33 or not (written[:, -2] == stop).all()  # no longer than its last
 
 
 # ---- Hugging Face and bad weights

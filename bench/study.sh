@@ -120,7 +120,6 @@ tasks)
     sweep out/tasks/plain demo_baseline
     sweep out/tasks/k2 demo
     sweep out/tasks/k8 demo --k_attn=8 --k_mlp=8
-    SEEDS=1,2,3,4,5
     sweep out/tasks/global_k8 demo --ablation=global --k_attn=8 --k_mlp=8
     SEEDS=1,2,3
     sweep out/tasks/paper demo --gate=softmax --ramp_start=0 --ramp_end=0

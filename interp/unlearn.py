@@ -24,8 +24,8 @@ Rankings:
     logits      a control without removal: n is subtracted from the logits of the words
 
 relearn, for fisher: Adam updates on stories with the words until half of the gap to the intact
-model is gone. That model is trained as well, because its loss falls too. Both costs of the control
-are below 0 in every model, so a low cost alone does not show that few units hold the concept.
+model is gone, which is trained as well. Both costs of the control are below 0 in every model, so a
+low cost alone does not show that few units hold the concept.
 
 Writes unlearn.json, with the curve of each ranking. After Ctrl-C the same command continues. Shape
 letters: B windows of T tokens, U units, d units of one place, V vocabulary, n places in the text.
@@ -51,11 +51,10 @@ from prepare import UserError, load_tokenizer, load_tokens
 
 CONCEPTS = [["dog dogs", "cat bird"], ["bird birds", "cat dog"], ["car cars", "ball box"],
             ["tree trees", "park flower"], ["mom", "dad girl"]]  # words, siblings
-RANKINGS = ["fisher", "contrast", "direct", "activation", "gate"]
 COSTS = ["retain", "siblings"]
 COLUMNS = {"run": "", "ranking": "", "units": ".1f", "retain": ".1f", "siblings": ".1f",
            "relearn": ".1f"}
-CONCEPT_TOKENS, SIBLING_TOKENS = 80, 20  # held-out ones, at least: fewer are noise
+CONCEPT_TOKENS, OTHER_TOKENS = 80, 20  # that count, at least: a loss over fewer is noise
 RISE = 0.5  # nats on the concept's words
 SIZES = [1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90, 135, 200, 300, 450, 675]  # units removed
 SIZES += [1000 * n for n in SIZES]
@@ -78,11 +77,12 @@ def tokens_of(run, words):
         raise UserError(f'"{word}" is not one token for {run.path}: give --concept other words')
 
 
-def read_batches(run, split, ids, hold, tokens):
+def read_batches(run, split, ids, hold, tokens, least=OTHER_TOKENS):
     """A list of batches: windows of tokens (B, T), the next ones, and the places that count.
 
     Places count where one of ids comes next. hold=False: all places of stories without ids. Windows
-    that have none are left out. At most so many tokens, evenly chosen. Raises UserError."""
+    that have none are left out. At most so many tokens, evenly chosen. Raises UserError where fewer
+    than `least` places count."""
     text = load_tokens(run.folder, split)[:READ]
     eot, T = run.meta["eot"], run.model.config.block_size
     stories = np.split(text, np.flatnonzero(text == eot) + 1)[:-1]  # the last one is not whole
@@ -92,15 +92,15 @@ def read_batches(run, split, ids, hold, tokens):
     idx = windows_at(stream, starts, T + 1, run.model.lm_head.weight.device)  # (windows, T + 1)
     where = torch.isin(idx[:, 1:], idx.new_tensor(ids)) == hold
     rows = where.any(1).nonzero()[:, 0]
-    if not len(rows):
-        kind = "with" if hold else "without"
-        raise UserError(f"{run.folder} has no {split} stories {kind} the words of a concept: give "
-                        f"--concept other words")
     chosen = torch.linspace(0, len(rows) - 1, min(len(rows), max(1, tokens // T))).long()
     rows = rows[chosen]
-    step = max(1, TOKENS // T)
     parts = idx[rows, :-1], idx[rows, 1:], where[rows]
-    return [*zip(*(part.split(step) for part in parts))]
+    n = int(where[rows].sum())
+    if n < least:
+        kind, words = "of" if hold else "without", load_tokenizer(run.tokenizer).decode(ids)
+        raise UserError(f'the {split} stories of {run.folder} give {n} tokens {kind} "{words}" and '
+                        f"at least {least} are needed: give --concept other words")
+    return [*zip(*(part.split(max(1, TOKENS // T)) for part in parts))]
 
 
 @torch.no_grad()
@@ -132,13 +132,12 @@ def unit_sites(model):
 def without(model, units):
     """A copy of the model that lacks these units."""
     model = copy.deepcopy(model)
-    sites = unit_sites(model)
-    sizes = [site.d for site in sites]
-    kept = torch.ones(sum(sizes))  # (U)
+    matrices = [site.module.weight.data for site in unit_sites(model)]  # 2L times (C, d)
+    sizes = [matrix.size(1) for matrix in matrices]
+    kept = matrices[0].new_ones(sum(sizes))  # (U)
     kept[units] = 0
-    for site, part in zip(sites, kept.split(sizes)):
-        weight = site.module.weight  # (C, d)
-        weight.data *= part.to(weight.device)
+    for matrix, part in zip(matrices, kept.split(sizes)):
+        matrix *= part
     return model
 
 
@@ -260,24 +259,15 @@ def relearn(models, lessons, concept):
     return None
 
 
-def count(batches):
-    return sum(where.sum().item() for _, _, where in batches)
-
-
 def held_out(run, words, siblings):
     """The tokens of a concept, those of each sibling, and the groups for losses(). Raises UserError
     where words do not fit."""
     if not words.split() or not siblings.split() or {*words.split()} & {*siblings.split()}:
         raise UserError(f'--concept "{words}" "{siblings}": both need words, and no word twice')
     ids, *others = [tokens_of(run, text) for text in (words, *siblings.split())]
-    groups = [read_batches(run, "val", ids, True, HELD_OUT),
+    groups = [read_batches(run, "val", ids, True, HELD_OUT, CONCEPT_TOKENS),
               read_batches(run, "val", ids, False, HELD_OUT)]
     groups += [read_batches(run, "val", tokens, True, HELD_OUT) for tokens in others]
-    for text, batches in zip((words, "", *siblings.split()), groups):
-        least = CONCEPT_TOKENS if text == words else SIBLING_TOKENS
-        if count(batches) < least:
-            raise UserError(f'"{text}" is {count(batches)} tokens of the held-out windows of '
-                            f"{run.folder}, and {least} are needed: give --concept other words")
     return ids, others, groups
 
 
@@ -302,8 +292,8 @@ def measure_concept(run, words, siblings):
         lessons = read_batches(run, "train", ids, True, LESSONS)
         found["fisher"]["relearn"] = relearn(pair, lessons, groups[0])
     loss = dict(zip(["concept", *COSTS], start.tolist()))
-    return {"words": words, "siblings": siblings, "tokens": count(groups[0]), "loss": loss,
-            "rankings": found}
+    tokens = sum(where.sum().item() for _, _, where in groups[0])
+    return {"words": words, "siblings": siblings, "tokens": tokens, "loss": loss, "rankings": found}
 
 
 def means(concepts):
@@ -346,7 +336,8 @@ def save(result, word, folder):
             print(f"{folder}: {len(entry['removed'])} units removed, the loss on "
                   f"{concept['words']} rises by {entry['curve'][-1][1]:.2f} nats")
             return
-    raise UserError(f"no number of units makes {run.path} forget {word}: nothing is saved")
+    raise UserError(f"nothing is saved: no concept given has the word {word}, or no number of "
+                    f"units makes {run.path} forget it")
 
 
 def main():
@@ -362,16 +353,13 @@ def main():
     concepts = args.concept or CONCEPTS
     if args.save and (len(runs) > 1 or Path(args.save[1]).exists()):
         raise UserError("--save needs exactly one run, and a FOLDER that does not exist yet")
-    if args.save and args.save[0] not in " ".join(words for words, _ in concepts).split():
-        raise UserError(f"--save {args.save[0]}: no concept has this word: give --concept")
     results = []
     for run in runs:
         settings = {"data": run.meta["checksum"], "concepts": concepts}
         results.append(Result(run, "unlearn", settings, args.force))
     facts = measure_all(results, partial(measure, device=device), device)
-    rows = [{"run": result["run"], "ranking": name, **row} for result in facts
-            for name, row in result["mean"].items()]
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame([{"run": result["run"], "ranking": name, **row} for result in facts
+                          for name, row in result["mean"].items()])
     for name in COSTS:
         table[[name, f"{name}_sd"]] *= 1000
     print_table(table, COLUMNS)

@@ -54,7 +54,7 @@ CONCEPTS = [["dog dogs", "cat bird"], ["bird birds", "cat dog"], ["car cars", "b
 COSTS = ["retain", "siblings"]
 COLUMNS = {"run": "", "ranking": "", "units": ".1f", "retain": ".1f", "siblings": ".1f",
            "relearn": ".1f"}
-CONCEPT_TOKENS, OTHER_TOKENS = 80, 20  # that count, at least: a loss over fewer is noise
+CONCEPT_TOKENS, SIBLING_TOKENS = 80, 20  # held-out ones, at least: fewer are noise
 RISE = 0.5  # nats on the concept's words
 SIZES = [1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90, 135, 200, 300, 450, 675]  # units removed
 SIZES += [1000 * n for n in SIZES]
@@ -77,7 +77,7 @@ def tokens_of(run, words):
         raise UserError(f'"{word}" is not one token for {run.path}: give --concept other words')
 
 
-def read_batches(run, split, ids, hold, tokens, least=OTHER_TOKENS):
+def read_batches(run, split, ids, hold, tokens, least=1):
     """A list of batches: windows of tokens (B, T), the next ones, and the places that count.
 
     Places count where one of ids comes next. hold=False: all places of stories without ids. Windows
@@ -97,10 +97,11 @@ def read_batches(run, split, ids, hold, tokens, least=OTHER_TOKENS):
     parts = idx[rows, :-1], idx[rows, 1:], where[rows]
     n = int(where[rows].sum())
     if n < least:
-        kind, words = "of" if hold else "without", load_tokenizer(run.tokenizer).decode(ids)
-        raise UserError(f'the {split} stories of {run.folder} give {n} tokens {kind} "{words}" and '
-                        f"at least {least} are needed: give --concept other words")
-    return [*zip(*(part.split(max(1, TOKENS // T)) for part in parts))]
+        words = load_tokenizer(run.tokenizer).decode(ids)
+        raise UserError(f"{run.folder} gives {n} {split} tokens {'of' if hold else 'without'} "
+                        f'"{words}" and {least} are needed: give --concept other words')
+    step = max(1, TOKENS // T)
+    return [*zip(*(part.split(step) for part in parts))]
 
 
 @torch.no_grad()
@@ -267,7 +268,8 @@ def held_out(run, words, siblings):
     ids, *others = [tokens_of(run, text) for text in (words, *siblings.split())]
     groups = [read_batches(run, "val", ids, True, HELD_OUT, CONCEPT_TOKENS),
               read_batches(run, "val", ids, False, HELD_OUT)]
-    groups += [read_batches(run, "val", tokens, True, HELD_OUT) for tokens in others]
+    groups += [read_batches(run, "val", tokens, True, HELD_OUT, SIBLING_TOKENS)
+               for tokens in others]
     return ids, others, groups
 
 
@@ -283,14 +285,14 @@ def measure_concept(run, words, siblings):
             sizes = [n for n in sizes if n > U / 20][::2]  # a few random units change little
         models = ((n, without(model, order[:n])) for n in sizes)
         found[name] = forget(models, groups, start)
-        last = int(found[name]["curve"][-1][0])
-        found[name]["removed"] = order[:last].tolist()
+        found[name]["removed"] = order[: int(found[name]["curve"][-1][0])].tolist()
     models = ((n, lowered(model, ids, n)) for n in CONSTANTS)
     found["logits"] = forget(models, groups, start)
-    if found["fisher"]["n"]:
-        pair = [model, without(model, found["fisher"]["removed"])]
+    fisher = found["fisher"]
+    if fisher["n"]:
+        pair = [model, without(model, fisher["removed"])]
         lessons = read_batches(run, "train", ids, True, LESSONS)
-        found["fisher"]["relearn"] = relearn(pair, lessons, groups[0])
+        fisher["relearn"] = relearn(pair, lessons, groups[0])
     loss = dict(zip(["concept", *COSTS], start.tolist()))
     tokens = sum(where.sum().item() for _, _, where in groups[0])
     return {"words": words, "siblings": siblings, "tokens": tokens, "loss": loss, "rankings": found}
@@ -336,8 +338,7 @@ def save(result, word, folder):
             print(f"{folder}: {len(entry['removed'])} units removed, the loss on "
                   f"{concept['words']} rises by {entry['curve'][-1][1]:.2f} nats")
             return
-    raise UserError(f"nothing is saved: no concept given has the word {word}, or no number of "
-                    f"units makes {run.path} forget it")
+    raise UserError(f"no number of units makes {run.path} forget {word}: nothing is saved")
 
 
 def main():
@@ -353,13 +354,16 @@ def main():
     concepts = args.concept or CONCEPTS
     if args.save and (len(runs) > 1 or Path(args.save[1]).exists()):
         raise UserError("--save needs exactly one run, and a FOLDER that does not exist yet")
+    if args.save and args.save[0] not in " ".join(words for words, _ in concepts).split():
+        raise UserError(f"--save {args.save[0]}: no concept has this word: give --concept")
     results = []
     for run in runs:
         settings = {"data": run.meta["checksum"], "concepts": concepts}
         results.append(Result(run, "unlearn", settings, args.force))
     facts = measure_all(results, partial(measure, device=device), device)
-    table = pd.DataFrame([{"run": result["run"], "ranking": name, **row} for result in facts
-                          for name, row in result["mean"].items()])
+    rows = [{"run": result["run"], "ranking": name, **row} for result in facts
+            for name, row in result["mean"].items()]
+    table = pd.DataFrame(rows)
     for name in COSTS:
         table[[name, f"{name}_sd"]] *= 1000
     print_table(table, COLUMNS)

@@ -142,16 +142,6 @@ def test_neurons_of_known_meaning(monkeypatch):
     assert explained([(0, 7), (1, 0)])[1]["score"] == close(bigram["score"])
 
 
-def test_a_summary():
-    scores = [(0.5, 0.25, None), (1.0, None, "x"), (None, None, "it never fires")]
-    names = ("score", "random_score", "reason")
-    row = explain.summary([dict(zip(names, one)) for one in scores])
-    assert (row["neurons"], row["scored"], row["undefined"], row["random_scored"]) == (3, 2, 1, 1)
-    assert row["mean"] == 0.75 and row["se"] == close(statistics.stdev([0.5, 1]) / math.sqrt(2))
-    assert row["random_mean"] == 0.25 and row["reasons"] == {"it never fires": 1}
-    assert row["random_se"] is None and row["histogram"][30] == row["histogram"][-1] == 1
-
-
 # ---- answers of a language model
 
 
@@ -303,6 +293,9 @@ def test_lookup_from_the_command_line(run, call, tmp_path, monkeypatch):
     scores = [entry["score"] for entry in neurons if entry["score"] is not None]
     assert result["all"]["neurons"] == 160 and result["all"]["scored"] == len(scores) == 3
     assert result["all"]["mean"] == statistics.fmean(scores)
+    assert result["all"]["se"] == close(statistics.stdev(scores) / math.sqrt(3))
+    assert result["all"]["reasons"] == {"it never fires": 157}
+    assert sum(result["all"]["histogram"]) == 3 and result["all"]["histogram"][-1] == 2
     assert result["layers"][0]["mean"] == pytest.approx(1, abs=1e-6)
     assert result["control"]["all"]["scored"] == 160 and out.count("random weights") == 1
     assert facts(second, "explain") == (result, neurons) and call(run, second) == (None, out)

@@ -7,16 +7,15 @@
     (the same without --dry_run)                           its explanations and their scores
 
 The method is that of Bills et al. 2023, on the clean stream. A record is a window of 64 tokens
-within one story, read alone. A neuron is explained from 5 of its 20 strongest records. The score is
-the Pearson correlation of true and simulated activations over 5 other strong records and 5 random
-ones. The score of the random ones alone is reported too. An undefined score is null with its
-reason, never 0. Means and their standard errors are over neurons with a score.
+within one story, read alone. The score is the Pearson correlation of true and simulated activations
+over 5 of a neuron's 20 strongest records and 5 random ones, of the validation split. The score of
+the random ones alone is reported too. An undefined score is null with its reason, never 0. Means
+and their standard errors are over neurons with a score.
 
-The explanation is a table of the neuron's mean activation at each token, which ignores the context.
-With --model it is a sentence by a language model behind any API like OpenAI's, whose key is in
-OPENAI_API_KEY; the table's score on the same text is reported too. The control is a model with
-random weights, because much of a score needs no learning. Records are from the validation split,
-the table is from the training split.
+The explanation is a table of the neuron's mean activation at each token of the training split. With
+--model it is a sentence by a language model behind any API like OpenAI's, from 5 other strong
+records; the key is in OPENAI_API_KEY. The table's score on the same text is reported too. The
+control is a model with random weights, because much of a score needs no learning.
 
 Writes explain.json, explain_neurons.json and explain.png beside the checkpoint; with --model, the
 same with explain_openai in place of explain. Answers are added to explain_openai_answers.jsonl as
@@ -36,7 +35,6 @@ from collections import Counter, defaultdict, namedtuple
 from functools import cache, partial
 from itertools import groupby
 from operator import itemgetter
-from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -58,6 +56,7 @@ TRAIN, VALID, RANDOM_VALID = slice(0, TOP, 4), slice(2, TOP, 4), slice(1, RANDOM
 FIVE = 5  # records in each of TRAIN, VALID and RANDOM_VALID
 LEVELS = 10  # a language model sees and gives activations as whole numbers from 0 to this
 NEURONS_AT_ONCE = 2048  # held in memory; the state is saved after each of these groups
+RETRIES = 8  # of a question, after rate limits, server errors and timeouts
 OFTEN = 5  # tokens that occur less often in the text are not shown: their means are noise
 BINS = np.linspace(-1, 1, 41)  # edges of the histogram of scores
 GEOMETRY = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "attention_layers",
@@ -148,48 +147,47 @@ def correlation(real, simulated):
     return float(np.clip(score, -1, 1)), None  # rounding can lead outside this range
 
 
-def score_simulation(neuron, simulated, unreadable=0):
-    """A simulated sequence for each of the neuron's scored records -> {"score", "random_score"},
-    of all and of the random ones alone, and "reason" if one of them is None. If some answers are
-    unreadable, there is no score, as that of the others would not be comparable."""
-    if neuron.peak <= 0 or unreadable:
+def entry_of(neuron, explanation, simulated, unreadable=0):
+    """The entry of a Neuron in explain_neurons.json. simulated: a sequence for each of its scored
+    records. If some answers are unreadable, there is no score: that of the others would not be
+    comparable. A score that is None has a "reason"."""
+    score = random_score = None
+    if unreadable:
         reason = f"{unreadable} answers about it could not be read"
-        reason = reason if unreadable else "it never fires"
-        return {"score": None, "random_score": None, "reason": reason}
-    real = [record.values for record in neuron.scored]
-    score, reason = correlation(real, simulated)
-    random_score, random_reason = correlation(real[FIVE:], simulated[FIVE:])
-    if random_reason:
-        reason = reason or f"in random text {random_reason}"
-    return {"score": score, "random_score": random_score} | ({"reason": reason} if reason else {})
+    elif neuron.peak <= 0:
+        reason = "it never fires"
+    else:
+        real = [record.values for record in neuron.scored]
+        score, reason = correlation(real, simulated)
+        random_score, of_random = correlation(real[FIVE:], simulated[FIVE:])
+        reason = reason or (of_random and f"in random text {of_random}")
+    return {"layer": neuron.layer, "neuron": neuron.neuron, "score": score,
+            "random_score": random_score, "reason": reason, "explanation": explanation}
 
 
-def lookup_table(batches, V, U, unseen=None):
-    """The mean activation of U neurons at each token (Bills et al. 2023, token lookup), (V, U); how
-    often each token occurs in the text (V); and the value for tokens that do not occur, by default
-    the mean (U). batches: tokens (n) and activations (n, U)."""
+def lookup_table(batches, V, U):
+    """The mean activation of U neurons at each token (Bills et al. 2023, token lookup), (V, U), and
+    how often each token occurs (V). A token that does not occur has the mean over all tokens.
+    batches: tokens (n) and activations (n, U)."""
     sums, counts = torch.zeros(V, U).double(), np.zeros(V, dtype=int)
     for tokens, x in batches:
         sums.index_add_(0, torch.from_numpy(tokens), x.cpu().double())
         counts += np.bincount(tokens, minlength=V)
     values = sums.numpy()
-    unseen = values.sum(0) / counts.sum() if unseen is None else unseen
+    mean = values.sum(0) / counts.sum()  # (U)
     values /= np.maximum(counts, 1)[:, None]  # in place: it is the largest thing here
-    values[counts == 0] = unseen
-    return values, counts, unseen
+    values[counts == 0] = mean
+    return values, counts
 
 
 def explain_by_table(neuron, values, counts, word):
-    """The entry of a Neuron in explain_neurons.json. Its explanation: the ten tokens with the
-    largest values above 0 that occur OFTEN in the text, or at all if none occurs OFTEN."""
-    often = counts >= OFTEN
-    seen = np.flatnonzero(often if often.any() else counts)
-    order = seen[np.argsort(-values[seen], kind="stable")[:10]]
-    tokens = [[word(int(token)), float(values[token])] for token in order if values[token] > 0]
-    explanation = ", ".join(f"{in_quotes(text)} {value:.2g}" for text, value in tokens)
-    simulated = [values[record.tokens] for record in neuron.scored]
-    return {"layer": neuron.layer, "neuron": neuron.neuron, **score_simulation(neuron, simulated),
-            "explanation": explanation, "tokens": tokens}
+    """The entry of a Neuron. values (V): its column of lookup_table. The explanation: the ten
+    tokens with the largest values above 0."""
+    often = np.flatnonzero(counts >= OFTEN)
+    order = often[np.argsort(-values[often], kind="stable")[:10]]
+    explanation = ", ".join(f"{in_quotes(word(int(token)))} {values[token]:.2g}"
+                            for token in order if values[token] > 0)
+    return entry_of(neuron, explanation, [values[record.tokens] for record in neuron.scored])
 
 
 # -------------------------------------------------- a language model: its questions and its answers
@@ -272,53 +270,30 @@ def read_simulation(text, logprobs, T, form):
 
 
 def expected_level(logprobs, at, written):
-    """The expected_value of the token at this character of an answer, or the written level if the
-    server gives no logprobs. logprobs: the API's list, or any other value."""
+    """The expected_value of the token at this character of an answer, or the written level where
+    the server gives no usable logprobs (the API's list)."""
     try:
         for one in logprobs:
             token = one["token"]
             if at < len(token):
                 tops = {top["token"]: top["logprob"] for top in [one, *one["top_logprobs"]]}
                 # where a server's 10 is two tokens, the first of them counts as 10
-                pairs = [(text if text != token else str(written), p) for text, p in tops.items()]
-                return expected_value(pairs, written)
+                return expected_value((text if text != token else str(written), logprob)
+                                      for text, logprob in tops.items())
             at -= len(token)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         pass
     return written
 
 
-def expected_value(logprobs, default=None):
+def expected_value(logprobs):
     """The mean level of a distribution over tokens, (text, log probability) pairs. Only whole
-    numbers up to LEVELS count (Bills et al. 2023); default if there is none."""
+    numbers up to LEVELS count (Bills et al. 2023); ZeroDivisionError if there is none."""
     weights = Counter()
     for text, logprob in logprobs:
         if text.strip().isdecimal() and int(text) <= LEVELS and logprob <= 0:  # nor NaN
             weights[int(text)] += math.exp(logprob)
-    total = sum(level * weight for level, weight in weights.items())
-    return total / sum(weights.values()) if weights else default
-
-
-async def ask_about(neuron, answers, word):
-    """Let a language model explain a Neuron, and score it -> {"score", "random_score",
-    "explanation", "answers", maybe "reason"}. answers: Answers."""
-    used, form = Counter(), answers.args.simulation
-    explanation, simulated = "", []
-
-    async def ask(question, read):
-        kept = await answers.ask(question, read)
-        used.update(kept["used"])
-        return kept["value"]
-
-    if neuron.peak > 0:
-        explanation = await ask(explain_question(neuron, word), read_explanation)
-    for record in neuron.scored if explanation else ():
-        question = simulate_question(explanation, record.tokens, word, form)
-        read = partial(read_simulation, T=len(record.tokens), form=form)
-        simulated.append(await ask(question, read))
-    answers.bar.update()
-    return {**score_simulation(neuron, simulated, used["unreadable"]),
-            "explanation": explanation or "", "answers": dict(used)}
+    return sum(level * weight for level, weight in weights.items()) / sum(weights.values())
 
 
 def api_key():
@@ -326,41 +301,10 @@ def api_key():
     return os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"
 
 
-def without_secrets(url):
-    """An address without the user, password and query that may be in it."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
-def plainly(error):
-    """An error on one line, without the key or the password of a proxy."""
-    text = f"{type(error).__name__} {error}".replace(api_key(), "KEY")
-    return " ".join(re.sub(r"//\S*@", "//", text).split())[:200]
-
-
-def open_client(args, bar=None):
-    """An openai.AsyncOpenAI. It retries automatically, and shows the reason on the bar."""
-    import openai
-
-    if not re.fullmatch("[!-~]+", api_key()):
-        raise UserError("OPENAI_API_KEY has characters that no key has")
-
-    async def on_request(request):
-        retry = request.headers.get("x-stainless-retry-count", "0")
-        bar.set_postfix_str(f"retry {retry} of {args.retries}" if retry != "0" else "")
-
-    async def on_response(response):
-        if response.is_error:
-            bar.set_postfix_str(f"the server says {response.status_code}")
-
-    try:
-        http = openai.DefaultAsyncHttpxClient(
-            event_hooks={"request": [on_request], "response": [on_response]})
-        return openai.AsyncOpenAI(api_key=api_key(), base_url=args.base_url, timeout=args.timeout,
-                                  max_retries=args.retries, http_client=http)
-    except Exception as error:  # many kinds: wrong proxy or certificates
-        raise UserError(f"no connection can be opened, see the proxy and certificate variables of "
-                        f"the environment: {plainly(error)}") from None
+def without_secrets(text):
+    """A text on one line, without the key; addresses without user, password and query."""
+    text = re.sub(r"(?<=//)\S*@|\?\S*", "", str(text).replace(api_key(), "KEY"))
+    return " ".join(text.split())[:200]
 
 
 class Answers:
@@ -369,8 +313,7 @@ class Answers:
     def __init__(self, args):
         self.args, self.kept = args, {}  # hash of a request: what is kept of its answer
         self.calls = self.tokens = 0  # of questions in a dry run
-        self.spent = 0  # tokens paid for, and those that open requests may cost
-        open_client(args)  # an error in the environment is reported before any work
+        self.connect()  # an error in the environment is reported before any work
 
     def open(self, path):
         """Keep answers in this file of JSON lines, and read those that are in it."""
@@ -379,16 +322,53 @@ class Answers:
             with contextlib.suppress(ValueError):  # a line that a kill cut off
                 self.kept |= json.loads(line)
 
-    async def ask_all(self, neurons, word, title):
-        """ask_about for each of the Neurons -> a list."""
+    def connect(self):
+        """An openai.AsyncOpenAI. It retries automatically, and shows the reason on the bar."""
+        import openai
+
+        if not re.fullmatch("[!-~]+", api_key()):
+            raise UserError("OPENAI_API_KEY has characters that no key has")
+
+        async def on_request(request):
+            self.bar.set_postfix(retry=request.headers.get("x-stainless-retry-count"))
+
+        async def on_response(response):
+            self.bar.set_postfix(status=response.status_code)
+
+        try:
+            http = openai.DefaultAsyncHttpxClient(
+                event_hooks={"request": [on_request], "response": [on_response]})
+            return openai.AsyncOpenAI(api_key=api_key(), base_url=self.args.base_url,
+                                      timeout=self.args.timeout, max_retries=RETRIES,
+                                      http_client=http)
+        except Exception as error:  # many kinds: wrong proxy or certificates
+            raise UserError(f"no connection can be opened, see the proxy and certificate variables "
+                            f"of the environment: {without_secrets(error)}") from None
+
+    async def explain_all(self, neurons, word, title):
+        """The entries of these Neurons."""
         self.free, self.locks = asyncio.Semaphore(self.args.concurrency), defaultdict(asyncio.Lock)
         with tqdm(total=len(neurons), desc=f"{title}: asking", leave=False) as self.bar:
-            async with open_client(self.args, self.bar) as self.client:
-                return await asyncio.gather(*(ask_about(one, self, word) for one in neurons))
+            async with self.connect() as self.client:
+                return await asyncio.gather(*(self.explain(one, word) for one in neurons))
 
-    async def ask(self, question, read):
-        """What is kept of a question's answer: {"text", "value": of read(text, logprobs), None
-        if it could not be read, "used": counts}. Raises UserError."""
+    async def explain(self, neuron, word):
+        """The entry of a Neuron, whose explanation and simulation are the model's."""
+        used, form, explanation, simulated = Counter(), self.args.simulation, "", []
+        if neuron.peak > 0:
+            question = explain_question(neuron, word)
+            explanation = await self.ask(question, read_explanation, used) or ""
+        for record in neuron.scored if explanation else ():
+            question = simulate_question(explanation, record.tokens, word, form)
+            read = partial(read_simulation, T=len(record.tokens), form=form)
+            simulated.append(await self.ask(question, read, used))
+        self.bar.update()
+        entry = entry_of(neuron, explanation, simulated, used["unreadable"])
+        return entry | {"answers": dict(used)}
+
+    async def ask(self, question, read, used):
+        """The value of read(text, logprobs) of a question's answer; None if it is unreadable. What
+        it cost is added to the Counter used. Raises UserError."""
         args, (system, user) = self.args, question
         request = {"model": args.model, "temperature": args.temperature, "messages": [
             {"role": "system", "content": system}, {"role": "user", "content": user}],
@@ -397,26 +377,22 @@ class Answers:
             request |= {"logprobs": True, "top_logprobs": 15}
         key = hashlib.sha256(json.dumps([args.base_url, request]).encode()).hexdigest()
         async with self.locks[key], self.free:  # of two equal questions only one is asked
-            if key in self.kept:
-                return self.kept[key]
-            tokens = len(WORD.findall(system + user))
-            if args.dry_run:
-                self.calls, self.tokens = self.calls + 1, self.tokens + tokens
-                return {"value": read("1\t0", None)[0], "used": {}}
-            kept = await self.pay(request, tokens, read)
-            with open(self.path, "a") as file:
-                file.write("\n" + json.dumps({key: kept}))
-            self.kept[key] = kept
-            return kept
+            new = key not in self.kept
+            if new and args.dry_run:
+                self.calls += 1
+                self.tokens += len(WORD.findall(system + user))
+                return read("1\t0", None)[0]
+            if new:
+                kept = await self.pay(request, read)
+                with open(self.path, "a") as file:
+                    file.write("\n" + json.dumps({key: kept}))
+                self.kept[key] = kept
+        used.update(self.kept[key]["used"])
+        return self.kept[key]["value"]
 
-    async def pay(self, request, tokens, read):
-        """The same from the server. tokens: about how many the question has."""
-        args, needed = self.args, tokens + self.args.answer_tokens
-        limit = args.timeout * (args.retries + 1)
-        if args.max_tokens_total and self.spent + needed > args.max_tokens_total:
-            raise UserError("another answer may exceed --max_tokens_total: the same command "
-                            "continues and may pay for as many tokens again")
-        self.spent += needed
+    async def pay(self, request, read):
+        """Ask the server. -> what is kept of the answer: {"text", "value", "used": counts}."""
+        limit = self.args.timeout * (RETRIES + 1)
         try:
             async with asyncio.timeout(limit):  # the client's own does not end if bytes trickle
                 response = await self.client.chat.completions.with_raw_response.create(**request)
@@ -425,20 +401,16 @@ class Answers:
             text = choice["message"].get("content") or ""  # null for a refusal
             logprobs = (choice.get("logprobs") or {}).get("content")
             value, unclear = read(text, logprobs)
-            counts = {name: n for name, n in usage.items() if type(n) is int}
-            used = {"prompt_tokens": counts.get("prompt_tokens", tokens),
-                    "answer_tokens": counts.get("completion_tokens", len(WORD.findall(text)))}
-        except TimeoutError:
-            raise UserError(f"no full answer from {args.server} within {limit} seconds") from None
         except Exception as error:  # many kinds: the network, or not a chat completion
-            raise UserError(f"no answer from {args.server} "
-                            f"({plainly(error.__cause__ or error)}): the same command continues, "
-                            f"and keeps all answers so far") from None
-        self.spent += sum(used.values()) - needed
+            kind, said = type(error).__name__, without_secrets(error.__cause__ or error)
+            raise UserError(f"no answer from {self.args.server} ({kind} {said}): the same command "
+                            f"continues, and keeps all answers so far") from None
         value = None if choice.get("finish_reason") == "length" else value
-        used |= {"requests": 1, "unreadable": int(value is None), "unclear_lines": unclear,
-                 "without_logprobs": int("logprobs" in request and not logprobs)}
-        return {"text": text, "value": value, "used": used}
+        return {"text": text, "value": value, "used": {
+            "prompt_tokens": usage.get("prompt_tokens") or 0,
+            "answer_tokens": usage.get("completion_tokens") or 0,
+            "requests": 1, "unreadable": int(value is None), "unclear_lines": unclear,
+            "without_logprobs": int("logprobs" in request and not logprobs)}}
 
 
 # --------------------------------------------------------------------------------- one run's models
@@ -447,13 +419,10 @@ class Answers:
 def sample_units(config, settings):
     """The (layer, neuron) pairs to measure, sorted: settings["neurons"] of every layer, the same
     for every model of this size."""
-    M = 4 * config.n_embd
+    M, rng = 4 * config.n_embd, np.random.default_rng(settings["seed"])
     count = min(settings["neurons"] or M, M)
-    rng, units = np.random.default_rng(settings["seed"]), []
-    for layer in range(config.n_layer):
-        chosen = np.sort(rng.choice(M, count, replace=False)) if count < M else np.arange(M)
-        units += [(layer, neuron) for neuron in chosen.tolist()]
-    return units
+    return [(layer, neuron) for layer in range(config.n_layer)
+            for neuron in np.sort(rng.choice(M, count, replace=False)).tolist()]
 
 
 def reader_of(model, units):
@@ -464,35 +433,29 @@ def reader_of(model, units):
     return lambda idx: read_sites(sites, idx)[..., places]
 
 
-def explain_units(model, units, texts, lookup, word, answers, title):
+def explain_units(model, units, texts, word, answers, title):
     """The entries of explain_neurons.json of these (layer, neuron) pairs."""
     corpus, search, random_starts = texts
-    activate, V = reader_of(model, units), model.config.vocab_size
+    activate = reader_of(model, units)
     batches = ((corpus.tokens[positions].astype(np.int64), x)
                for x, positions, _ in corpus.read(activate, f"{title}: means by token"))
-    values, counts, mean = lookup_table(batches, V, len(units))
-    neurons, entries = [*find_records(activate, units, search, random_starts, title)], []
-    for unit, neuron in enumerate(neurons):
-        of_unit = values[:, unit]
-        if lookup == "records":
-            tokens = np.concatenate([record.tokens for record in neuron.train])
-            x = torch.tensor([record.values for record in neuron.train]).view(-1, 1)
-            of_unit, counts, _ = lookup_table([(tokens, x)], V, 1, mean[unit])
-        entries.append(explain_by_table(neuron, of_unit.flatten(), counts, word))
-    found = asyncio.run(answers.ask_all(neurons, word, title)) if answers else ()
-    for place, by_model in enumerate(found):
-        layer, neuron, *_ = neurons[place]
-        entries[place] = {"layer": layer, "neuron": neuron, **by_model, "tokens": [],
-                          "lookup": entries[place]}
+    values, counts = lookup_table(batches, model.config.vocab_size, len(units))
+    neurons = [*find_records(activate, units, search, random_starts, title)]
+    entries = [explain_by_table(neuron, of_unit, counts, word)
+               for neuron, of_unit in zip(neurons, values.T)]
+    if answers:
+        tables, entries = entries, asyncio.run(answers.explain_all(neurons, word, title))
+        for entry, table in zip(entries, tables):
+            entry["lookup"] = table
     return entries
 
 
-def explain_run(result, title, results, load, answers, device):
+def explain_run(result, title, results, answers, device):
     """The facts of a Result; a dry run only counts the questions. results: all of them; those with
     the same geometry share a control."""
     run, settings = result.run, result.key["settings"]
     state = result.state or {"model": [], "control": []}
-    train, val = load(run.folder, "train"), load(run.folder, "val")
+    train, val = load_tokens(run.folder, "train"), load_tokens(run.folder, "val")
     texts = choose_texts(train, val, run.meta["eot"], settings, device)
     word = cache(partial(token_text, load_tokenizer(run.tokenizer)))
     dry_run = answers and answers.args.dry_run
@@ -503,7 +466,7 @@ def explain_run(result, title, results, load, answers, device):
         units, entries = sample_units(model.config, settings), state[part]
         for first in range(len(entries), len(units), NEURONS_AT_ONCE):
             entries += explain_units(model.to(device), units[first : first + NEURONS_AT_ONCE],
-                                     texts, settings["lookup"], word, answers, title)
+                                     texts, word, answers, title)
             if not dry_run:
                 result.save(state)
         facts = facts_of(entries)
@@ -523,7 +486,7 @@ def explain_run(result, title, results, load, answers, device):
         facts["control"] = control | {"geometry": geometry}
     if not dry_run:
         result.write("_neurons.json", neurons=state["model"])
-        draw_scores(result.path(".png"), [{"run": run.path, "settings": settings, **facts}])
+        draw_scores(result.path(".png"), [{"run": run.path, **facts}])
     return facts
 
 
@@ -557,13 +520,12 @@ def models_of(results):
 
 def print_scores(results):
     """A row for each model and control; with --model, a second row for the table."""
-    settings, rows = results[0]["settings"], []
-    table = f"table, {settings['lookup']}"
+    rows, explainer = [], results[0]["settings"]["model"] or "table"
     for name, facts in models_of(results):
-        row = {"run": name, "explained by": settings["model"] or table}
+        row = {"run": name, "explained by": explainer}
         rows.append(row | facts["all"] | facts.get("answers", {}))
         if "lookup" in facts:
-            rows.append(row | {"explained by": table} | facts["lookup"]["all"])
+            rows.append(row | {"explained by": "table"} | facts["lookup"]["all"])
     columns = {"mean": "score", "se": "score_se", "random_mean": "random"}
     print_table(pd.DataFrame(rows).rename(columns=columns), COLUMNS)
     print("± is the standard error over neurons; random: score of the random records alone")
@@ -596,7 +558,7 @@ def draw_scores(path, results):
 
 # --------------------------------------------------------------------------------- the command line
 
-SETTINGS = ("lookup", "window", "tokens", "neurons", "seed", "control", "model", "base_url",
+SETTINGS = ("window", "tokens", "neurons", "seed", "control", "model", "base_url",
             "simulation", "temperature", "answer_tokens")
 COLUMNS = {"run": "", "explained by": "", "neurons": ",", "scored": ",", "score": ".3f",
            "random": ".3f", **dict.fromkeys(("requests", "unreadable", "unclear_lines",
@@ -608,9 +570,7 @@ MODEL_FLAGS = {  # which need --model
     "temperature": dict(type=float, default=0.0, help="some models take only 1"),
     "answer_tokens": dict(type=knobs.positive, default=1000, help="longer answers are unreadable"),
     "concurrency": dict(type=knobs.positive, default=4, help="requests at a time"),
-    "retries": dict(type=int, default=8, help="after rate limits, server errors, timeouts"),
     "timeout": dict(type=knobs.positive, default=120, help="seconds of silence before a retry"),
-    "max_tokens_total": dict(type=knobs.positive, help="tokens to pay at most, in and out"),
     "dry_run": dict(action="store_true", help="ask nothing, print the calls and tokens")}
 
 
@@ -618,8 +578,6 @@ def parse_arguments():
     """The command line. Raises UserError."""
     parser = run_parser(__doc__)
     add = parser.add_argument
-    add("--lookup", choices=["corpus", "records"], default="corpus",
-        help="the table's means: over training text (default), or over the five records")
     add("--tokens", type=knobs.positive, default=500_000, help="read from each split (500000)")
     add("--window", type=knobs.positive, default=64, help="tokens of a record (default 64)")
     add("--neurons", type=knobs.positive, help="measure this many in each layer (default all)")
@@ -653,8 +611,7 @@ def main():
             run, "explain_openai" if args.model else "explain",
             {"data": run.meta["checksum"], **settings}, args.force, ["_neurons.json", ".png"]))
     answers = Answers(args) if args.model else None
-    measure = partial(explain_run, results=results, load=cache(load_tokens), answers=answers,
-                      device=device)
+    measure = partial(explain_run, results=results, answers=answers, device=device)
     if args.dry_run:
         for result in results:
             result.facts = result.facts or measure(result, result.run.path)

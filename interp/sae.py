@@ -41,7 +41,7 @@ from torch import nn
 from tqdm import tqdm
 
 import config as knobs
-from eval import open_runs, plain, print_table, run_parser, save_figure
+from eval import open_runs, plain, print_table, run_parser, save_figure, spread
 from interp.activations import SITES, Site, held_out_windows, read_windows, windows_at
 from interp.results import Result, measure_all
 from model import load_torch, replace_file
@@ -449,10 +449,7 @@ def over_seeds(rows):
     """A DataFrame with a row for each run, place and l1: means and deviations over the seeds."""
     frame = pd.DataFrame(rows, columns=SHARED + MEASURED)
     groups = frame.astype(dict.fromkeys(MEASURED, float)).groupby(SHARED, sort=False)
-    table = groups.agg(n=("l0", "size"))
-    for name in MEASURED:
-        table[[name, f"{name}_sd", f"{name}_n"]] = groups[name].agg(["mean", "std", "count"])
-    return table.reset_index()
+    return spread(groups, MEASURED).assign(n=groups.size()).reset_index()
 
 
 def print_results(facts):

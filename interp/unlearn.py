@@ -24,8 +24,8 @@ Rankings:
     logits      a control without removal: n is subtracted from the logits of the words
 
 relearn, for fisher: Adam updates on stories with the words until half of the gap to the intact
-model is gone. That model is trained as well, because its loss falls too. Both costs of the control
-are below 0 in every model, so a low cost alone does not show that few units hold the concept.
+model is gone, which is trained as well. Both costs of the control are below 0 in every model, so a
+low cost alone does not show that few units hold the concept.
 
 Writes unlearn.json, with the curve of each ranking. After Ctrl-C the same command continues. Shape
 letters: B windows of T tokens, U units, d units of one place, V vocabulary, n places in the text.
@@ -51,7 +51,6 @@ from prepare import UserError, load_tokenizer, load_tokens
 
 CONCEPTS = [["dog dogs", "cat bird"], ["bird birds", "cat dog"], ["car cars", "ball box"],
             ["tree trees", "park flower"], ["mom", "dad girl"]]  # words, siblings
-RANKINGS = ["fisher", "contrast", "direct", "activation", "gate"]
 COSTS = ["retain", "siblings"]
 COLUMNS = {"run": "", "ranking": "", "units": ".1f", "retain": ".1f", "siblings": ".1f",
            "relearn": ".1f"}
@@ -78,11 +77,12 @@ def tokens_of(run, words):
         raise UserError(f'"{word}" is not one token for {run.path}: give --concept other words')
 
 
-def read_batches(run, split, ids, hold, tokens):
+def read_batches(run, split, ids, hold, tokens, least=1):
     """A list of batches: windows of tokens (B, T), the next ones, and the places that count.
 
     Places count where one of ids comes next. hold=False: all places of stories without ids. Windows
-    that have none are left out. At most so many tokens, evenly chosen. Raises UserError."""
+    that have none are left out. At most so many tokens, evenly chosen. Raises UserError where fewer
+    than `least` places count."""
     text = load_tokens(run.folder, split)[:READ]
     eot, T = run.meta["eot"], run.model.config.block_size
     stories = np.split(text, np.flatnonzero(text == eot) + 1)[:-1]  # the last one is not whole
@@ -92,14 +92,15 @@ def read_batches(run, split, ids, hold, tokens):
     idx = windows_at(stream, starts, T + 1, run.model.lm_head.weight.device)  # (windows, T + 1)
     where = torch.isin(idx[:, 1:], idx.new_tensor(ids)) == hold
     rows = where.any(1).nonzero()[:, 0]
-    if not len(rows):
-        kind = "with" if hold else "without"
-        raise UserError(f"{run.folder} has no {split} stories {kind} the words of a concept: give "
-                        f"--concept other words")
     chosen = torch.linspace(0, len(rows) - 1, min(len(rows), max(1, tokens // T))).long()
     rows = rows[chosen]
-    step = max(1, TOKENS // T)
     parts = idx[rows, :-1], idx[rows, 1:], where[rows]
+    n = int(where[rows].sum())
+    if n < least:
+        words = load_tokenizer(run.tokenizer).decode(ids)
+        raise UserError(f"{run.folder} gives {n} {split} tokens {'of' if hold else 'without'} "
+                        f'"{words}" and {least} are needed: give --concept other words')
+    step = max(1, TOKENS // T)
     return [*zip(*(part.split(step) for part in parts))]
 
 
@@ -132,13 +133,12 @@ def unit_sites(model):
 def without(model, units):
     """A copy of the model that lacks these units."""
     model = copy.deepcopy(model)
-    sites = unit_sites(model)
-    sizes = [site.d for site in sites]
-    kept = torch.ones(sum(sizes))  # (U)
+    matrices = [site.module.weight.data for site in unit_sites(model)]  # 2L times (C, d)
+    sizes = [matrix.size(1) for matrix in matrices]
+    kept = matrices[0].new_ones(sum(sizes))  # (U)
     kept[units] = 0
-    for site, part in zip(sites, kept.split(sizes)):
-        weight = site.module.weight  # (C, d)
-        weight.data *= part.to(weight.device)
+    for matrix, part in zip(matrices, kept.split(sizes)):
+        matrix *= part
     return model
 
 
@@ -260,24 +260,16 @@ def relearn(models, lessons, concept):
     return None
 
 
-def count(batches):
-    return sum(where.sum().item() for _, _, where in batches)
-
-
 def held_out(run, words, siblings):
     """The tokens of a concept, those of each sibling, and the groups for losses(). Raises UserError
     where words do not fit."""
     if not words.split() or not siblings.split() or {*words.split()} & {*siblings.split()}:
         raise UserError(f'--concept "{words}" "{siblings}": both need words, and no word twice')
     ids, *others = [tokens_of(run, text) for text in (words, *siblings.split())]
-    groups = [read_batches(run, "val", ids, True, HELD_OUT),
+    groups = [read_batches(run, "val", ids, True, HELD_OUT, CONCEPT_TOKENS),
               read_batches(run, "val", ids, False, HELD_OUT)]
-    groups += [read_batches(run, "val", tokens, True, HELD_OUT) for tokens in others]
-    for text, batches in zip((words, "", *siblings.split()), groups):
-        least = CONCEPT_TOKENS if text == words else SIBLING_TOKENS
-        if count(batches) < least:
-            raise UserError(f'"{text}" is {count(batches)} tokens of the held-out windows of '
-                            f"{run.folder}, and {least} are needed: give --concept other words")
+    groups += [read_batches(run, "val", tokens, True, HELD_OUT, SIBLING_TOKENS)
+               for tokens in others]
     return ids, others, groups
 
 
@@ -293,17 +285,17 @@ def measure_concept(run, words, siblings):
             sizes = [n for n in sizes if n > U / 20][::2]  # a few random units change little
         models = ((n, without(model, order[:n])) for n in sizes)
         found[name] = forget(models, groups, start)
-        last = int(found[name]["curve"][-1][0])
-        found[name]["removed"] = order[:last].tolist()
+        found[name]["removed"] = order[: int(found[name]["curve"][-1][0])].tolist()
     models = ((n, lowered(model, ids, n)) for n in CONSTANTS)
     found["logits"] = forget(models, groups, start)
-    if found["fisher"]["n"]:
-        pair = [model, without(model, found["fisher"]["removed"])]
+    fisher = found["fisher"]
+    if fisher["n"]:
+        pair = [model, without(model, fisher["removed"])]
         lessons = read_batches(run, "train", ids, True, LESSONS)
-        found["fisher"]["relearn"] = relearn(pair, lessons, groups[0])
+        fisher["relearn"] = relearn(pair, lessons, groups[0])
     loss = dict(zip(["concept", *COSTS], start.tolist()))
-    return {"words": words, "siblings": siblings, "tokens": count(groups[0]), "loss": loss,
-            "rankings": found}
+    tokens = sum(where.sum().item() for _, _, where in groups[0])
+    return {"words": words, "siblings": siblings, "tokens": tokens, "loss": loss, "rankings": found}
 
 
 def means(concepts):

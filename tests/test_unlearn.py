@@ -21,6 +21,7 @@ WORDS = "the dog dogs a cat my bird we run far".split()
 EOT, C = 256 + len(WORDS), 16
 ID = {word: 256 + number for number, word in enumerate(WORDS)}
 DOG = C + 5  # neuron 5 of layer 0, after its channels
+RANKINGS = ["fisher", "contrast", "direct", "activation", "gate"]
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def random_model(**changes):
 
 
 def naive_loss(model, batches, ids=(), constant=0.0):
-    """Window by window and place by place, with a constant off the logits of ids."""
+    """Window by window and place by place, with a constant subtracted from the logits of ids."""
     nats = []
     for x, y, where in [window for batch in batches for window in zip(*batch)]:
         logits = model(x[None])[0].detach()
@@ -104,7 +105,7 @@ def columns(model):
 def test_every_ranking_finds_the_unit_that_writes_the_word(run, ablation):
     run = run._replace(model=hand_set(ablation))
     found = unlearn.measure_concept(run, "dog dogs", "cat bird")
-    names = unlearn.RANKINGS[: 5 if ablation == "local" else 4]
+    names = RANKINGS[: 5 if ablation == "local" else 4]
     assert [*found["rankings"]] == [*names, "chance1", "chance2", "chance3", "logits"]
     for name in names:
         entry = found["rankings"][name]
@@ -273,7 +274,7 @@ def test_a_stopped_call_continues_and_its_model_is_a_run(run, typed, monkeypatch
     assert message is None and len(calls) == 3  # the first concept is measured once
     continued = json.loads((path / "unlearn.json").read_text())
     lines = {line.split()[1]: line for line in out.splitlines()[1:-2]}
-    assert lines.keys() == {*unlearn.RANKINGS, "chance", "logits"}
+    assert lines.keys() == {*RANKINGS, "chance", "logits"}
     dog, far = (entry["rankings"]["fisher"] for entry in continued["concepts"])
     mean = continued["mean"]["fisher"]
     assert (mean["n"], mean["units"], mean["units_n"], far["n"]) == (2, dog["n"], 1, None)
@@ -292,9 +293,8 @@ def test_a_stopped_call_continues_and_its_model_is_a_run(run, typed, monkeypatch
 
 
 @pytest.mark.parametrize("words, siblings, expected", [
-    ("zebra", "cat", '" zebra" is not one token'), ("dogs", "cat", "no val stories with the words"),
-    ("far", "dog", "and 130 are needed"), ("a", "cat", "no val stories without"),
-    ("dog", "dog", "no word twice"), ("dog", "", "both need words")])
+    ("zebra", "cat", '" zebra" is not one token'), ("far", "dog", "and 130 are needed"),
+    ("a", "cat", '0 val tokens without " a"'), ("dog", "dog", "no word twice")])
 def test_words_that_do_not_fit(run, typed, monkeypatch, words, siblings, expected):
     monkeypatch.setattr(unlearn, "CONCEPT_TOKENS", 130)
     message, _ = typed(unlearn.main, run.path, "--concept", words, siblings)

@@ -50,7 +50,7 @@ import config as knobs
 from eval import open_runs, plain, print_table, run_parser, save_figure
 from interp.activations import TOKENS, Site, Strongest, Text, read_sites, token_text
 from interp.results import Result, measure_all
-from prepare import UserError, load_tokenizer, load_tokens
+from prepare import EOT, UserError, load_tokenizer, load_tokens
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # lengths that prune tries, in tokens
 SUBSTITUTES = 5  # tried for each important token
@@ -390,6 +390,38 @@ def metrics(graph):
 
 # ----------------------------------------------------------------------------- a layer's numbers
 
+PUNCTUATION, FRAGMENT, CONTENT = "punctuation or newline", "word fragment", "content"
+WORDS = {
+    "article": "a an the",
+    "preposition": "about above across after against along among around at before behind below "
+                   "beneath beside besides between beyond by down during except for from in inside "
+                   "into like near of off on onto out outside over past through throughout to "
+                   "toward towards under underneath until up upon via with within without",
+    "conjunction": "and or but nor so yet because if when whenever while although though unless "
+                   "since as than whether",
+    "pronoun": "i you he she it we they me him her us them my your his its our their mine yours "
+               "hers ours theirs myself yourself himself herself itself ourselves yourselves "
+               "themselves this that these those who whom whose which what someone somebody "
+               "something everyone everybody everything anyone anybody anything nobody nothing",
+    "auxiliary": "am is are was were be been being have has had having do does did will would "
+                 "shall should can could may might must ought cannot 'm 's 're 've 'll 'd 't",
+}
+TYPES = (PUNCTUATION, *WORDS, FRAGMENT, CONTENT)
+TYPE_OF = {word: kind for kind, words in WORDS.items() for word in words.split()}
+
+
+def token_type(token):
+    """The one of TYPES that a token's text is. A fragment has no leading space and begins with a
+    small letter. A word that can be of several types has its most frequent one."""
+    word = token.strip()
+    if token == EOT or not any(letter.isalnum() for letter in word):
+        return PUNCTUATION
+    if word.startswith("'"):
+        return TYPE_OF.get(word.lower(), FRAGMENT)
+    if token[0] != " " and not token[0].isupper() and not token[0].isdigit():
+        return FRAGMENT
+    return TYPE_OF.get(word.lower(), CONTENT)
+
 
 def entropy_of(counts):
     """Shannon entropy, in bits, of a pool with these counts; None of an empty one."""
@@ -401,10 +433,16 @@ def entropy_of(counts):
 
 
 def pool_facts(pool):
-    """pool: {text of a token: how often it is a pivot or in an important place} -> the paper's
-    neuron entropy and token diversity."""
-    return {"entropy": entropy_of(pool.values()), "diversity": len(pool),
-            "pool_size": pool.total()}
+    """pool: {text of a token: how often it is a pivot or in an important place} -> its numbers.
+
+    The paper's neuron entropy and token diversity, and the share of each of TYPES.
+    """
+    total = pool.total()
+    kinds = Counter()
+    for token, count in pool.items():
+        kinds[token_type(token)] += count
+    return {"entropy": entropy_of(pool.values()), "diversity": len(pool), "pool_size": total,
+            "types": {kind: kinds[kind] / total if total else None for kind in TYPES}}
 
 
 def mean(values):
@@ -588,7 +626,7 @@ def table(results):
         for facts, row in zip(results, together):
             means = {name: row[f"{name}_mean_non_empty"] for name in METRICS}
             share = row["non_empty"] / row["neurons"]
-            rows.append({**row, **means, "run": facts["run"], "with_graph": share})
+            rows.append({**row, **means, **row["types"], "run": facts["run"], "with_graph": share})
     return pd.DataFrame(rows)
 
 
@@ -599,8 +637,10 @@ def print_results(frame, settings):
           f"/ all nodes\n")
     print_table(frame, POOLS)
     print("entropy in bits, diversity in different tokens, of the pool_size tokens that are pivots "
-          f"or in important places; substitutes: {settings['substitutes']}\nprecision, recall, f1: "
-          "means over the neurons that have one, at half of the maximum, on held-out snippets")
+          "or in important places\nprecision, recall, f1: means over the neurons that have one, at "
+          "half of the maximum, on held-out snippets\n")
+    print_table(frame[frame["layer"] == "all"], {"run": "", **dict.fromkeys(TYPES, ".1%")})
+    print(f"types of these tokens; substitutes: {settings['substitutes']}")
 
 
 def draw_layers(path, frame):

@@ -15,6 +15,7 @@ import torch
 from conftest import EOT, ORACLES, make_run, tiny_model
 
 from interp import n2g
+from prepare import EOT as EOT_TEXT
 from prepare import load_tokenizer
 
 oracle = pytest.mark.parametrize("path", ORACLES.glob("graph_oracle.json"), ids=str)
@@ -196,6 +197,13 @@ def test_a_graph_leads_from_important_tokens_and_their_fillers_to_the_pivot():
     assert set(n2g.graph_of(loops, str).edges) == {("a", "b")}
     looped = n2g.graph_of(loops, str, self_loops=True)
     assert set(looped.edges) == {("c", "c"), ("a", "a"), ("a", "b")}
+
+
+def test_every_token_has_one_of_eight_types():
+    expect = [[".", "\n", EOT_TEXT, ' "'], [" The", " a"], [" to"], [" and"], [" she", " That"],
+              [" was", "'t"], ["'em", "ing", "the", "\\xe2"], [" cat", "Once", " 3", "7"]]
+    for kind, tokens in zip(n2g.TYPES, expect, strict=True):
+        assert {n2g.token_type(token) for token in tokens} == {kind}
 
 
 # ------------------------------------------------------------------- neurons with a known meaning

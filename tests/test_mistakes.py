@@ -117,7 +117,7 @@ INTERP = [
     ("-m interp.n2g out/run --layer=9", "--layer=9: the blocks of this model are 0 to 1"),
     ("-m interp.n2g out/run", "train.bin", flip("data/train.bin")),
     ("-m interp.explain out/run", "--window=64: out/run reads at most 16 tokens"),
-    ("-m interp.explain out/run --window=1 --retries=0", "--retries needs --model"),
+    ("-m interp.explain out/run --window=1 --timeout=9", "--timeout needs --model"),
     ("-m interp.units out/run --windows=0", "argument --windows: 0 is not at least 1"),
     ("-m interp.units out/run", "val.bin", flip("data/val.bin")),
     ("-m interp.browse out/run --data=nowhere", "no prepared data in nowhere"),

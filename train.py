@@ -105,7 +105,7 @@ def update(model, optimizer, rows, config, autocast, coeff, world=1):
     """One optimizer step on this process's rows, (B, block_size + 1), in grad_accum micro-batches.
 
     coeff: of the ablated loss; 0 leaves the ablated pass out. world: processes.
-    -> loss, clean and ablated loss of these rows and the norm of the whole gradient, (4,), on the
+    -> loss, clean and ablated loss of the whole batch and the norm of the gradient, (4,), on the
     device: this function does not wait for the GPU.
     """
     if coeff:  # as a tensor: every new Python number would recompile the step
@@ -126,7 +126,10 @@ def update(model, optimizer, rows, config, autocast, coeff, world=1):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return torch.cat((sums, norm[None]))  # (4,)
+    row = torch.cat((sums, norm[None]))  # (4,)
+    if world > 1:  # one row at a time, because the order of a sum depends on a tensor's size
+        dist.all_reduce(row := row.double())
+    return row / world
 
 
 def stack_losses(losses):
@@ -339,7 +342,7 @@ def train(config):
         stopping = can_stop and total(torch.tensor(float(stop.requested)), device).item() > 0
 
         if recent and (log_due or eval_due or stopping):
-            rows = total(torch.stack(recent), device) / world  # (n, 4): here the loop waits
+            rows = torch.stack(recent).cpu().double()  # (n, 4): here the loop waits for the GPU
             seconds = time.perf_counter() - clock
             require_finite(rows[:, [0, 3]], step)
             for row in rows.tolist():  # one by one: sums must not depend on when a run was stopped

@@ -158,12 +158,12 @@ def parse(words):
             options = {"type": field.type, "metavar": field.type.__name__}
         note = f"{notes.get(name, '')} (default {field.default})".replace("%", "%%")
         parser.add_argument(f"--{name}", help=note, **options)
-    known, unknown = parser.parse_known_args(words)
-    for word in unknown:
-        name = word.partition("=")[0].strip("-")
-        near, = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0)
-        raise UserError(f"there is no knob {word}: did you mean --{near}? --help lists all knobs")
-    return vars(known)
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--")
+        if word.startswith("--") and name not in {*FIELDS, "help"}:
+            near, = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0)
+            raise UserError(f"there is no knob {name}: did you mean --{near}? --help lists all")
+    return vars(parser.parse_args(words))
 
 
 def load(argv):

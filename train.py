@@ -206,7 +206,7 @@ def metrics_line(config, progress, val_clean, val_ablated):
     """The line of metrics.jsonl about an evaluation, with training losses as means since the one
     before. Raises UserError if the validation loss is not finite."""
     *sums, updates = progress.sums_since_eval
-    loss, clean, ablated, norm = [total / (updates or math.nan) for total in sums]
+    loss, clean, ablated, norm = [value / (updates or math.nan) for value in sums]
     val_loss = config.clean_coeff * val_clean
     if config.ablation != "none":
         val_loss += config.ablated_coeff * val_ablated

@@ -73,6 +73,7 @@ CORE = [
     ("train.py config.py --data=nowhere", "no prepared data in nowhere"),
     ("train.py config.py --batchsize=4", "did you mean --batch_size?"),
     ("train.py config.py --k_mlp=64", "k_mlp=64 must be from 1 to 63"),
+    ("train.py config.py --grad_accum=3", "batch_size=4 must be a multiple of"),
     ("train.py config.py --out=out/run", "already holds a run: --resume=True"),
     ("train.py config.py --resume", "no checkpoint at out/config"),
     ("train.py config.py --device=gpu", "--device=gpu"),

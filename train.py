@@ -17,10 +17,9 @@ import re
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,57 +28,6 @@ import torch.distributed as dist
 import config as knobs
 from model import GPTNeo, load_checkpoint, replace_file, save_checkpoint
 from prepare import UserError, load_meta, load_tokens, locked
-
-CPU = torch.device("cpu")
-
-# ---------------------------------------------------------------------------------------- machine
-
-
-class Machine(NamedTuple):
-    """This process: its rank, device, precision and compile mode."""
-
-    rank: int
-    world: int  # processes
-    device: torch.device
-    bfloat16: bool  # whether to autocast to it
-    compile_mode: str | None
-
-    @property
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
-
-    def total(self, tensor):
-        """A tensor summed over all processes, the same on each: float64, on the CPU."""
-        tensor = tensor.cpu().double()
-        if self.world > 1:
-            tensor = tensor.to(self.device)
-            dist.all_reduce(tensor)
-        return tensor.cpu()
-
-
-def find_machine(config):
-    """The Machine that the knobs and torchrun's environment describe. Raises UserError."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if config.batch_size % (world * config.grad_accum):
-        raise UserError(f"batch_size={config.batch_size} must be a multiple of "
-                        f"processes x grad_accum = {world} x {config.grad_accum}")
-    # CUDA graphs reuse the memory of gradients, so gradients cannot be summed over micro-batches.
-    # On several GPUs they have never been run.
-    graphs = world == 1 and config.grad_accum == 1
-    if config.compile == "reduce-overhead" and not graphs:
-        raise UserError("--compile=reduce-overhead needs one process and --grad_accum=1: "
-                        "take --compile=True")
-    device = knobs.pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
-    bfloat16, modes = config.dtype == "bfloat16", {"auto": None, "False": None, "True": "default"}
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # before NCCL starts
-        modes["auto"] = "reduce-overhead" if graphs else "default"
-        if config.dtype == "auto":  # GPUs before Ampere emulate bfloat16, slower than fp32
-            bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
-        if bfloat16:  # TF32 for the gates, which stay fp32: their inputs have bf16's noise anyway
-            torch.set_float32_matmul_precision("high")
-    return Machine(rank, world, device, bfloat16, modes.get(config.compile, config.compile))
-
 
 # ------------------------------------------------------------------------------------------- data
 
@@ -92,7 +40,7 @@ def rows_at(tokens, starts, length, device):
     return rows.to(device)
 
 
-def batch_at(tokens, step, config, rank=0, world=1, device=CPU):
+def batch_at(tokens, step, config, rank, world, device):
     """This rank's rows of an update's batch: (batch_size / world, block_size + 1) int64 token ids.
 
     A pure function of (seed, step), drawn for all ranks together: a run resumed at any step, or
@@ -105,16 +53,16 @@ def batch_at(tokens, step, config, rank=0, world=1, device=CPU):
     return rows_at(tokens, mine, config.block_size + 1, device)
 
 
-# ---------------------------------------------------------------------------------------- weights
+# ---------------------------------------------------------------------------- model and optimizer
 
 
 def build_model(config, meta):
-    """The model that a new run begins with, and where its weights come from, in words. It is on the
-    CPU, so that every device starts from the same weights. Raises UserError or ModelError."""
+    """The model that a new run begins with. It is on the CPU, so that every device starts from the
+    same weights. Raises UserError or ModelError."""
     torch.manual_seed(config.seed)
     model, source = GPTNeo(config.model), config.init_from
     if not source:
-        return model, "new weights"
+        return model
     tokenizer = meta["tokenizer"]
     if source.endswith(".pt") or Path(source, "best.pt").is_file():
         checkpoint = load_checkpoint(source)
@@ -132,8 +80,7 @@ def build_model(config, meta):
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: config.block_size]
     fitting = {name: w for name, w in weights.items() if shapes.get(name) == w.shape}
     model.load_state_dict(fitting, strict=False)  # gates of another kind are left out
-    new_gates = "" if shapes.keys() == fitting.keys() else ", new gates"
-    return model, f"weights of {source}{new_gates}"
+    return model
 
 
 def require_knobs(wanted, config, reason):
@@ -144,24 +91,21 @@ def require_knobs(wanted, config, reason):
         raise UserError(f"{reason}: add {' '.join(changes)}")
 
 
-# -------------------------------------------------------------------------------------- optimizer
-
-
-def make_optimizer(model, config, device):
+def make_optimizer(model, config):
     """AdamW; weight decay reaches matrices only."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
-                             fused=device.type in ("cuda", "cpu"))
+                             fused=True)
 
 
 def update(model, optimizer, rows, config, autocast, coeff, world=1):
     """One optimizer step on this process's rows, (B, block_size + 1), in grad_accum micro-batches.
 
     coeff: of the ablated loss; 0 leaves the ablated pass out. world: processes.
-    -> loss, clean and ablated loss of these rows and the norm of the whole gradient, (4,), on the
+    -> loss, clean and ablated loss of the whole batch and the norm of the gradient, (4,), on the
     device: this function does not wait for the GPU.
     """
     if coeff:  # as a tensor: every new Python number would recompile the step
@@ -182,7 +126,10 @@ def update(model, optimizer, rows, config, autocast, coeff, world=1):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return torch.cat((sums, norm[None]))  # (4,)
+    row = torch.cat((sums, norm[None]))  # (4,)
+    if world > 1:  # one row at a time, because the order of a sum depends on a tensor's size
+        dist.all_reduce(row := row.double())
+    return row / world
 
 
 def stack_losses(losses):
@@ -192,33 +139,34 @@ def stack_losses(losses):
     return torch.stack((loss.detach(), clean, ablated))
 
 
+def total(tensor, device):
+    """A tensor summed over all processes, the same on each: float64, on the CPU."""
+    tensor = tensor.cpu().double()
+    if dist.is_initialized():
+        tensor = tensor.to(device)
+        dist.all_reduce(tensor)
+    return tensor.cpu()
+
+
 @torch.no_grad()
-def validate(model, tokens, config, machine):
+def validate(model, tokens, config, autocast, rank, world, device):
     """Mean clean and ablated loss, nats per token, over eval_windows windows, always the same ones,
     spread evenly over the validation split. Processes share them; sums are reduced, then divided.
     """
-    T, rank, world = config.block_size, machine.rank, machine.world
-    windows = (len(tokens) - 1) // T
+    T, windows = config.block_size, (len(tokens) - 1) // config.block_size
     count = min(config.eval_windows, windows)
     starts = T * (np.arange(count) * windows // count)  # (count,)
     rows = config.batch_size // config.grad_accum // world  # as many as training holds
     sums = torch.zeros(3, dtype=torch.float64)
     for at in range(rank * rows, count, world * rows):
-        window = rows_at(tokens, starts[at : at + rows], T + 1, machine.device)
-        with machine.autocast:
+        window = rows_at(tokens, starts[at : at + rows], T + 1, device)
+        with autocast:
             losses = model(window[:, :-1], window[:, 1:])
         sums += len(window) * stack_losses(losses).cpu().double()
-    return (machine.total(sums) / count)[1:].tolist()
+    return (total(sums, device) / count)[1:].tolist()
 
 
 # ----------------------------------------------------------------------------------- the run folder
-
-
-def require_finite(value, when):
-    """value: a number or a tensor. Raises UserError."""
-    if not torch.as_tensor(value).isfinite().all():
-        raise UserError(f"the loss or its gradient is no longer finite at {when}: start again with "
-                        f"another --out and a lower --learning_rate or another --seed")
 
 
 @dataclass
@@ -234,66 +182,56 @@ class Progress:
     metrics: list = field(default_factory=list)  # the lines of metrics.jsonl
     wandb_id: str | None = None
 
-    def add(self, rows, seconds):
-        """Count updates: rows (n, 4) of what update() returned, and the time that they took."""
-        for number, row in enumerate(rows, self.step - len(rows) + 1):
-            require_finite(row[[0, 3]], f"update {number:,}")
-            # one by one: these sums must not depend on when a run was interrupted
-            self.sums_since_eval = [a + b for a, b in zip(self.sums_since_eval, [*row.tolist(), 1])]
-        self.seconds += seconds
-
-    def record(self, config, val_clean, val_ablated):
-        """Append an evaluation's line to metrics -> whether its loss is the lowest so far."""
-        *sums, updates = self.sums_since_eval
-        loss, clean, ablated, norm = [total / (updates or math.nan) for total in sums]
-        val_loss = config.clean_coeff * val_clean
-        if config.ablation != "none":
-            val_loss += config.ablated_coeff * val_ablated
-        require_finite(val_loss, f"step {self.step:,} (validation)")
-        rate, coeff = config.schedule(self.step)
-        line = {"step": self.step, "loss": loss, "loss_clean": clean, "loss_ablated": ablated,
-                "grad_norm": norm, "val_loss": val_loss, "val_clean": val_clean,
-                "val_ablated": val_ablated, "lr": rate, "ablated_coeff": coeff,
-                "tokens": self.step * config.batch_size * config.block_size,
-                "seconds": round(self.seconds, 3)}
-        # JSON has no nan: None stands for what was not computed
-        self.metrics.append({k: None if math.isnan(v) else v for k, v in line.items()})
-        is_best, self.best = val_loss < self.best, min(val_loss, self.best)
-        self.last_eval_step, self.sums_since_eval = self.step, [0.0] * 5
-        return is_best
-
 
 def read_resumable(config, data_checksum):
     """The checkpoint to resume from. Raises UserError if it belongs to another run."""
-    path = Path(config.out, "last.pt")
-    if not path.is_file():
-        path = Path(config.out, "best.pt")  # a run killed early has only that
-    if not path.is_file():
-        raise UserError(f"{config.out} has no checkpoint: start the run without --resume")
-    checkpoint = load_checkpoint(path)
-    if "optimizer" not in checkpoint:
-        raise UserError(f"{path} has no optimizer state to resume from: use --init_from={path} "
-                        f"with another --out")
+    path = Path(config.out, "last.pt")  # a run killed early has only best.pt
+    checkpoint = load_checkpoint(path if path.is_file() else config.out)
     if checkpoint["data"] != data_checksum:
-        raise UserError(f"{config.data} is not the data that {path} was trained on: give the run's "
-                        f"own with --data=")
+        raise UserError(f"{config.data} is not the data that {config.out} was trained on: give the "
+                        f"run's own with --data=")
     theirs = knobs.decisive(checkpoint["train_config"])
-    require_knobs(theirs, config, f"{path} was trained with other knobs")
+    require_knobs(theirs, config, f"{config.out} was trained with other knobs")
     return checkpoint
 
 
+def require_finite(values, step):
+    """Raises UserError."""
+    if not torch.as_tensor(values).isfinite().all():
+        raise UserError(f"the loss or its gradient is no longer finite by update {step:,}: start "
+                        f"again with another --out and a lower --learning_rate or another --seed")
+
+
+def metrics_line(config, progress, val_clean, val_ablated):
+    """The line of metrics.jsonl about an evaluation, with training losses as means since the one
+    before. Raises UserError if the validation loss is not finite."""
+    *sums, updates = progress.sums_since_eval
+    loss, clean, ablated, norm = [value / (updates or math.nan) for value in sums]
+    val_loss = config.clean_coeff * val_clean
+    if config.ablation != "none":
+        val_loss += config.ablated_coeff * val_ablated
+    require_finite(val_loss, progress.step)
+    rate, coeff = config.schedule(progress.step)
+    line = {"step": progress.step, "loss": loss, "loss_clean": clean, "loss_ablated": ablated,
+            "grad_norm": norm, "val_loss": val_loss, "val_clean": val_clean,
+            "val_ablated": val_ablated, "lr": rate, "ablated_coeff": coeff,
+            "tokens": progress.step * config.batch_size * config.block_size,
+            "seconds": round(progress.seconds, 3)}
+    # JSON has no nan: None stands for what was not computed
+    return {name: None if math.isnan(value) else value for name, value in line.items()}
+
+
 def draw_losses(path, metrics, title):
-    """loss.png: both streams, training (mean since the last evaluation) and validation."""
+    """loss.png: the columns of metrics.jsonl that are cross-entropies."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for stream, color in (("clean", "tab:blue"), ("ablated", "tab:orange")):
-        for name, label, style in (("loss", "training", ":"), ("val", "validation", "-")):
-            column = f"{name}_{stream}"
-            points = [(line["step"], line[column]) for line in metrics if line[column] is not None]
-            if points:
-                axes.plot(*zip(*points), style, color=color, label=f"{stream}, {label}")
+    styles = {"loss_clean": "C0:", "val_clean": "C0-", "loss_ablated": "C1:", "val_ablated": "C1-"}
+    for column, style in styles.items():
+        points = [(line["step"], line[column]) for line in metrics if line[column] is not None]
+        if points:
+            axes.plot(*zip(*points), style, label=column)
     axes.set(xlabel="updates", ylabel="cross-entropy, nats per token")
     axes.set_title(title, parse_math=False)  # a $ in it is not a formula
     axes.grid(alpha=0.3)
@@ -305,73 +243,86 @@ def draw_losses(path, metrics, title):
 # ---------------------------------------------------------------------------------------- the run
 
 
+def pick_precision(config, device, world):
+    """-> whether to autocast to bfloat16, and torch.compile's mode or None. Raises UserError."""
+    # CUDA graphs reuse the memory of gradients, so gradients cannot be summed over micro-batches.
+    # On several GPUs they have never been run.
+    graphs = world == 1 and config.grad_accum == 1
+    if config.compile == "reduce-overhead" and not graphs:
+        raise UserError("--compile=reduce-overhead needs one process and --grad_accum=1: "
+                        "take --compile=True")
+    bfloat16, modes = config.dtype == "bfloat16", {"auto": None, "False": None, "True": "default"}
+    if device.type == "cuda":
+        modes["auto"] = "reduce-overhead" if graphs else "default"
+        if config.dtype == "auto":  # GPUs before Ampere emulate bfloat16, slower than fp32
+            bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        if bfloat16:  # TF32 for the gates, which stay fp32: their inputs have bf16's noise anyway
+            torch.set_float32_matmul_precision("high")
+    return bfloat16, modes.get(config.compile, config.compile)
+
+
 def train(config):
     """The run that a config.Config describes. Raises UserError on what the user can fix."""
-    # ---- machine and data
-    machine = find_machine(config)
-    rank, world, device = machine.rank, machine.world, machine.device
+    # ---- machine: torchrun starts `world` processes, and this one is number `rank`
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if config.batch_size % (world * config.grad_accum):
+        raise UserError(f"batch_size={config.batch_size} must be a multiple of "
+                        f"processes x grad_accum = {world} x {config.grad_accum}")
+    device = knobs.pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    bfloat16, compile_mode = pick_precision(config, device, world)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before NCCL starts
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    # ---- data
     meta = load_meta(config.data)
     config = replace(config, vocab_size=meta["vocab_size"])
-    splits = {split: load_tokens(config.data, split) for split in ("train", "val")}  # (n,) each
-    for split, tokens in splits.items():
-        if len(tokens) <= config.block_size:
-            raise UserError(f"the {split} split of {config.data} has {len(tokens)} tokens, too few "
-                            f"for block_size={config.block_size}: lower it or prepare more text")
+    train_tokens, val_tokens = load_tokens(config.data, "train"), load_tokens(config.data, "val")
+    if min(len(train_tokens), len(val_tokens)) <= config.block_size:
+        raise UserError(f"a split of {config.data} has too few tokens for "
+                        f"block_size={config.block_size}: lower it or prepare more text")
 
     # ---- model, optimizer, progress
     folder, progress = Path(config.out), Progress()
     if config.resume:
         checkpoint = read_resumable(config, meta["checksum"])
         model = GPTNeo.from_checkpoint(checkpoint)
-        origin = f"goes on from {folder} at step {checkpoint['step']:,}"
+        progress = Progress(**{name: checkpoint[name] for name in vars(progress)})
     elif list(folder.glob("*.pt")):
         raise UserError(f"{folder} already holds a run: --resume=True continues it, --out=FOLDER "
                         f"starts another")
     else:
-        model, origin = build_model(config, meta)
-    optimizer = make_optimizer(model.to(device), config, device)
+        model = build_model(config, meta)
+    optimizer = make_optimizer(model.to(device), config)
     if config.resume:
-        groups = optimizer.state_dict()["param_groups"]  # this machine's, which say "fused" or not
-        optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
-        progress = Progress(**{part.name: checkpoint[part.name] for part in fields(Progress)})
+        optimizer.load_state_dict(checkpoint["optimizer"])
         del checkpoint  # three times the weights
-    if machine.compile_mode:  # in place: names in checkpoints stay plain
-        model.compile(mode=machine.compile_mode, dynamic=False)
+    if compile_mode:  # in place: names in checkpoints stay plain
+        model.compile(mode=compile_mode, dynamic=False)
 
     def say(text):
         if rank == 0:
             print(text, flush=True)  # so that a log file shows it at once
 
-    def save(*names):
-        for p in model.parameters():  # where one is not finite, the last checkpoint stays
-            require_finite(p, f"update {progress.step:,}")
+    def save(name):
         if rank == 0:
-            for name in names:
-                save_checkpoint(
-                    folder / name, config.model, model.state_dict(),
-                    optimizer=optimizer.state_dict(), train_config=asdict(config),
-                    data=meta["checksum"], tokenizer=meta["tokenizer"], **vars(progress))
-
-    def write_metrics():
-        if rank == 0 and progress.metrics:
-            with replace_file(folder / "metrics.jsonl") as file:
-                file.writelines(json.dumps(line).encode() + b"\n" for line in progress.metrics)
-            draw_losses(folder / "loss.png", progress.metrics, folder.name)
+            save_checkpoint(
+                folder / name, config.model, model.state_dict(), optimizer=optimizer.state_dict(),
+                train_config=asdict(config), data=meta["checksum"], tokenizer=meta["tokenizer"],
+                **vars(progress))
 
     # ---- the first lines of output
+    say(json.dumps(asdict(config)))
+    size = sum(p.numel() for p in model.parameters())
+    say(f"{config.ablation} ablation, {size:,} parameters, {progress.step:,} updates done | "
+        f"{len(train_tokens):,} training tokens, vocabulary {config.vocab_size:,} | "
+        f"{world} x {device}, {'bfloat16' if bfloat16 else 'float32'}, compile {compile_mode}")
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.tmp"):  # of a run killed while it wrote
             stale.unlink()
-    write_metrics()  # in case the run was killed before it wrote them
-    say(json.dumps(asdict(config)))
-    size = sum(p.numel() for p in model.parameters())
-    say(f"{config.ablation} ablation, {size:,} parameters, {origin} | "
-        f"{len(splits['train']):,} training tokens, vocabulary {config.vocab_size:,} | "
-        f"{world} x {device}, "
-        f"{'bfloat16' if machine.bfloat16 else 'float32'}, compile {machine.compile_mode}")
     if config.wandb and rank == 0:
         import wandb
 
@@ -385,42 +336,58 @@ def train(config):
         step, finished = progress.step, progress.step == config.max_iters
         eval_due = step > progress.last_eval_step and (step % config.eval_interval == 0 or finished)
         log_due = step % config.log_interval == 0
-        # all processes must stop at the same step; on GPUs this check waits for the device
+        rate, ablated_coeff = config.schedule(step)
+        # all processes stop at the same step; on several GPUs this check waits for the device
         can_stop = world == 1 or device.type == "cpu" or log_due or eval_due
-        stopping = can_stop and machine.total(torch.tensor(float(stop.requested))).item() > 0
+        stopping = can_stop and total(torch.tensor(float(stop.requested)), device).item() > 0
 
         if recent and (log_due or eval_due or stopping):
-            rows = machine.total(torch.stack(recent)) / world  # (n, 4): here the loop waits
-            progress.add(rows, time.perf_counter() - clock)
+            rows = torch.stack(recent).cpu().double()  # (n, 4): here the loop waits for the GPU
+            seconds = time.perf_counter() - clock
+            require_finite(rows[:, [0, 3]], step)
+            for row in rows.tolist():  # one by one: sums must not depend on when a run was stopped
+                sums = zip(progress.sums_since_eval, [*row, 1])
+                progress.sums_since_eval = [a + b for a, b in sums]
+            progress.seconds += seconds
             if log_due:
-                say(speed_line(rows, time.perf_counter() - clock, step, config))
+                _, clean, ablated, norm = rows.mean(0).tolist()
+                speed = len(rows) * config.batch_size * config.block_size / seconds
+                left = timedelta(seconds=round((config.max_iters - step) * seconds / len(rows)))
+                say(f"step {step:,}: {streams_text(clean, ablated)} | grad norm {norm:.2f} | "
+                    f"lr {rate:.2e} | {speed:,.0f} tokens/s | {left} left")
             recent, clock = [], time.perf_counter()
 
         if eval_due:
-            val_clean, val_ablated = validate(model, splits["val"], config, machine)
-            is_best = progress.record(config, val_clean, val_ablated)
+            val_clean, val_ablated = validate(
+                model, val_tokens, config, autocast, rank, world, device)
+            line = metrics_line(config, progress, val_clean, val_ablated)
+            progress.metrics.append(line)
+            progress.last_eval_step, progress.sums_since_eval = step, [0.0] * 5
             say(f"step {step:,}: validation {streams_text(val_clean, val_ablated)}")
-            # best.pt first: a run that is killed between the two saves repeats this evaluation
-            save(*["best.pt", "last.pt"] if is_best else ["last.pt"])
-            write_metrics()
-            if config.wandb and rank == 0:
-                wandb.log(progress.metrics[-1], step=step)
+            if rank == 0:
+                with replace_file(folder / "metrics.jsonl") as file:
+                    file.writelines(json.dumps(line).encode() + b"\n" for line in progress.metrics)
+                draw_losses(folder / "loss.png", progress.metrics, folder.name)
+                if config.wandb:
+                    wandb.log(line, step=step)
+            if line["val_loss"] < progress.best:
+                progress.best = line["val_loss"]
+                save("best.pt")
+        if eval_due or stopping:
+            save("last.pt")  # after all else: a run that is killed before repeats the evaluation
             clock = time.perf_counter()
         if finished:
             say(f"finished: {config.max_iters:,} updates, in {folder}")
             break
         if stopping:
-            save("last.pt")
             say(f"stopped after {step:,} updates; the same command with --resume=True goes on from "
                 f"there")
             break
 
-        rate, ablated_coeff = config.schedule(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = batch_at(splits["train"], step, config, rank, world, device)
-        recent.append(update(model, optimizer, batch, config, machine.autocast, ablated_coeff,
-                             world))
+        batch = batch_at(train_tokens, step, config, rank, world, device)
+        recent.append(update(model, optimizer, batch, config, autocast, ablated_coeff, world))
         progress.step += 1
 
     if config.wandb and rank == 0:
@@ -434,24 +401,14 @@ def streams_text(clean, ablated):
     return f"clean {clean:.4f}{text}"
 
 
-def speed_line(rows, seconds, step, config):
-    """The console's line about the last updates; rows (n, 4): what update() returned."""
-    _, clean, ablated, norm = rows.mean(0).tolist()
-    speed = len(rows) * config.batch_size * config.block_size / seconds
-    left = timedelta(seconds=round((config.max_iters - step) * seconds / len(rows)))
-    return (f"step {step:,}: {streams_text(clean, ablated)} | grad norm {norm:.2f} | "
-            f"lr {config.schedule(step)[0]:.2e} | {speed:,.0f} tokens/s | {left} left")
-
-
 def main():
     config = knobs.load(sys.argv[1:])
     first = os.environ.get("RANK", "0") == "0"  # the process that writes
     try:
         with locked(config.out) if first else nullcontext():
             train(config)
-    except (MemoryError, RuntimeError) as error:
-        out_of_memory = re.search("out of memory|allocate memory", str(error))  # torch's words
-        if isinstance(error, RuntimeError) and not out_of_memory:
+    except RuntimeError as error:
+        if not re.search("out of memory|allocate memory", str(error)):  # torch's words
             raise
         raise UserError("out of memory: raise --grad_accum, which changes no result, or lower "
                         "--batch_size, --n_embd or --n_layer") from None

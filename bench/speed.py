@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python puts b
 import config as knobs
 from model import GPTNeo
 from prepare import UserError
-from train import batch_at, find_machine, make_optimizer, update
+from train import batch_at, make_optimizer, pick_precision, update
 
 VARIANTS = {"baseline": "none", "local": "local", "global": "global"}  # name: --ablation
 LISTS = {"dtype": "auto", "compile": "auto", "batch_size": "24", "vocab_size": "50257"}  # defaults
@@ -59,13 +59,13 @@ class Row:
         self.variant = variant
         config = knobs.load([*words, f"--ablation={VARIANTS[variant]}"])
         self.config = replace(config, vocab_size=vocab_size)
-        self.machine = find_machine(config)
-        self.device = self.machine.device
+        self.device = knobs.pick_device(config.device)
+        self.bfloat16, self.compile_mode = pick_precision(config, self.device, world=1)
         self.steps, self.seconds = 0, []  # steps taken; seconds per step, one entry per round
         self.memory = None  # bytes
-        dtype = "bfloat16" if self.machine.bfloat16 else "float32"
+        dtype = "bfloat16" if self.bfloat16 else "float32"
         self.setting = {  # what rows share that are compared: the first columns of the table
-            "dtype": dtype, "compile": self.machine.compile_mode or "False",
+            "dtype": dtype, "compile": self.compile_mode or "False",
             "V": str(vocab_size), "batch": f"{config.batch_size} x {config.block_size}"}
 
     def build(self, steps):
@@ -73,25 +73,26 @@ class Row:
         config = self.config
         torch.manual_seed(config.seed)
         self.model = GPTNeo(config.model).to(self.device)
-        if self.machine.compile_mode:
-            self.model.compile(mode=self.machine.compile_mode, dynamic=False)
-        self.optimizer = make_optimizer(self.model, config, self.device)
+        if self.compile_mode:
+            self.model.compile(mode=self.compile_mode, dynamic=False)
+        self.optimizer = make_optimizer(self.model, config)
         self.coeff = config.schedule(config.max_iters)[1]  # after the ramp
         tokens = np.random.default_rng(0).integers(0, config.vocab_size, 1_000_000)
         self.tokens = tokens.astype(np.uint16)
         self.time(steps)
 
     def step(self):
-        config, autocast = self.config, self.machine.autocast
-        batch = batch_at(self.tokens, self.steps, config, device=self.device)
+        config = self.config
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+        batch = batch_at(self.tokens, self.steps, config, rank=0, world=1, device=self.device)
         update(self.model, self.optimizer, batch, config, autocast, self.coeff)
         self.steps += 1
 
     def time(self, steps):
         """Seconds per step."""
-        # find_machine set this for all rows, and only bfloat16 ones use TF32
+        # pick_precision set this for all rows, and only bfloat16 ones use TF32
         if self.device.type == "cuda":
-            precision = "high" if self.machine.bfloat16 else "highest"
+            precision = "high" if self.bfloat16 else "highest"
             torch.set_float32_matmul_precision(precision)
         self.step()  # in a run, the step before is of the same model
         return clock(self.step, self.device, steps)
@@ -126,7 +127,7 @@ def cpu_memory(row):
 def build(row):
     """Make a row ready to be timed, and measure its peak memory."""
     begun, cuda = time.perf_counter(), row.device.type == "cuda"
-    if row.device.type == "cpu" and not row.machine.compile_mode and Path("/proc/self").exists():
+    if row.device.type == "cpu" and not row.compile_mode and Path("/proc/self").exists():
         context = multiprocessing.get_context("spawn")  # else memory freed before is used again
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             row.memory = pool.submit(cpu_memory, row).result()

@@ -67,13 +67,6 @@ class Config(GPTNeoConfig):
             if not good:
                 raise UserError(message)
 
-        for field in fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if field.type is int:
-                least = 0 if name in ("seed", "warmup_iters", "k_attn", "k_mlp") else 1
-                require(value >= least, f"{name}={value} must be at least {least}")
-            if field.type is float:
-                require(0 <= value < math.inf, f"{name}={value} must be a number from 0 on")
         require(self.n_embd % self.n_head == 0,
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         kinds = self.attention_layers.split(",")
@@ -89,8 +82,6 @@ class Config(GPTNeoConfig):
         require(self.ramp_start <= self.ramp_end <= 1,
                 f"ramp_start={self.ramp_start} and ramp_end={self.ramp_end} must be shares of the "
                 f"run: 0 <= ramp_start <= ramp_end <= 1")
-        require(self.clean_coeff > 0 or self.schedule(0)[1] > 0,
-                "clean_coeff=0 needs an ablated loss from update 0 on: set ramp_start=0 ramp_end=0")
 
     def schedule(self, step):
         """(learning rate, ablated_coeff) of an update, counted from 0. Learning rate: linear
@@ -101,12 +92,12 @@ class Config(GPTNeoConfig):
             progress = (step - self.warmup_iters) / (self.max_iters - self.warmup_iters)
             rate = self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
         done = step / self.max_iters  # share of the run
+        coeff = self.ablated_coeff
         if self.ablation == "none" or done < self.ramp_start:
-            return rate, 0.0
-        if done >= self.ramp_end:
-            return rate, self.ablated_coeff
-        ramp = (done - self.ramp_start) / (self.ramp_end - self.ramp_start)
-        return rate, self.ablated_coeff * ramp
+            coeff = 0.0
+        elif done < self.ramp_end:
+            coeff *= (done - self.ramp_start) / (self.ramp_end - self.ramp_start)
+        return rate, coeff
 
     @property
     def model(self):
@@ -143,58 +134,49 @@ def positive(text):
     return int(text)
 
 
-def parse(words):
-    """Words such as --n_layer=2 -> {knob: value}, and "config": a path or None. Raises UserError.
-    The help texts are the comments beside the knobs."""
-    source = inspect.getsource(GPTNeoConfig) + inspect.getsource(Config)
-    notes = dict(re.findall(r"^    (\w+): [^#\n]*?  # (.*)$", source, re.MULTILINE))
-    usage = "python train.py [config/NAME.py] [--knob=value ...]"
-    parser = Parser(usage=usage, description=__doc__)
-    parser.add_argument("config", nargs="?", help="a config file, such as config/local_k2.py")
-    for name, field in FIELDS.items():
-        choices, options = get_args(field.type), {"type": field.type}
-        if choices:
-            options = {"choices": choices}
-        elif field.type is bool:  # --resume is --resume=True
-            options = {"type": boolean, "nargs": "?", "const": True}
-        note = f"{notes.get(name, '')} (default {field.default})".replace("%", "%%")
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=note, **options,
-                            metavar="|".join(choices) or field.type.__name__)
-    for word in words:
-        name = word.partition("=")[0].removeprefix("--")
-        if word.startswith("--") and name not in {*FIELDS, "help"}:
-            near = difflib.get_close_matches(name, FIELDS, n=1)
-            advice = f"did you mean --{near[0]}?" if near else "--help lists them"
-            raise UserError(f"there is no knob {name}: {advice}")
-    return vars(parser.parse_args(words))
-
-
-def load(argv):
-    """Command-line words -> Config. Raises UserError."""
-    given = parse(argv)
-    path = given.pop("config")
-    if path is None:
-        return Config(**given)
-    if not Path(path).is_file():
-        raise UserError(f"there is no config file {path}")
-    try:
-        values = {"out": f"out/{Path(path).stem}", **runpy.run_path(path)}
-        words = [f"--{name}={value}" for name, value in values.items()
-                 if not name.startswith("_") and not inspect.ismodule(value)]
-        values = parse([*words, *argv])  # the file's values are checked as the command line's are
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # whatever is wrong with the user's Python
-        raise UserError(f"{path} does not run: {type(error).__name__}: {error}") from None
-    del values["config"]
-    return Config(**values)
-
-
 def picture(path):
     """For argparse: a file that a plot can be saved to."""
     if Path(path).suffix not in (".png", ".pdf", ".svg") or not Path(path).parent.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is no .png, .pdf or .svg in an existing folder")
     return path
+
+
+def parse(words):
+    """Words such as --n_layer=2 -> {knob: value}, and maybe "config": a path. Raises UserError. The
+    help texts are the comments beside the knobs."""
+    source = inspect.getsource(GPTNeoConfig) + inspect.getsource(Config)
+    notes = dict(re.findall(r"^    (\w+): [^#\n]*?  # (.*)$", source, re.MULTILINE))
+    parser = Parser(usage="python train.py [config/NAME.py] [--knob=value ...]",
+                    description=__doc__, argument_default=argparse.SUPPRESS)
+    parser.add_argument("config", nargs="?", help="a config file, such as config/local_k2.py")
+    for name, field in FIELDS.items():
+        if choices := get_args(field.type):
+            options = {"choices": choices}
+        elif field.type is bool:  # --resume is --resume=True
+            options = {"type": boolean, "nargs": "?", "const": True, "metavar": "bool"}
+        else:
+            options = {"type": field.type, "metavar": field.type.__name__}
+        note = f"{notes.get(name, '')} (default {field.default})".replace("%", "%%")
+        parser.add_argument(f"--{name}", help=note, **options)
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--")
+        if word.startswith("--") and name not in {*FIELDS, "help"}:
+            near, = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0)
+            raise UserError(f"there is no knob {name}: did you mean --{near}? --help lists all")
+    return vars(parser.parse_args(words))
+
+
+def load(argv):
+    """Command-line words -> Config. Raises UserError."""
+    given, from_file = parse(argv), {}
+    if path := given.pop("config", None):
+        if not Path(path).is_file():
+            raise UserError(f"there is no config file {path}")
+        values = {"out": f"out/{Path(path).stem}", **runpy.run_path(path)}
+        # its values are checked as the command line's are
+        from_file = parse([f"--{name}={value}" for name, value in values.items()
+                           if not name.startswith("_") and not inspect.ismodule(value)])
+    return Config(**{**from_file, **given})
 
 
 # ----------------------------------------------------------------------- what all scripts share
@@ -216,9 +198,9 @@ def pick_device(name="auto", index=0):
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM set a flag, so that an update is never interrupted: `if stop.requested:`.
-    A second signal kills at once, but not under torchrun, which sends each process the signal that
-    it has received already."""
+    """Ctrl-C and SIGTERM set a flag, so that an update is never interrupted. A second signal kills
+    at once, but not under torchrun, which passes on to each process what it has received already.
+    """
 
     def __init__(self):
         self.requested = False

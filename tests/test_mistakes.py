@@ -21,8 +21,8 @@ import huggingface_hub
 import pytest
 import torch
 
-from conftest import ROOT, contents
-from test_train import STOPS, TINY, make_data
+from conftest import ROOT, contents, make_data
+from test_train import STOPS, TINY
 
 import config as knobs
 import train
@@ -64,7 +64,7 @@ def meta(**changes):
     return damage
 
 
-OTHER_WORDS = {"name": "words", "pieces": [f" other{i}" for i in range(43)]}
+OTHER_WORDS = {"name": "words", "pieces": [f" other{i}" for i in range(2)]}
 RESUME = "train.py config.py --out=out/run --resume"
 BROKEN = "transformer.ln_f.weight"
 
@@ -73,10 +73,11 @@ CORE = [
     ("train.py config.py --data=nowhere", "no prepared data in nowhere"),
     ("train.py config.py --batchsize=4", "did you mean --batch_size?"),
     ("train.py config.py --k_mlp=64", "k_mlp=64 must be from 1 to 63"),
+    ("train.py config.py --grad_accum=3", "batch_size=4 must be a multiple of"),
     ("train.py config.py --out=out/run", "already holds a run: --resume=True"),
-    ("train.py config.py --resume", "has no checkpoint"),
+    ("train.py config.py --resume", "no checkpoint at out/config"),
     ("train.py config.py --device=gpu", "--device=gpu"),
-    ("train.py config.py --block_size=400", "too few for block_size=400"),
+    ("train.py config.py --block_size=400", "too few tokens for block_size=400"),
     (f"{RESUME} --seed=1", "add --seed=1337"),
     (RESUME, "last.pt is damaged", flip("out/run/last.pt")),
     (RESUME, "train.bin", flip("data/train.bin")),
@@ -132,7 +133,7 @@ INTERP = [
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
     folder = tmp_path_factory.mktemp("template")
-    make_data(folder / "data")
+    make_data(folder / "data", 3000, 400)
     lines = {**TINY, "max_iters": 4, "eval_interval": 2, "data": "data", "ablation": "local"}
     (folder / "config.py").write_text("".join(f"{name} = {value!r}\n"
                                               for name, value in lines.items()))

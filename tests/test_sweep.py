@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from conftest import ROOT, make_data
+
 import config as knobs
 import sweep
 import train
 from model import load_checkpoint
-from test_train import make_data
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4,
         "max_iters": 60, "eval_interval": 30, "eval_windows": 8, "log_interval": 4, "device": "cpu"}
@@ -45,7 +45,7 @@ class Never:
 def work(tmp_path_factory):
     """A folder with data and two config files."""
     work = tmp_path_factory.mktemp("sweep")
-    make_data(work / "data")
+    make_data(work / "data", 3000, 400)
     for name, ablation in (("plain", "none"), ("gated", "local")):
         values = {**TINY, "ablation": ablation, "data": str(work / "data")}
         lines = [f"{key} = {value!r}\n" for key, value in values.items()]

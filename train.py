@@ -187,6 +187,9 @@ def read_resumable(config, data_checksum):
     """The checkpoint to resume from. Raises UserError if it belongs to another run."""
     path = Path(config.out, "last.pt")  # a run killed early has only best.pt
     checkpoint = load_checkpoint(path if path.is_file() else config.out)
+    if "optimizer" not in checkpoint:  # of interp.hf import
+        raise UserError(f"{config.out} has no optimizer to resume with: start from its weights with "
+                        f"--init_from={config.out} and another --out")
     if checkpoint["data"] != data_checksum:
         raise UserError(f"{config.data} is not the data that {config.out} was trained on: give the "
                         f"run's own with --data=")

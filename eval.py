@@ -81,8 +81,9 @@ def measure_split(model, tokens, eot, text_bytes, batch_size=8, device="cpu"):
     counts = defaultdict(int)  # tokens at which each unit is used (L, N)
     seen = {}  # whether it is used in a story (stories, L, N): a byte each, as there may be many
     whole = n // T * T  # tokens in windows of full length
-    batches = [*torch.arange(whole).view(-1, T).split(batch_size), torch.arange(whole, n)[None]]
-    for at in filter(torch.numel, batches):  # (B, T), at last the shorter rest
+    windows = torch.arange(whole).view(-1, T).split(batch_size)
+    rest = torch.arange(whole, n)[None]  # (1, n - whole)
+    for at in filter(torch.numel, [*windows, rest]):  # (B, T)
         idx = inputs[at].to(device)
         answers = targets[at].flatten().to(device)  # (B * T)
         outputs = model.ablated(idx) if gated else [model(idx)]
@@ -272,7 +273,9 @@ def cell(row, name, form):
     if not pd.isna(spread):
         text += f" ± {spread:{form}}"
     have, runs = row.get(f"{name}_n"), row.get("n")
-    return text if have in (None, runs) else f"{text} ({have} of {runs})"
+    if have not in (None, runs):
+        text += f" ({have} of {runs})"
+    return text
 
 
 def text_table(frame, columns):
@@ -332,7 +335,7 @@ def draw_runs(path, rows):
         metrics = Path(row["run"], "metrics.jsonl")
         if metrics.exists():
             lines = pd.read_json(metrics, lines=True)[1:]  # without step 0, whose loss is far above
-            losses = lines[["val_clean", "val_ablated"]].astype(float)
+            losses = lines[["val_clean", "val_ablated"]]
             loss.plot(lines["step"], losses, color=color, label=plain(row["run"]))
         for axes, kind in zip(panels, ("attn", "mlp")):
             rates = np.array(row.get(f"{kind}_rate", []))  # (L, N)

@@ -148,9 +148,10 @@ def texts_in(source, column):
         if kind not in ("json", "csv", "parquet"):
             return read_txt(source)
         from datasets import load_dataset
-        options = {"converters": {column: str}} if kind == "csv" else {}  # 12 and NA are text
-        source = load_dataset(kind, split="train", data_files=str(source), streaming=True,
-                              **options)
+        options = {"split": "train", "streaming": True}
+        if kind == "csv":  # numbers and "NA" are text, too
+            options |= {"keep_default_na": False, "converters": {column: str}}
+        source = load_dataset(kind, data_files=str(source), **options)
     batches = source.iter(1000) if hasattr(source, "iter") else [{column: source}]
     return (text for batch in batches for text in batch[column] if text)
 
@@ -205,8 +206,8 @@ def frequent_pieces(stories, count):
     for split, story in stories:
         if split == "train":
             pieces.update(regex.findall(PIECE, story))
-    frequent = sorted(pieces, key=lambda piece: (-pieces[piece], piece))
-    return [piece for piece in frequent if len(piece.encode()) > 1][:count]
+    longer = [piece for piece in pieces if len(piece.encode()) > 1]
+    return sorted(longer, key=lambda piece: (-pieces[piece], piece))[:count]
 
 
 def encode(batch, encoding):
@@ -282,8 +283,8 @@ def parse_arguments(argv):
         if not path.is_file():
             parser.error(f"no file {path}")
     args.tokenizer = args.tokenizer or ("words" if args.toy else "gpt2")
-    source = args.toy or [*args.train, args.dataset][0]
-    args.out = args.out or Path("data", Path(source).stem.lower())
+    source = args.toy or [*args.train, args.dataset.lower()][0]
+    args.out = args.out or Path("data", Path(source).name.split(".")[0])
     return args
 
 

@@ -133,9 +133,10 @@ class Story(dict):
 
 def read_txt(path):
     """The texts of a file between separators."""
-    opener, text = gzip.open if path.suffix == ".gz" else open, ""
+    opener = gzip.open if path.suffix == ".gz" else open
+    text = ""
     with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-        while characters := file.read(2**24):
+        while characters := file.read(2**22):
             *texts, text = (text + characters).split(EOT)
             yield from texts
     yield text
@@ -231,7 +232,7 @@ def write_tokens(folder, stories, encoding):
     batches = iter(lambda: list(itertools.islice(stories, 128)), [])
     facts = {"train": Counter(), "val": Counter()}
     with (open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val,
-          ThreadPoolExecutor() as pool):  # tiktoken releases the GIL
+          ThreadPoolExecutor(os.cpu_count()) as pool):  # tiktoken releases the GIL
         jobs = ((batch, pool.submit(encode, batch, encoding)) for batch in batches)
         waiting = list(itertools.islice(jobs, 64))  # memory is limited
         while waiting:

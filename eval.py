@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import parameters_to_vector
 
 import config as knobs
 from model import GPTNeo, ModelError, load_checkpoint, replace_file
@@ -30,8 +31,8 @@ from prepare import EOT, UserError, load_meta, load_tokenizer, load_tokens
 
 DEFAULTS = {name: field.default for name, field in knobs.FIELDS.items()}
 # what runs of one recipe share: the knobs that decide the result, and the data
-RECIPE = [name for name in knobs.decisive(DEFAULTS) if name != "seed"]
-RECIPE += ["removed_knobs", "checksum", "trained_on"]
+RECIPE = [*knobs.decisive(DEFAULTS), "removed_knobs", "checksum", "trained_on"]
+RECIPE.remove("seed")
 COLUMNS = {  # of the table: entry of a row, its format
     "run": "", "data": "", "step": ",.0f",
     "ablation": "", "k_attn": "", "k_mlp": "", "differs": "", "n": "",
@@ -63,15 +64,6 @@ def loss_numbers(stream, losses, is_end, T, text_bytes):
         f"bits_per_byte_{stream}": bits / text_bytes}
 
 
-def window_batches(n, T, batch_size):
-    """Yields the positions 0 to n - 1 in windows of T tokens: (B, T), at last the shorter rest."""
-    whole = n - n % T
-    if whole:
-        yield from torch.arange(whole).view(-1, T).split(batch_size)
-    if whole < n:
-        yield torch.arange(whole, n)[None]
-
-
 @torch.no_grad()
 def measure_split(model, tokens, eot, text_bytes, batch_size=8, device="cpu"):
     """{name: number or list}: the losses of each stream over a split, and the use of units.
@@ -82,23 +74,26 @@ def measure_split(model, tokens, eot, text_bytes, batch_size=8, device="cpu"):
     gated = model.config.ablation != "none"
     # the text begins after an end-of-text, as if another story came before
     text = torch.from_numpy(np.concatenate(([eot], tokens)))  # (n + 1)
-    is_end = text[1:] == eot  # (n)
-    story = (text[:-1] == eot).cumsum(0) - 1  # (n): the story of each target, counted from 0
+    inputs, targets = text[:-1], text[1:]  # (n)
+    is_end = targets == eot  # (n)
+    story = (inputs == eot).cumsum(0) - 1  # (n): the story of each target, counted from 0
     losses = defaultdict(list)  # nats per token
-    counts = {}  # tokens at which each unit is used (L, N)
+    counts = defaultdict(int)  # tokens at which each unit is used (L, N)
     seen = {}  # whether it is used in a story (stories, L, N): a byte each, as there may be many
-    for at in window_batches(n, T, batch_size):
-        inputs = text[at].to(device)
-        targets = text[at + 1].to(device)
-        outputs = model.ablated(inputs) if gated else [model(inputs)]
+    whole = n // T * T  # tokens in windows of full length
+    windows = torch.arange(whole).view(-1, T).split(batch_size)
+    rest = torch.arange(whole, n)[None]  # (1, n - whole)
+    for at in filter(torch.numel, [*windows, rest]):  # (B, T)
+        idx = inputs[at].to(device)
+        answers = targets[at].flatten().to(device)  # (B * T)
+        outputs = model.ablated(idx) if gated else [model(idx)]
         for stream, logits in zip(("clean", "ablated"), outputs):  # (B, T, V)
             rows = logits.flatten(0, 1).float()  # (B * T, V)
-            nats = F.cross_entropy(rows, targets.flatten(), reduction="none")  # (B * T)
+            nats = F.cross_entropy(rows, answers, reduction="none")  # (B * T)
             losses[stream].append(nats.cpu().double())
         for kind, mask in zip(("attn", "mlp"), outputs[2:]):  # (B, T, L, N) of zeros and ones
             used = mask.flatten(0, 1).bool().cpu()  # (B * T, L, N)
-            if kind not in counts:
-                counts[kind] = 0
+            if kind not in seen:
                 seen[kind] = used.new_zeros(story[-1] + 1, *used.shape[1:])
             counts[kind] += used.sum(0)
             token, *unit = used.nonzero(as_tuple=True)
@@ -119,11 +114,6 @@ def centred(weight, dim):
     return weight - weight.mean(dim, keepdim=True)
 
 
-def mean_abs(tensors):
-    """The mean of the absolute values of all entries."""
-    return torch.cat([w.flatten() for w in tensors]).abs().mean().item()
-
-
 def l1_norms(model):
     """Mean absolute weight of the clean stream. Gates do not count.
 
@@ -136,16 +126,15 @@ def l1_norms(model):
     weights.pop("lm_head.weight")  # tied: it is the token embedding
     wte = weights.pop("transformer.wte.weight")  # (V, C)
     wpe = weights.pop("transformer.wpe.weight")  # (block_size, C)
-    V, C = wte.shape
-    biases = V + 3 * C * model.config.n_layer  # b_U; b_Q, b_K, b_V of every layer
+    biases = len(wte) + 3 * model.config.n_embd * model.config.n_layer  # b_U; b_Q, b_K, b_V
     lens = [centred(wte, -1), centred(wpe, -1), centred(wte, 0)]  # W_E, W_pos, W_U
     lens.append(wte.new_zeros(biases))
     for name, w in weights.items():
         writes = "out_proj" in name or "c_proj" in name
         lens.append(centred(w, 0) if writes else w)
     blocks = list(weights.values())
-    return {"l1": mean_abs(lens), "l1_blocks": mean_abs(blocks),
-            "l1_all": mean_abs([wte, wpe, *blocks])}
+    counted = {"l1": lens, "l1_blocks": blocks, "l1_all": [wte, wpe, *blocks]}
+    return {name: parameters_to_vector(ws).abs().mean().item() for name, ws in counted.items()}
 
 
 # ------------------------------------------------------------------------------------ runs as rows
@@ -167,22 +156,24 @@ def open_run(path):
     found = load_checkpoint(path)
     try:
         model = GPTNeo.from_checkpoint(found).eval()
-        trained = DEFAULTS | found["train_config"] | vars(model.config)
-        return Run(str(path), model, found["step"], trained, found["tokenizer"], found["data"])
-    except (ModelError, KeyError) as error:
+    except ModelError as error:
         raise UserError(f"{path}: {error}") from None
+    trained = DEFAULTS | found["train_config"] | vars(model.config)
+    return Run(str(path), model, found["step"], trained, found["tokenizer"], found["data"])
 
 
 def with_data(run, data=None):
     """The Run with the data to measure it on: this folder, or its training data, which are searched
     for in the current folder and in every folder above the run. Raises UserError."""
     name = data or run.knobs["data"]
-    places = [Path()] if data else [Path(), *Path(run.path).absolute().parents]
+    places = [Path()]
+    if not data:
+        places += Path(run.path).absolute().parents
     folders = [place / name for place in places if (place / name / "meta.json").is_file()]
     for folder in folders or [name]:
         meta = load_meta(folder)
-        fits = meta["tokenizer"] == run.tokenizer
-        if fits and (data or meta["checksum"] == run.checksum):
+        same_texts = data or meta["checksum"] == run.checksum
+        if same_texts and meta["tokenizer"] == run.tokenizer:
             return run._replace(folder=Path(folder), meta=meta)
     raise UserError(f"{folder} has another tokenizer than {run.path}, or has changed since "
                     f"training: give data of the same tokenizer with --data")
@@ -206,12 +197,12 @@ def open_runs(paths, data=None):
 
 def describe_run(run):
     """The row of a run before it is measured: a dict with every knob that decides the result."""
-    known = {*DEFAULTS, "vocab_size"}
-    removed = {name: value for name, value in run.knobs.items() if name not in known}
+    trained = knobs.decisive(run.knobs)
+    removed = {name: value for name, value in trained.items() if name not in DEFAULTS}
     row = {"run": run.path, "step": run.step, "data": run.folder.name,
            "checksum": run.meta["checksum"], "trained_on": run.checksum,
-           **{name: run.knobs[name] for name in knobs.decisive(DEFAULTS)},
-           "removed_knobs": str(removed or "")}  # of checkpoints older than this code
+           **{name: trained[name] for name in knobs.decisive(DEFAULTS)},
+           "removed_knobs": str(removed or "")}  # of older code and interp/unlearn.py
     if row["ablation"] == "none":
         row |= {"k_attn": 0, "k_mlp": 0}
     # bench/sweep.py fine-tunes each seed from the run of the same seed
@@ -232,14 +223,15 @@ def measure_run(run, batch_size, device):
 
 
 def common_name(paths):
-    return os.path.commonprefix([*paths]) + ("*" if len(paths) > 1 else "")
+    star = "*" if len(paths) > 1 else ""
+    return os.path.commonprefix([*paths]) + star
 
 
 def over_seeds(frame):
     """One row for the runs that differ only in the seed. Raises UserError where a seed repeats.
     Every number x becomes its mean x, its sample standard deviation x_sd, and x_n, the number of
     runs that have it."""
-    shared = [name for name in [*RECIPE, "layer"] if name in frame]
+    shared = [*frame.filter([*RECIPE, "layer"])]
     repeated = frame["run"][frame.duplicated([*shared, "seed"], keep=False)]
     if len(repeated):
         raise UserError(f"{' and '.join(repeated)} are the same run with the same seed: "
@@ -263,12 +255,12 @@ def spread(groups, names):
 def differences(frame):
     """One text per row: the knobs in which rows differ, where they are not at their default.
     ablation and k have columns of their own."""
+    shared = frame.filter(["seed", *RECIPE])
+    shared = shared.drop(columns=["ablation", "k_attn", "k_mlp", "checksum"])
     texts = frame["run"].str[:0]  # empty ones
-    for name in ("seed", *RECIPE):
-        without_column = name not in ("ablation", "k_attn", "k_mlp", "checksum")
-        if without_column and name in frame and frame[name].nunique() > 1:
-            words = f" {name}=" + frame[name].map(str)
-            texts += words.where(frame[name] != DEFAULTS.get(name, ""), "")
+    for name, values in shared.loc[:, shared.nunique() > 1].items():
+        words = f" {name}=" + values.map(str)
+        texts += words.where(values != DEFAULTS.get(name, ""), "")
     return texts.str.strip()
 
 
@@ -281,30 +273,24 @@ def cell(row, name, form):
     if not pd.isna(spread):
         text += f" ± {spread:{form}}"
     have, runs = row.get(f"{name}_n"), row.get("n")
-    return text if have in (None, runs) else f"{text} ({have} of {runs})"
+    if have not in (None, runs):
+        text += f" ({have} of {runs})"
+    return text
 
 
 def text_table(frame, columns):
     """A DataFrame of texts, without the columns in which no row has anything. columns: {name of an
     entry: its format}."""
-    table, rows = pd.DataFrame(index=frame.index), frame.to_dict("records")
+    table = pd.DataFrame(index=frame.index)
     for name, form in columns.items():
-        texts = [cell(row, name, form) for row in rows]
-        if set(texts) - {"-", ""}:
-            table[name] = texts
-    return table
+        table[name] = [cell(row, name, form) for row in frame.to_dict("records")]
+    return table.loc[:, ~table.isin(["-", ""]).all()]
 
 
 def print_table(frame, columns):
     """text_table on the terminal, the runs aligned to the left."""
     table = text_table(frame, columns).set_index("run").rename_axis(index=None, columns="run")
     print(table.to_string())
-
-
-def to_json(frame):
-    """The rows of a DataFrame as JSON text with every digit; null for what a row lacks."""
-    whole = frame.astype(object).where(frame.notna(), None)
-    return json.dumps(whole.to_dict("records"), indent=1)
 
 
 # ---------------------------------------------------------------- samples, plots, command line
@@ -347,7 +333,7 @@ def draw_runs(path, rows):
         metrics = Path(row["run"], "metrics.jsonl")
         if metrics.exists():
             lines = pd.read_json(metrics, lines=True)[1:]  # without step 0, whose loss is far above
-            losses = lines[["val_clean", "val_ablated"]].astype(float)
+            losses = lines[["val_clean", "val_ablated"]]
             loss.plot(lines["step"], losses, color=color, label=plain(row["run"]))
         for axes, kind in zip(panels, ("attn", "mlp")):
             rates = np.array(row.get(f"{kind}_rate", []))  # (L, N)
@@ -382,17 +368,16 @@ def main():
     add("--top_k", type=knobs.positive, help="sample from the k likeliest tokens only")
     add("--seed", type=int, default=1337, help="of the samples")
     args = parser.parse_args()
-    device, runs = knobs.pick_device(args.device), open_runs(args.runs, args.data)
-    frame = pd.DataFrame([describe_run(run) for run in runs])
-    if args.over_seeds:
-        over_seeds(frame)  # refuses repeated seeds before anything is measured
+    device = knobs.pick_device(args.device)
+    runs = open_runs(args.runs, args.data)
+    combine = over_seeds if args.over_seeds else pd.DataFrame.copy
+    combine(pd.DataFrame(map(describe_run, runs)))  # a repeated seed is refused before measuring
     rows = [measure_run(run, args.batch_size, device) for run in runs]
-    frame = pd.DataFrame(rows)
-    if args.over_seeds:
-        frame = over_seeds(frame)
+    frame = combine(pd.DataFrame(rows))
     frame["differs"] = differences(frame)
     if args.json:
-        print(to_json(frame))
+        whole = frame.astype(object).where(frame.notna(), None)  # JSON has no NaN
+        print(json.dumps(whole.to_dict("records"), indent=1))  # with every digit
     elif args.csv:
         numbers = frame.drop(columns=["attn_rate", "mlp_rate"], errors="ignore")
         print(numbers.to_csv(index=False), end="")
@@ -400,8 +385,9 @@ def main():
         print_table(frame, COLUMNS)
         if args.over_seeds and frame["n"].max() > 1:
             print("± is the sample standard deviation over the seeds of a row")
-    for run in runs if args.sample is not None else ():
-        print_samples(run, args)
+    if args.sample is not None:
+        for run in runs:
+            print_samples(run, args)
     if args.plot:
         draw_runs(args.plot, rows)
 

@@ -11,15 +11,14 @@ tokens, end-of-text after every story. meta.json is written last: a folder that 
 """
 
 import argparse
-import glob
 import gzip
 import hashlib
 import itertools
 import json
 import os
 import random
-import shutil
 import signal
+import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -34,6 +33,7 @@ EOT = "<|endoftext|>"
 # how GPT-2 cuts text before it merges bytes: words with their leading space, numbers, white space
 PIECE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 LONG_SPACE = 100_000  # characters of white space in a row; tiktoken fails at a million
+HE, SHE = "he him his boy He Him His Boy".split(), "she her her girl She Her Her Girl".split()
 
 
 class UserError(ValueError):
@@ -119,12 +119,9 @@ class Story(dict):
         cast = friends + rng.sample(friends, 2) + rng.sample(friends, 2)
         cast.append(rng.choice(["mom", "grandma", "dad", "grandpa"]))
         for slot, name in zip("ABXYGRM", cast):
-            female = name in [*words["girls"], "mom", "grandma"]
+            pronouns = SHE if name in [*words["girls"], "mom", "grandma"] else HE
             self[slot] = name
-            for he, she in ("he", "she"), ("him", "her"), ("his", "her"), ("boy", "girl"):
-                word = she if female else he
-                self[f"{slot}_{he}"] = word
-                self[f"{slot}_{he.title()}"] = word.title()
+            self.update((f"{slot}_{he}", word) for he, word in zip(HE, pronouns))
         self["place"], self["other_place"] = rng.sample(words["places"], 2)
         self["gift"], self["toy"] = rng.sample(words["objects"], 2)
         self["spot"], self["other_spot"] = rng.sample(grammar["spot"], 2)
@@ -135,16 +132,14 @@ class Story(dict):
 
 
 def read_txt(path):
-    """The texts of a file between separators. Holds one of them at a time."""
-    opener, parts = gzip.open if path.suffix == ".gz" else open, []
+    """The texts of a file between separators."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    text = ""
     with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-        for line in file:
-            end, *starts = line.split(EOT)
-            parts.append(end)
-            for start in starts:
-                yield "".join(parts)
-                parts = [start]
-    yield "".join(parts)
+        while characters := file.read(2**22):
+            *texts, text = (text + characters).split(EOT)
+            yield from texts
+    yield text
 
 
 def texts_in(source, column):
@@ -154,10 +149,10 @@ def texts_in(source, column):
         if kind not in ("json", "csv", "parquet"):
             return read_txt(source)
         from datasets import load_dataset
-        # in a csv, numbers and "NA" are text, too
-        options = {"keep_default_na": False, "converters": {column: str}} if kind == "csv" else {}
-        file = glob.escape(str(source))
-        source = load_dataset(kind, data_files=file, split="train", streaming=True, **options)
+        options = {"split": "train", "streaming": True}
+        if kind == "csv":  # numbers and "NA" are text, too
+            options |= {"keep_default_na": False, "converters": {column: str}}
+        source = load_dataset(kind, data_files=str(source), **options)
     batches = source.iter(1000) if hasattr(source, "iter") else [{column: source}]
     return (text for batch in batches for text in batch[column] if text)
 
@@ -176,13 +171,13 @@ def texts_of(args):
             val = val or [data[name] for name in data if name == "validation"]
         for split, sources in ("train" if val else None, train), ("val", val):
             for source in sources:
-                yield from ((split, text) for text in texts_in(source, args.text_column))
+                for text in texts_in(source, args.text_column):
+                    yield split, text
     except (KeyError, OSError, EOFError, ValueError, StopIteration) as error:
         hints = {KeyError: "no such column, set --text_column", UnicodeDecodeError: "not UTF-8",
                  ConnectionError: "without a network try --train FILE or toy"}
         reason = " ".join(f"{source} ({type(error).__name__}: {error})".split())
-        hint = hints.get(type(error), "see --help")
-        raise UserError(f"cannot read {reason}: {hint}")
+        raise UserError(f"cannot read {reason}: {hints.get(type(error), 'see --help')}")
 
 
 def stories_of(args, warnings):
@@ -212,25 +207,23 @@ def frequent_pieces(stories, count):
     for split, story in stories:
         if split == "train":
             pieces.update(regex.findall(PIECE, story))
-    frequent = sorted(pieces, key=lambda piece: (-pieces[piece], piece))
-    return [piece for piece in frequent if len(piece.encode()) > 1][:count]
+    longer = [piece for piece in pieces if len(piece.encode()) > 1]
+    return sorted(longer, key=lambda piece: (-pieces[piece], piece))[:count]
 
 
 def encode(batch, encoding):
     """[(split, story), ...] -> the tokens of each story. A separator inside it is ordinary text."""
     stories = [story for split, story in batch]
-    text = EOT.join(stories) + EOT
+    text = EOT.join([*stories, ""])
     if text.count(EOT) == len(stories) and max(map(len, stories)) < LONG_SPACE:
         # one call for all: the threads wait less for each other
         tokens = encoding.encode_to_numpy(text, allowed_special="all").astype("<u2")
-        ends = np.flatnonzero(tokens == encoding.eot_token)
-        return np.split(tokens, ends[:-1] + 1)
+        return np.split(tokens, np.flatnonzero(tokens == encoding.eot_token)[:-1] + 1)
     # PIECE ends a piece before the last character of white space: a cut there changes no token
     cut, done = rf"(?=\s\S)(?<=\s{{{LONG_SPACE}}})", []
     for story in stories:
-        parts = regex.split(cut, story)
-        tokens = [encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
-        done.append(np.concatenate([*tokens, [encoding.eot_token]]).astype("<u2"))
+        tokens = sum(map(encoding.encode_ordinary, regex.split(cut, story)), [])
+        done.append(np.array([*tokens, encoding.eot_token], "<u2"))
     return done
 
 
@@ -241,7 +234,7 @@ def write_tokens(folder, stories, encoding):
     with (open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val,
           ThreadPoolExecutor(os.cpu_count()) as pool):  # tiktoken releases the GIL
         jobs = ((batch, pool.submit(encode, batch, encoding)) for batch in batches)
-        waiting = list(itertools.islice(jobs, 2 * os.cpu_count()))  # memory is limited
+        waiting = list(itertools.islice(jobs, 64))  # memory is limited
         while waiting:
             batch, job = waiting.pop(0)
             for (split, story), tokens in zip(batch, job.result()):
@@ -300,35 +293,32 @@ def main(argv=None):
     args = parse_arguments(argv)
     if not args.force and (args.out / "meta.json").exists():
         raise UserError(f"{args.out} already holds data: add --force or choose another --out")
-    folder = args.out / "unfinished"
     spec, warnings = {"name": args.tokenizer}, Counter()
-    with locked(args.out), ExitStack() as stack:
-        shutil.rmtree(folder, ignore_errors=True)  # of a killed run
-        folder.mkdir()
-        stack.callback(shutil.rmtree, folder)
+    with locked(args.out), tempfile.TemporaryDirectory(dir=args.out, prefix="unfinished") as folder:
         if args.tokenizer == "words":
             spec["pieces"] = frequent_pieces(stories_of(args, Counter()), args.vocab_size - 257)
         encoding = load_tokenizer(spec)
-        facts = write_tokens(folder, stories_of(args, warnings), encoding)
-        identity = [spec, *(counts["sha256"] for counts in facts.values())]
-        checksum = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         meta = {"tokenizer": spec, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
-                **facts, "source": vars(args), "checksum": checksum}
-        text = json.dumps(meta, indent=1, default=str)
-        (folder / "meta.json").write_text(text)
+                **write_tokens(Path(folder), stories_of(args, warnings), encoding)}
+        identity = [spec, meta["train"]["sha256"], meta["val"]["sha256"]]
+        checksum = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        meta |= {"source": vars(args), "checksum": checksum}
+        Path(folder, "meta.json").write_text(json.dumps(meta, indent=1, default=str))
         (args.out / "meta.json").unlink(missing_ok=True)  # a reader never finds a mixture
         for name in ("train.bin", "val.bin", "meta.json"):
-            os.replace(folder / name, args.out / name)
+            os.replace(Path(folder, name), args.out / name)
     for message, count in (+warnings).items():  # + leaves out those with count 0
         print(f"warning: {count:,} {message}")
-    for split, counts in facts.items():
-        print("{0:6}{stories:,} stories, {tokens:,} tokens".format(split, **counts))
-    print(f"vocabulary of {encoding.n_vocab:,}, checksum {checksum}, in {args.out}")
+    for split in ("train", "val"):
+        print("{0:6}{stories:,} stories, {tokens:,} tokens".format(split, **meta[split]))
+    print("vocabulary of {vocab_size:,}, checksum {checksum}, in {0}".format(args.out, **meta))
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         main()
-    except (UserError, KeyboardInterrupt) as error:
-        raise SystemExit("stopped" if isinstance(error, KeyboardInterrupt) else f"error: {error}")
+    except UserError as error:
+        raise SystemExit(f"error: {error}")
+    except KeyboardInterrupt:
+        raise SystemExit("stopped")

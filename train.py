@@ -188,7 +188,7 @@ def read_resumable(config, data_checksum):
     path = Path(config.out, "last.pt")  # a run killed early has only best.pt
     checkpoint = load_checkpoint(path if path.is_file() else config.out)
     if "optimizer" not in checkpoint:  # of interp.hf import
-        raise UserError(f"{config.out} has no optimizer to resume with: start from its weights with "
+        raise UserError(f"{config.out} has weights only: start from them with "
                         f"--init_from={config.out} and another --out")
     if checkpoint["data"] != data_checksum:
         raise UserError(f"{config.data} is not the data that {config.out} was trained on: give the "

@@ -100,39 +100,37 @@ def unchanged(place, value):
 
 def attention_mask(position, window):
     """position (B, T), negative on padding -> (B, T, T): 0 where a query looks, -inf elsewhere."""
-    T = position.size(1)
-    key = torch.arange(T)  # (T)
-    query = key[:, None]  # (T, 1)
-    seen = (key <= query) & (key > query - window)  # (T, T)
-    seen = seen & (position[:, None, :] >= 0)  # (B, T, T)
-    seen |= torch.eye(T, dtype=torch.bool)  # padding sees itself: a row of -inf would give nan
-    return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    at = torch.arange(position.size(1), device=position.device)  # (T)
+    distance = at[:, None] - at  # (T, T), from a query back to a key
+    seen = (distance >= 0) & (distance < window) & (position[:, None] >= 0)  # (B, T, T)
+    seen |= distance == 0  # padding sees itself: a row of -inf would give nan
+    return torch.where(seen, 0.0, -torch.inf)
 
 
 class PatchedModel:
     """A GPT-Neo on pairs of prompts, computed node by node.
 
     weights: a GPTNeo's clean_state_dict(). windows: how many tokens each block sees.
-    clean, corrupt, lengths: as in Tokens.
+    clean, corrupt, lengths: as in Tokens, on the device of the weights.
     """
 
-    def __init__(self, weights, n_head, windows, clean, corrupt, lengths,
-                 dtype=torch.float32, device="cpu"):
+    def __init__(self, weights, n_head, windows, clean, corrupt, lengths, dtype=torch.float32):
         self.graph = Graph(len(windows), n_head)
         self.weights = {}
         for name, value in weights.items():
-            self.weights[name.removeprefix("transformer.")] = value.to(device, dtype)
+            self.weights[name.removeprefix("transformer.")] = value.to(dtype)
         T = clean.size(1)
-        position = torch.arange(T) - (T - lengths[:, None])  # (B, T), negative on padding
-        self.masks = [attention_mask(position, window).to(device, dtype) for window in windows]
+        at = torch.arange(T, device=lengths.device)  # (T)
+        position = at - (T - lengths[:, None])  # (B, T), negative on padding
+        self.masks = [attention_mask(position, window) for window in windows]
         self.heads = [self.split_heads(block) for block in range(len(windows))]
         self.unembed = self.weights["lm_head.weight"].T  # (C, V)
 
         wte = self.weights["wte.weight"]
-        positions = self.weights["wpe.weight"][position.clamp_min(0).to(device)]  # (B, T, C)
+        positions = self.weights["wpe.weight"][position.clamp_min(0)]  # (B, T, C)
         # the output of every source, (S, B, T, C), and the input of every stage, [(B, T, C), ...]
-        self.clean, self.clean_residual = self.run(wte[clean.to(device)] + positions)
-        self.corrupt, self.corrupt_residual = self.run(wte[corrupt.to(device)] + positions)
+        self.clean, self.clean_residual = self.run(wte[clean] + positions)
+        self.corrupt, self.corrupt_residual = self.run(wte[corrupt] + positions)
         self.end = self.norm("ln_f", self.clean_residual[-1][:, -1])  # (B, C)
         p = (self.end @ self.unembed).double().softmax(-1)  # (B, V)
         self.log_p = p.log().to(dtype)  # (B, V)
@@ -157,25 +155,21 @@ class PatchedModel:
     def linear(self, name, x):
         return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
 
-    def project(self, dest, x):
-        """The first step of a node on one of its inputs (..., C): a head computes its queries, keys
-        or values, (..., D), an MLP its LayerNorm."""
-        block, head = self.graph.place(dest.node)
-        if head is None:
-            return self.norm(f"h.{block}.ln_2", x)
-        matrix = self.heads[block][dest.part][head]  # (C, D)
-        return self.norm(f"h.{block}.ln_1", x) @ matrix
-
-    def output(self, node, projected, edit=unchanged):
-        """The output of a node, (..., B, T or 1, C), from the list of its projections.
+    def output(self, node, inputs, edit=unchanged):
+        """The output of a node, (..., B, T or 1, C), from its inputs, a list of such tensors.
 
         edit: node, its units -> its units: a head's channels, (..., D), an MLP's neurons, (..., 4C)
         """
         block, head = self.graph.place(node)
         if head is None:
-            hidden = self.linear(f"h.{block}.mlp.c_fc", projected[0])  # (..., B, T or 1, 4C)
+            x = self.norm(f"h.{block}.ln_2", inputs[0])
+            hidden = self.linear(f"h.{block}.mlp.c_fc", x)  # (..., B, T or 1, 4C)
             neurons = edit(node, F.gelu(hidden, approximate="tanh"))
             return self.linear(f"h.{block}.mlp.c_proj", neurons)
+        projected = []
+        for part, x in zip("QKV", inputs):
+            x = self.norm(f"h.{block}.ln_1", x)
+            projected.append(x @ self.heads[block][part][head])
         q, k, v = projected  # q (..., B, T or 1, D), k and v (..., B, T, D)
         mask = self.masks[block][:, -q.size(-2) :]  # (B, T or 1, T)
         scores = q @ k.transpose(-1, -2) + mask  # (..., B, T or 1, T); no 1/sqrt(D), as in GPT-Neo
@@ -192,9 +186,8 @@ class PatchedModel:
             residual.append(x)
             given = []
             for node in stage:
-                dests = self.graph.dests(node)
-                projected = [self.project(dest, read(dest, x)) for dest in dests]
-                given.append(self.output(node, projected, edit))
+                inputs = [read(dest, x) for dest in self.graph.dests(node)]
+                given.append(self.output(node, inputs, edit))
             outputs += given
             x = x + sum(given)
             block, head = self.graph.place(stage[0])
@@ -259,8 +252,7 @@ class Circuit:
                     self.everywhere.update(self.kept[dest])
         self.current = self.model.clean.clone()  # (S, B, T, C), the output of every source
         self.changed = set()  # the sources whose output is no longer that in the clean model
-        # {Dest: ...}, computed when first needed: its input, (B, T or 1, C), and the projection
-        self.inputs, self.projections = {}, {}
+        self.inputs = {}  # {Dest: its value, (B, T or 1, C)}, computed when first needed
         for node in sorted(self.live - {0, graph.end}):
             dests = graph.dests(node)
             removed = any(self.removed[dest] for dest in dests)
@@ -298,15 +290,10 @@ class Circuit:
     def output_of(self, node, new):
         """The output of a node, (..., B, T or 1, C), when some of its inputs have new values,
         {Dest: (..., B, T or 1, C)}."""
-        projected = []
+        inputs = []
         for dest in self.graph.dests(node):
-            if dest in new:
-                projected.append(self.model.project(dest, new[dest]))
-                continue
-            if dest not in self.projections:
-                self.projections[dest] = self.model.project(dest, self.input_of(dest))
-            projected.append(self.projections[dest])
-        return self.model.output(node, projected)
+            inputs.append(new[dest] if dest in new else self.input_of(dest))
+        return self.model.output(node, inputs)
 
     def removals(self, edges):
         """Their inputs' values after removing the first, the first two, ... of these edges.
@@ -336,17 +323,15 @@ class Circuit:
         for node in sorted(node for node in self.live if node >= first):
             dests = self.graph.dests(node)
             for dest in dests:
-                rows, change = self.positions(dest), 0
-                changing = [source for source in self.kept[dest] if source in outputs]
-                for source in changing:
-                    new = outputs[source][:, :, rows]
-                    old = self.current[source][:, rows]
-                    change = change + (new - old)  # (K, B, T or 1, C)
-                if changing:
-                    inputs[dest] = self.input_of(dest) + change
-            new = {dest: inputs[dest] for dest in dests if dest in inputs}
-            if new and node != self.graph.end:
-                outputs[node] = self.output_of(node, new)
+                rows, changes = self.positions(dest), []
+                for source in self.kept[dest]:
+                    if source in outputs:
+                        new = outputs[source][:, :, rows]
+                        changes.append(new - self.current[source][:, rows])
+                if changes:
+                    inputs[dest] = self.input_of(dest) + sum(changes)  # (K, B, T or 1, C)
+            if node != self.graph.end and inputs.keys() & dests:
+                outputs[node] = self.output_of(node, inputs)
         end = self.model.norm("ln_f", inputs[self.end][:, :, -1])  # (K, B, C)
         return self.model.divergence(end).tolist(), inputs, outputs
 
@@ -356,7 +341,6 @@ class Circuit:
         for node, output in outputs.items():
             self.set_output(node, output[number])
         for dest, x in inputs.items():
-            self.projections.pop(dest, None)
             if stage[dest.node] == stage[edges[0].dest.node]:
                 self.inputs[dest] = x[number]
             else:
@@ -364,15 +348,8 @@ class Circuit:
         for edge in edges:
             self.removed[edge.dest].append(edge.source)
 
-    def read_out(self):
-        """The output of ln_f at the last position, (B, C)."""
-        return self.model.norm("ln_f", self.input_of(self.end)[:, -1])
-
     def kl_without(self, removed):
         """KL(clean model || circuit) once exactly these edges are removed, a float."""
         self.set_removed(removed)
-        return self.model.divergence(self.read_out()[None]).item()
-
-    def logits(self):
-        """The circuit's logits at the last position, (B, V)."""
-        return self.read_out() @ self.model.unembed
+        end = self.model.norm("ln_f", self.input_of(self.end)[:, -1])  # (B, C)
+        return self.model.divergence(end[None]).item()

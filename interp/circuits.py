@@ -437,23 +437,21 @@ def describe_circuit(circuits, edges, decided, tokens, seed):
 
 
 def load_prompts(run, task, args):
-    """A run's prompts: a list of (Prompts, Tokens). Those of ACDC are one set; those of EAP are
-    SETS, and each half of the scored ones has its own openings. Raises UserError."""
-    tokenizer, tasks = load_tokenizer(run.tokenizer), read_asset("tasks.txt")
-    first, second, count, seed = tasks["openings1"], tasks["openings2"], args.count, args.seed
+    """A run's prompts, a list of Tokens. Those of ACDC are one set; those of EAP are SETS, and each
+    half of the scored ones has its own openings. Raises UserError."""
+    tokenizer, tasks, count = load_tokenizer(run.tokenizer), read_asset("tasks.txt"), args.count
+    first, second = tasks["openings1"], tasks["openings2"]
+    make = partial(make_prompts, tokenizer, task)
+    sets, half = [], count // 2
     if args.prompts:
-        sets = [read_prompts(args.prompts)]
+        sets.append(read_prompts(args.prompts))
     elif args.method == "acdc":
-        sets = [make_prompts(tokenizer, task, first + second, 2 * count, seed)]
+        sets.append(make(first + second, 2 * count, args.seed))
     else:
-        sets = []
-        for number in range(seed * SETS, seed * SETS + SETS):
-            ours = make_prompts(tokenizer, task, first, count, number)
-            others = make_prompts(tokenizer, task, second, count, number)
-            half = count // 2
+        for seed in range(args.seed * SETS, args.seed * SETS + SETS):
+            ours, others = make(first, count, seed), make(second, count, seed)
             sets.append(ours[:half] + others[:half] + ours[half:] + others[half:])
-    return [(prompts, tokenize(prompts, tokenizer, run.model.config.block_size))
-            for prompts in sets]
+    return [tokenize(prompts, tokenizer, run.model.config.block_size) for prompts in sets]
 
 
 def open_result(path, args):
@@ -461,15 +459,15 @@ def open_result(path, args):
     run, digests = open_run(path), {}
     for task in args.task:
         sets = load_prompts(run, task, args)
-        digests[task] = digest({str(i): torch.cat([*map(torch.flatten, tokens)])
-                                for i, (_, tokens) in enumerate(sets)})
-    prompts, _ = sets[0]
-    if args.method == "eap" and len(prompts) <= args.count:
-        raise UserError(f"{args.prompts} has {len(prompts)} prompts, and --count={args.count} of "
-                        f"them are scored: lower --count or add prompts, so that some are held out")
+        flat = [torch.cat([*map(torch.flatten, tokens)]) for tokens in sets]
+        digests[task] = digest({str(number): tokens for number, tokens in enumerate(flat)})
+    total = len(sets[0].clean)
+    if args.method == "eap" and total <= args.count:
+        raise UserError(f"{args.prompts} has {total} prompts, and --count={args.count} of them are "
+                        f"scored: lower --count or add prompts, so that some are held out")
     settings = {
-        "task": args.task, "count": min(args.count, len(prompts)),
-        "heldout": max(0, len(prompts) - args.count), "seed": args.seed, "dtype": args.dtype,
+        "task": args.task, "count": min(args.count, total), "heldout": max(0, total - args.count),
+        "seed": args.seed, "dtype": args.dtype,
         "prompts": f"{args.prompts or 'templates'}, tokens {digests}"}
     if args.method == "eap":
         return Result(run, "eap", settings | {"level": args.level}, args.force)
@@ -487,8 +485,7 @@ def patch(model, tokens, dtype):
 
 def find_circuits(result, title, args, device):
     """Find the circuits of one run by ACDC, or continue -> the facts of acdc.json."""
-    (prompts, tokens), = load_prompts(result.run, args.task[0], args)
-    model = result.run.model.to(device)
+    model, (tokens,) = result.run.model.to(device), load_prompts(result.run, args.task[0], args)
     found_on, heldout = tokens.rows(0, args.count), tokens.rows(args.count, None)
     circuits = {"": Circuit(patch(model, found_on, args.dtype))}  # {ending of the names: Circuit}
     if len(heldout.clean):
@@ -504,25 +501,24 @@ def find_circuits(result, title, args, device):
     rows, sweep = state["circuits"], state["sweep"]
     orders = ["descending", *range(args.orders)]  # a number is that of a random order
     for tau, order in [*product(args.tau, orders)][len(rows) :]:
-        is_random = order != "descending"
-        rng = random.Random(f"{args.seed} {order}") if is_random else None
+        rng = None if order == "descending" else random.Random(f"{args.seed} {order}")
         edges = sweep_order(graph, rng)
         sweep = discover(circuits[""], edges, tau, sweep, title=title,
                          save=lambda sweep: result.save({"circuits": rows, "sweep": sweep}))
         number = sum(put_back for put_back, _ in sweep["decided"])
-        rows.append({"tau": tau, "order": order, "edges": number, "margin": sweep["margin"]})
-        if not is_random:
-            rows[-1] |= describe_circuit(circuits, edges, sweep["decided"], found_on, args.seed)
+        row = {"tau": tau, "order": order, "edges": number, "margin": sweep["margin"]}
+        if rng is None:
+            row |= describe_circuit(circuits, edges, sweep["decided"], found_on, args.seed)
+        rows.append(row)
         sweep = None
-    facts |= {"circuits": rows, "prompts": [prompt._asdict() for prompt in prompts]}
-    facts["edges_at_kl"] = edges_at_kl(facts)
+    facts |= {"circuits": rows, "edges_at_kl": edges_at_kl(facts, rows)}
     draw_circuit(result.path(".png"), result.run.path, facts, graph)
     return facts
 
 
 def check(model, tokens):
-    """Whether prompts have a circuit by attribution: the share of them in which the right answer
-    is the likelier one, and the effect of the corrupt prompts on the metric, in logits."""
+    """What decides whether prompts have a circuit by attribution: how often the right answer is the
+    likelier one, and the effect of the corrupt prompts on the metric, in logits."""
     clean = logit_difference(model, model.clean_residual[-1], tokens)  # (B)
     corrupt = logit_difference(model, model.corrupt_residual[-1], tokens)
     return (clean > 0).double().mean().item(), (clean - corrupt).mean().item()
@@ -530,29 +526,24 @@ def check(model, tokens):
 
 def attribute_run(result, title, args, device):
     """The circuits by attribution of one run: {"rows": a dict for each task and level}."""
-    model, rows, half = result.run.model.to(device), result.state or [], args.count // 2
+    rows, half = result.state or [], args.count // 2
+    patched = partial(patch, result.run.model.to(device), dtype=args.dtype)
     for task in args.task[len(rows) // len(args.level) :]:
-        sets = [tokens for _, tokens in load_prompts(result.run, task, args)]
-        checks = []
-        for tokens in sets:
-            heldout = tokens.rows(args.count, None)
-            checks.append(check(patch(model, heldout, args.dtype), heldout))
+        sets = load_prompts(result.run, task, args)
+        heldout = [tokens.rows(args.count, None) for tokens in sets]
+        checks = [check(patched(tokens), tokens) for tokens in heldout]
         right, effect = map(statistics.mean, zip(*checks))
-        verdict = ""
-        if right < KNOWS:
-            verdict = "does not know"
-        elif effect < LEAST_EFFECT:
-            verdict = "no effect"
+        verdict = "no effect" if effect < LEAST_EFFECT else ""
+        verdict = "does not know" if right < KNOWS else verdict
         rng, found = random.Random(args.seed), {level: [] for level in args.level}
-        for tokens in [] if verdict else tqdm(sets, f"{title} {task}", unit=" sets of prompts"):
-            scores = []  # each half has its own openings, unless they are a user's
-            for part in (tokens.rows(0, half), tokens.rows(half, args.count)):
-                scores.append(attribute(patch(model, part, args.dtype), part))
-            heldout = tokens.rows(args.count, None)
-            patched = patch(model, heldout, args.dtype)
+        pairs = [] if verdict else tqdm([*zip(sets, heldout)], f"{title} {task}", unit=" sets")
+        for tokens, others in pairs:
+            halves = tokens.rows(0, half), tokens.rows(half, args.count)
+            scores = [attribute(patched(part), part) for part in halves]
+            model = patched(others)
             for level in args.level:
-                halves = [one[level] for one in scores]
-                found[level].append(measure_level(patched, heldout, level, halves, rng))
+                pair = [one[level] for one in scores]
+                found[level].append(measure_level(model, others, level, pair, rng))
         for level in args.level:
             row = {"task": task, "level": level, "right": right, "effect": effect,
                    "verdict": verdict}
@@ -562,7 +553,6 @@ def attribute_run(result, title, args, device):
             rows.append(row)
         result.save(rows)
     return {"rows": rows}
-
 
 
 def edges_for_kl(points, kl):
@@ -581,12 +571,12 @@ def edges_for_kl(points, kl):
     return 0.0 if kl >= frontier[0][1] else None
 
 
-def edges_at_kl(facts):
+def edges_at_kl(facts, rows):
     """{"0.1": edges_for_kl, ...} for every AT_KL, on held-out prompts if there are any. None for a
     single tau, and for a model that does not know the task."""
     ending = "_heldout" if "kl_corrupt_heldout" in facts else ""
     points = [(0, facts[f"kl_corrupt{ending}"])]  # without edges, then of every tau
-    for row in facts["circuits"]:
+    for row in rows:
         if row["order"] == "descending":
             points.append((row["edges"], max(row[f"kl{ending}"], LEAST_KL)))
     if len(points) < 3 or facts["verdict"]:
@@ -600,14 +590,15 @@ PARTS = {"Q": ("tab:red", "queries"), "K": ("tab:blue", "keys"), "V": ("tab:gree
          "": ("0.35", "an MLP or the end")}
 
 
-def spot(graph, node):
-    """Where a node is drawn, (x, y): blocks from bottom to top, heads left, MLPs right."""
+def spot(graph, node, part=""):
+    """Where a node or an input is drawn, (x, y): blocks from bottom to top, heads left, MLPs right,
+    a head's three inputs side by side."""
     if node in (0, graph.end):
         return graph.n_head / 2, 2 * graph.n_layer + 1.5 if node else -0.5
     block, head = graph.place(node)
     if head is None:
         return graph.n_head + 0.5, 2 * block + 1.4
-    return head, 2 * block + 0.6
+    return head + {"Q": -0.15, "V": 0.15}.get(part, 0), 2 * block + 0.6
 
 
 def draw_circuit(path, title, facts, graph):
@@ -623,10 +614,8 @@ def draw_circuit(path, title, facts, graph):
     axes = figure.subplots()
     for edge, rise in rises.items():
         color, _ = PARTS[edge.dest.part]
-        x0, y0 = spot(graph, edge.source)
-        x1, y1 = spot(graph, edge.dest.node)
-        x1 += {"Q": -0.15, "V": 0.15}.get(edge.dest.part, 0)  # a head's three inputs side by side
-        axes.plot((x0, x1), (y0, y1), "-" if edge in connected else ":", color=color, alpha=0.65,
+        ends = spot(graph, edge.source), spot(graph, *edge.dest)
+        axes.plot(*zip(*ends), "-" if edge in connected else ":", color=color, alpha=0.65,
                   lw=0.6 + 4 * math.sqrt(max(rise, 0) / top))
     for node in {node for edge in rises for node in (edge.source, edge.dest.node)}:
         axes.text(*spot(graph, node), graph.name(node), ha="center", va="center", fontsize=8,
@@ -649,24 +638,21 @@ def draw_attribution(path, rows, title):
     if known.empty:
         return
     tasks, levels, names = (rows[name].unique().tolist() for name in ("task", "level", "run"))
-    size = (3.6 * len(tasks) + 1, 2.8 * len(levels) + 1)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure((3.6 * len(tasks) + 1, 2.8 * len(levels) + 1), layout="constrained")
     figure.suptitle(title)
     figure.supylabel("f: share of the effect")
-    panels = figure.subplots(len(levels), len(tasks), squeeze=False, sharey=True)
+    panels, lines = figure.subplots(len(levels), len(tasks), squeeze=False, sharey=True), {}
     for axes, (level, task) in zip(panels.flat, product(levels, tasks)):
-        here = known[(known["level"] == level) & (known["task"] == task)]
-        for row in here.to_dict("records"):
+        for row in known.query("level == @level and task == @task").to_dict("records"):
             sizes, heights = row["curve"]
-            shares = [size / row["total"] for size in sizes]
-            axes.plot(shares, row["curve_random"][1], ":", color="0.7", lw=1)
-            axes.plot(shares, heights, color=f"C{names.index(row['run'])}", lw=1)
+            shares, name = [size / row["total"] for size in sizes], row["run"]
+            chance, = axes.plot(shares, row["curve_random"][1], ":", color="0.7", lw=1)
+            line, = axes.plot(shares, heights, color=f"C{names.index(name)}", lw=1)
+            lines |= {"random order": chance, plain(name): line}
         axes.axhline(FAITHFUL, color="0.8", lw=0.8)
         axes.set(title=task, xlabel=f"share of {level}", xscale="log", ylim=(-0.25, 1.25))
-    for place, name in enumerate(names[:5]):  # more are hard to distinguish
-        axes.plot([], [], color=f"C{place}", label=plain(name))
-    axes.plot([], [], ":", color="0.7", label="random order")
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    shown = [*lines][:6]  # more are hard to distinguish
+    figure.legend([lines[name] for name in shown], shown, loc="outside lower center", ncols=3)
     save_figure(path, figure)
 
 
@@ -711,8 +697,7 @@ def print_attribution(results, title):
     alone = rows.groupby(name)["run"].transform("nunique") == 1
     rows["run"] = rows["run"].where(alone, name)
     groups = rows.groupby(["run", "task", "level"], sort=False)
-    table = groups.agg(n=("run", "size"), total=("total", "first"),
-                       verdict=("verdict", lambda texts: ", ".join(sorted({*texts} - {""}))))
+    table = groups.agg(n=("run", "size"), total=("total", "first"), verdict=("verdict", "max"))
     table = table.join(spread(groups, EAP_NUMBERS)).reset_index()
     print_table(table, EAP_COLUMNS)
     print("± is the sample standard deviation over seeds; (1 of 3): one of 3 seeds has it\n"

@@ -37,7 +37,7 @@ import random
 import statistics
 from collections import defaultdict
 from functools import partial
-from itertools import product
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,12 +120,11 @@ def make_prompts(tokenizer, task, openings, count, seed):
         raise UserError("too few names, places and objects of assets/words.txt are single tokens "
                         "of this tokenizer: give prompts of its own with --prompts FILE")
     prompts = {}  # by the clean text
-    for turn in range(100 * count):
-        round_number, opening = divmod(turn, len(openings))
-        ending = endings[round_number // 2 % len(endings)]
-        template = f"{openings[opening]} {ending}"
+    turns = cycle(product(endings, (False, True), openings))
+    for ending, first_gives, opening in islice(turns, 100 * count):
+        template = f"{opening} {ending}"
         A, B = rng.sample(girls + boys, 2)
-        giver, receiver = (A, B) if round_number % 2 else (B, A)
+        giver, receiver = (A, B) if first_gives else (B, A)
         slots = {"A": A, "B": B, "G": giver, "R": receiver,
                  "place": rng.choice(places), "object": rng.choice(objects)}
         clean, _, answer = fill(template, slots, girls).rpartition(" ")
@@ -164,9 +163,6 @@ def tokenize(prompts, tokenizer, block_size):
     clean, corrupt, answers, wrong = zip(*rows)
     lengths = torch.tensor([*map(len, clean)])
     return Tokens(pad(clean), pad(corrupt), lengths, torch.cat(answers), torch.cat(wrong))
-
-
-# -------------------------------------------------------------------------------------- the answers
 
 
 def logit_difference(model, residual, tokens):
@@ -247,9 +243,6 @@ def discover(circuit, edges, tau, state=None, save=lambda state: None, title="AC
     """
     state = state or {"decided": [], "kl": 0.0, "margin": math.inf}
     decided, stage_of = state["decided"], circuit.graph.stage
-    # On a CPU a batch of edges costs more than one edge: after a put-back, start with one again.
-    on_cpu = circuit.current.device.type == "cpu"
-    smallest, largest = (1, WINDOW) if on_cpu else (2 * WINDOW, 2 * WINDOW)
     with tqdm(total=len(edges), initial=len(decided), unit=" edges",
               desc=f"{title} tau {tau:g}", mininterval=1) as bar:
         while len(decided) < len(edges):
@@ -260,14 +253,14 @@ def discover(circuit, edges, tau, state=None, save=lambda state: None, title="AC
             # All edges out of these nodes are decided. A node that keeps none has no effect, so
             # removing an edge into it raises KL by exactly 0 and need not be tried.
             decisions = {edge: [not 0.0 < tau, 0.0] for edge in ours}
-            untried, size = [edge for edge in ours if edge.dest.node in circuit.live], smallest
+            untried, size = [edge for edge in ours if edge.dest.node in circuit.live], 1
             bar.update(len(ours) - len(untried))
             while untried:
                 found, state["kl"] = decide(circuit, untried[:size], state["kl"], tau)
                 decisions.update(zip(untried, found))
                 state["margin"] = min(state["margin"], *(abs(rise - tau) for _, rise in found))
                 put_back, _ = found[-1]
-                size = smallest if put_back else min(2 * size, largest)
+                size = 1 if put_back else min(2 * size, WINDOW)
                 untried = untried[len(found) :]
                 bar.update(len(found))
             decided += decisions.values()
@@ -309,12 +302,12 @@ def attribute(model, tokens, path=PATH):
     rises when this edge or unit carries the corrupt prompt's value. Of an edge (Hanna et al. 2024):
     sum over prompts and positions of the change of its source . the gradient at its input; of a
     unit: of its change x its gradient."""
-    scores, change = {"edges": {}, "units": {}}, model.corrupt - model.clean  # (S, B, T, C)
+    scores = {"edges": {}, "units": {}}
     clean, corrupt = record(model, model.clean[0]), record(model, model.corrupt[0])
     for place, slope in gradients(model, tokens, path).items():
         if isinstance(place, Dest):
             sources = model.graph.sources(place.node)  # the first so many of all
-            products = change[: len(sources)].flatten(1) @ slope.flatten()  # (sources)
+            products = model.change[: len(sources)].flatten(1) @ slope.flatten()  # (sources)
             names = [Edge(source, place) for source in sources]
             scores["edges"] |= zip(names, products.tolist())
         else:
@@ -742,8 +735,8 @@ def main():
         parser.error("--count must be even for eap: prompts are scored in two halves")
     args.tau = args.tau or [0.03]
     args.level = [args.level] if args.level else [*CIRCUITS]
-    chosen = args.prompts or args.task
-    args.task = [chosen] if chosen else [*TASKS[: 1 if acdc else None]]
+    chosen = args.prompts or args.task or ("names" if acdc else None)
+    args.task = [chosen] if chosen else [*TASKS]
     device = knobs.pick_device(args.device)
     results = [open_result(path, args) for path in run_paths(args.runs)]
     measure, show = METHODS[args.method]

@@ -100,9 +100,8 @@ def unchanged(place, value):
 
 def attention_mask(position, window):
     """position (B, T), negative on padding -> (B, T, T): 0 where a query looks, -inf elsewhere."""
-    at = torch.arange(position.size(1), device=position.device)  # (T)
-    distance = at[:, None] - at  # (T, T), from a query back to a key
-    seen = (distance >= 0) & (distance < window) & (position[:, None] >= 0)  # (B, T, T)
+    distance = position[:, :, None] - position[:, None]  # (B, T, T), from a query back to a key
+    seen = (distance >= 0) & (distance < window) & (position[:, None] >= 0)
     seen |= distance == 0  # padding sees itself: a row of -inf would give nan
     return torch.where(seen, 0.0, -torch.inf)
 
@@ -119,9 +118,8 @@ class PatchedModel:
         self.weights = {}
         for name, value in weights.items():
             self.weights[name.removeprefix("transformer.")] = value.to(dtype)
-        T = clean.size(1)
-        at = torch.arange(T, device=lengths.device)  # (T)
-        position = at - (T - lengths[:, None])  # (B, T), negative on padding
+        at = torch.arange(-clean.size(1), 0, device=lengths.device)  # (T)
+        position = at + lengths[:, None]  # (B, T), negative on padding
         self.masks = [attention_mask(position, window) for window in windows]
         self.heads = [self.split_heads(block) for block in range(len(windows))]
         self.unembed = self.weights["lm_head.weight"].T  # (C, V)
@@ -131,6 +129,7 @@ class PatchedModel:
         # the output of every source, (S, B, T, C), and the input of every stage, [(B, T, C), ...]
         self.clean, self.clean_residual = self.run(wte[clean] + positions)
         self.corrupt, self.corrupt_residual = self.run(wte[corrupt] + positions)
+        self.change = self.corrupt - self.clean  # (S, B, T, C)
         self.end = self.norm("ln_f", self.clean_residual[-1][:, -1])  # (B, C)
         p = (self.end @ self.unembed).double().softmax(-1)  # (B, V)
         self.log_p = p.log().to(dtype)  # (B, V)
@@ -254,9 +253,8 @@ class Circuit:
         self.changed = set()  # the sources whose output is no longer that in the clean model
         self.inputs = {}  # {Dest: its value, (B, T or 1, C)}, computed when first needed
         for node in sorted(self.live - {0, graph.end}):
-            dests = graph.dests(node)
-            removed = any(self.removed[dest] for dest in dests)
-            if removed or any(self.changed & {*self.kept[dest]} for dest in dests):
+            if any(self.removed[dest] or self.changed.intersection(self.kept[dest])
+                   for dest in graph.dests(node)):
                 self.set_output(node, self.output_of(node, {}))
 
     def positions(self, dest):
@@ -279,7 +277,7 @@ class Circuit:
             removed, kept = self.removed[dest], self.kept[dest]
             if len(removed) < len(kept) and self.changed.isdisjoint(kept):
                 x = model.clean_residual[stage]  # (B, T, C)
-                change = model.corrupt[removed] - model.clean[removed]  # (removed, B, T, C)
+                change = model.change[removed]  # (removed, B, T, C)
             else:
                 x = model.corrupt_residual[stage]
                 change = self.current[kept] - model.corrupt[kept]  # (kept, B, T, C)
@@ -288,37 +286,26 @@ class Circuit:
         return self.inputs[dest]
 
     def output_of(self, node, new):
-        """The output of a node, (..., B, T or 1, C), when some of its inputs have new values,
-        {Dest: (..., B, T or 1, C)}."""
+        """The output of a node when some of its inputs have new values, {Dest: value}."""
         inputs = []
         for dest in self.graph.dests(node):
             inputs.append(new[dest] if dest in new else self.input_of(dest))
         return self.model.output(node, inputs)
 
-    def removals(self, edges):
-        """Their inputs' values after removing the first, the first two, ... of these edges.
+    def attempt(self, edges):
+        """Try to remove the first, the first two, ... of these K edges of one stage, in one batch.
 
-        The sweep goes from the end to the start, so the sources of these edges are still clean.
+        -> KL of these K circuits, a list, and what changes in each: inputs {Dest: value}, outputs
+        {node: value}, (K, B, T or 1, C) each.
         """
-        inputs = {}
+        inputs, outputs = {}, {}
         for dest in dict.fromkeys(edge.dest for edge in edges):
             x, tries = self.input_of(dest), []
             for edge in edges:
-                if edge.dest == dest:
-                    change = self.model.corrupt[edge.source] - self.model.clean[edge.source]
-                    x = x + change[:, self.positions(dest)]  # (B, T or 1, C)
-                tries.append(x)
-            inputs[dest] = torch.stack(tries)  # (K, B, T or 1, C)
-        return inputs
-
-    def attempt(self, edges):
-        """Try to remove the first, the first two, ... of these K edges of one stage.
-
-        -> KL of these K circuits, a list, and what changes in each: inputs {Dest: value}, outputs
-        {node: value}, (K, B, T or 1, C) each. All K are computed in one batch. Only live nodes that
-        a removed edge or a changed kept source feeds are computed.
-        """
-        inputs, outputs = self.removals(edges), {}
+                if edge.dest == dest:  # the sweep comes from the end, so its source is still clean
+                    x = x + self.model.change[edge.source][:, self.positions(dest)]
+                tries.append(x)  # (B, T or 1, C)
+            inputs[dest] = torch.stack(tries)
         first = min(dest.node for dest in inputs)
         for node in sorted(node for node in self.live if node >= first):
             dests = self.graph.dests(node)
@@ -326,10 +313,10 @@ class Circuit:
                 rows, changes = self.positions(dest), []
                 for source in self.kept[dest]:
                     if source in outputs:
-                        new = outputs[source][:, :, rows]
-                        changes.append(new - self.current[source][:, rows])
+                        old = self.current[source][:, rows]
+                        changes.append(outputs[source][:, :, rows] - old)
                 if changes:
-                    inputs[dest] = self.input_of(dest) + sum(changes)  # (K, B, T or 1, C)
+                    inputs[dest] = self.input_of(dest) + sum(changes)
             if node != self.graph.end and inputs.keys() & dests:
                 outputs[node] = self.output_of(node, inputs)
         end = self.model.norm("ln_f", inputs[self.end][:, :, -1])  # (K, B, C)

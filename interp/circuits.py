@@ -8,27 +8,26 @@
                {"clean": TEXT, "corrupt": TEXT, "answer": " Tom", "wrong": " Sue"}
 
 Task "names": "Then, Tom and Sue went to the park. Sue gave a ball to" -> " Tom". Its corrupt prompt
-has other names. assets/tasks.txt has the prompts of this and of two more tasks. What is in a
-circuit is computed; everything else carries the values of the corrupt prompt. A model that prefers
-the right answer in fewer than 90 % of the prompts does not know the task: it has no circuit for it.
+has other names. assets/tasks.txt has the prompts of all tasks. What is in a circuit is computed;
+everything else carries the values of the corrupt prompt. A model that prefers the right answer in
+fewer than 90 % of the prompts does not know the task, so it has no circuit for it.
 
-acdc (Conmy et al. 2023), as the paper ran it, removes edges one by one. Its result depends on the
-order of the edges, part of which depends on Python's hash seed in the paper's library. Here the
-order is fixed, and --orders shows how much it matters. One tau gives two models circuits of
-different quality, so compare models at equal KL: edges_at_kl, interpolated between several taus.
+acdc (Conmy et al. 2023), as the paper ran it, removes edges one by one. The result depends on the
+order of the edges: it is fixed here, and --orders adds random ones. One tau gives two models
+circuits of different quality, so compare models at equal KL: edges_at_kl, between several taus.
 
 eap (EAP-IG: Hanna et al. 2024) scores all edges and units by gradients, and keeps the n with the
-largest absolute scores. d is the logit of the right answer minus that of the wrong one, mean over
-prompts that were not scored. Each number is the mean over three sets of prompts:
+largest absolute scores. d is the logit of the right answer minus that of the wrong one, on prompts
+that were not scored. Each number is the mean over three sets of prompts:
     f           (d of the circuit - d of the corrupt prompt) / (d of the model - d of the corrupt
                 prompt): 0 without any edge, 1 for the whole model
     size        the first n of a grid (steps of 10 %) with f >= 0.8; f_random: f of n random ones
     cpr, cmd    area below f and between f and 1, over the share that is kept (the MIB benchmark)
     jaccard     overlap of the best tenths of two halves of the prompts; 0.05 by chance
 
-Writes acdc.json and acdc.png, or eap.json, beside the checkpoint. eap.png shows the runs of one
-call, in the folder that holds them all; the next call replaces it. After Ctrl-C the same command
-continues. Shape letters: see interp/graph.py.
+Writes acdc.json and acdc.png, or eap.json, beside the checkpoint, and eap.png for all runs of one
+call, in the folder that holds them: the next call replaces it. An interrupted call continues.
+Shape letters: see interp/graph.py.
 """
 
 import json
@@ -177,9 +176,9 @@ def answers(circuit, tokens):
     likelier than the wrong one."""
     model, residual = circuit.model, circuit.input_of(circuit.end)  # (B, 1, C)
     logits = model.norm("ln_f", residual[:, -1]) @ model.unembed  # (B, V)
-    exact = logits.argmax(-1).cpu() == tokens.answers  # (B)
+    exact = logits.argmax(-1) == tokens.answers.to(logits.device)  # (B)
     right = logit_difference(model, residual, tokens) > 0  # (B)
-    return exact.double().mean().item(), right.double().mean().item()
+    return torch.stack([exact, right]).double().mean(-1).tolist()
 
 
 # ---------------------------------------------------------------------------------------- the sweep
@@ -196,11 +195,8 @@ def answers(circuit, tokens):
 
 
 def sweep_order(graph, rng=None):
-    """Every edge, in the order in which the sweep tries them: stage by stage, from the end.
-
-    Within a stage: heads ascending, Q, K, V, and the sources of each descending, as in ACDC. With
-    rng, a random.Random, the edges of every stage are shuffled instead.
-    """
+    """Every edge, stage by stage from the end: heads ascending, Q, K, V, and the sources of each
+    descending, as in ACDC. rng, a random.Random, shuffles the edges of every stage instead."""
     edges = []
     for stage in reversed(graph.stages):
         stage_edges = []
@@ -214,11 +210,9 @@ def sweep_order(graph, rng=None):
 
 
 def decide(circuit, edges, kl, tau):
-    """The rule for the next edges, up to the first that is put back.
+    """The rule for the next edges, all tried in one batch, up to the first that is put back.
 
     -> a decision for each, [whether it is kept, by how much its removal raised KL], and the new KL.
-    All are tried in one batch, each with those before it removed too. This follows the rule until
-    an edge is put back; what was tried after that edge is not used.
     """
     kls, inputs, outputs = circuit.attempt(edges)
     decisions, removed = [], 0
@@ -229,7 +223,7 @@ def decide(circuit, edges, kl, tau):
         if kept:
             break
         kl, removed = kl_without, removed + 1
-    if removed:
+    if removed:  # what was tried after the edge that is put back is not used
         circuit.commit(edges[:removed], inputs, outputs)
     return decisions, kl
 
@@ -237,9 +231,8 @@ def decide(circuit, edges, kl, tau):
 def discover(circuit, edges, tau, state=None, save=lambda state: None, title="ACDC"):
     """ACDC's sweep over these edges, in this order -> the state it ends in, a dict of plain values:
 
-    decided: a decision for every edge so far, see decide. kl: of what is left of the model, in
-    nats. margin: how close a rise of KL came to tau. save is called with the state after every
-    stage. A given state is continued.
+    decided: the decisions so far. kl: of what is left of the model, in nats. margin: how close a
+    rise of KL came to tau. Every stage is saved. A given state is continued.
     """
     state = state or {"decided": [], "kl": 0.0, "margin": math.inf}
     decided, stage_of = state["decided"], circuit.graph.stage
@@ -377,11 +370,10 @@ def rank(scores):
 
 
 def measure_level(model, tokens, level, halves, rng):
-    """Circuits of edges or of units on prompts that were not scored: a dict.
-
-    halves: {edge or unit: score} of each half of the scored prompts.
-    """
-    run_circuit, (first, second) = CIRCUITS[level](model), halves
+    """A dict: circuits of edges or units on prompts that were not scored. halves: {edge or unit:
+    score} of each half of the scored ones."""
+    first, second = halves
+    run_circuit = CIRCUITS[level](model)
     total = len(first)
 
     def metric(residual):
@@ -424,8 +416,8 @@ def describe_circuit(circuits, edges, decided, tokens, seed):
         facts[f"kl_random{ending}_sd"] = statistics.stdev(kls)
     circuits[""].set_removed(removed)
     facts["circuit_exact"], facts["circuit_right"] = answers(circuits[""], tokens)
-    facts["circuit"] = {graph.edge_name(edge): rise for edge, rise in kept.items()}
-    facts["removed"] = {graph.edge_name(edge): rise for edge, rise in removed.items()}
+    for name, edges in (("circuit", kept), ("removed", removed)):
+        facts[name] = {graph.edge_name(edge): rise for edge, rise in edges.items()}
     return facts
 
 
@@ -550,9 +542,7 @@ def attribute_run(result, title, args, device):
 
 def edges_for_kl(points, kl):
     """How many edges are needed for a KL of at most kl, a float; None outside the measured range.
-
-    points: (edges, KL) of circuits. Those that no smaller circuit beats are the frontier; between
-    two neighbours on it, log KL is interpolated linearly.
+    log KL is linear between neighbours of those (edges, KL) points that no smaller circuit beats.
     """
     frontier = []
     for point in sorted(points):

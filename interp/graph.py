@@ -36,9 +36,9 @@ class Graph:
     """Names and numbers of nodes and edges.
 
     Nodes are numbered in the order of computation: 0 is Resid Start (token + position embedding),
-    then each block's heads and its MLP, last Resid End (what ln_f reads). A head's output lacks the
-    bias of out_proj, which is always there. Every node has an edge to each input of every node of a
-    later stage, so a block's heads feed its own MLP. LayerNorm acts on the sum at each input.
+    then each block's heads and its MLP, last Resid End (what ln_f reads). The bias of out_proj is
+    no part of a head's output: it is always there. Every node has an edge to each input of every
+    node of a later stage. LayerNorm acts on the sum at each input.
     """
 
     def __init__(self, n_layer, n_head):
@@ -293,11 +293,9 @@ class Circuit:
         return self.model.output(node, inputs)
 
     def attempt(self, edges):
-        """Try to remove the first, the first two, ... of these K edges of one stage, in one batch.
-
-        -> KL of these K circuits, a list, and what changes in each: inputs {Dest: value}, outputs
-        {node: value}, (K, B, T or 1, C) each.
-        """
+        """Try to remove the first, the first two, ... of these K edges of one stage, in one batch
+        -> KL of these circuits, a list, and what changes: inputs {Dest: value}, outputs {node:
+        value}, (K, B, T or 1, C) each."""
         inputs, outputs = {}, {}
         for dest in dict.fromkeys(edge.dest for edge in edges):
             x, tries = self.input_of(dest), []

@@ -168,14 +168,14 @@ def logit_difference(model, residual, tokens):
     """What Resid End reads, (B, T or 1, C) -> logit of the right answer - of the wrong one, (B)."""
     embeddings = model.unembed.T  # (V, C)
     direction = embeddings[tokens.answers] - embeddings[tokens.wrong]  # (B, C)
-    return (model.norm("ln_f", residual[:, -1]) * direction).sum(-1)
+    return (model.read_out(residual) * direction).sum(-1)
 
 
 def answers(circuit, tokens):
     """The share of prompts in which the right answer is the likeliest token, and in which it is
     likelier than the wrong one."""
     model, residual = circuit.model, circuit.input_of(circuit.end)  # (B, 1, C)
-    logits = model.norm("ln_f", residual[:, -1]) @ model.unembed  # (B, V)
+    logits = model.read_out(residual) @ model.unembed  # (B, V)
     exact = logits.argmax(-1) == tokens.answers.to(logits.device)  # (B)
     right = logit_difference(model, residual, tokens) > 0  # (B)
     return torch.stack([exact, right]).double().mean(-1).tolist()
@@ -284,8 +284,9 @@ def gradients(model, tokens, path):
     for share in path:
         x = torch.lerp(model.corrupt[0], model.clean[0], share)
         places = record(model, x.requires_grad_())
-        metric = logit_difference(model, places[Dest(model.graph.end, "")], tokens).mean()
-        for place, slope in zip(places, torch.autograd.grad(metric, [*places.values()])):
+        values = [*places.values()]  # the last one is what Resid End reads
+        metric = logit_difference(model, values[-1], tokens).mean()
+        for place, slope in zip(places, torch.autograd.grad(metric, values)):
             mean[place] = mean[place] + slope / len(path)
     return mean
 
@@ -471,10 +472,10 @@ def patch(model, tokens, dtype):
 def find_circuits(result, title, args, device):
     """Find the circuits of one run by ACDC, or continue -> the facts of acdc.json."""
     model, (tokens,) = result.run.model.to(device), load_prompts(result.run, args.task[0], args)
-    found_on, heldout = tokens.rows(0, args.count), tokens.rows(args.count, None)
-    circuits = {"": Circuit(patch(model, found_on, args.dtype))}  # {ending of the names: Circuit}
-    if len(heldout.clean):
-        circuits["_heldout"] = Circuit(patch(model, heldout, args.dtype))
+    found_on, circuits = tokens.rows(0, args.count), {}  # {ending of names: Circuit}
+    for ending, part in {"": found_on, "_heldout": tokens.rows(args.count, None)}.items():
+        if len(part.clean):
+            circuits[ending] = Circuit(patch(model, part, args.dtype))
     graph = circuits[""].graph
     everything = sweep_order(graph)
     exact, right = answers(circuits[""], found_on)
@@ -567,7 +568,7 @@ def edges_at_kl(facts, rows):
     return {kl: edges_for_kl(points, float(kl)) for kl in AT_KL}
 
 
-# ------------------------------------------------------------------------------------- the pictures
+# ------------------------------------------------------------------- pictures, the command line
 
 PARTS = {"Q": ("tab:red", "queries"), "K": ("tab:blue", "keys"), "V": ("tab:green", "values"),
          "": ("0.35", "an MLP or the end")}
@@ -638,8 +639,6 @@ def draw_attribution(path, rows, title):
     figure.legend([lines[name] for name in shown], shown, loc="outside lower center", ncols=3)
     save_figure(path, figure)
 
-
-# --------------------------------------------------------------------------------- the command line
 
 MODEL_COLUMNS = {  # entry of acdc.json: its format
     "run": "", "total": ",", "exact": ".0%", "right": ".0%", "verdict": "", "kl_corrupt": ".3f",

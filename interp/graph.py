@@ -17,9 +17,6 @@ import torch.nn.functional as F
 ALL, LAST = slice(None), slice(-1, None)  # the positions of a node's input that matter
 
 
-# ---------------------------------------------------------------------------------------- the graph
-
-
 class Dest(NamedTuple):
     """Where an edge ends: one of the inputs of a node."""
 
@@ -91,9 +88,6 @@ class Graph:
         return [edge for edge in kept if edge.source in reached and edge.dest.node in reaching]
 
 
-# ---------------------------------------------------------------------------------------- the model
-
-
 def unchanged(place, value):
     return value
 
@@ -130,7 +124,7 @@ class PatchedModel:
         self.clean, self.clean_residual = self.run(wte[clean] + positions)
         self.corrupt, self.corrupt_residual = self.run(wte[corrupt] + positions)
         self.change = self.corrupt - self.clean  # (S, B, T, C)
-        self.end = self.norm("ln_f", self.clean_residual[-1][:, -1])  # (B, C)
+        self.end = self.read_out(self.clean_residual[-1])  # (B, C)
         p = (self.end @ self.unembed).double().softmax(-1)  # (B, V)
         self.log_p = p.log().to(dtype)  # (B, V)
         self.p_unembed = p @ self.unembed.double().T  # (B, C), for E_p[d] without logits
@@ -150,6 +144,10 @@ class PatchedModel:
         weight = self.weights[f"{name}.weight"]
         bias = self.weights[f"{name}.bias"]
         return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
+
+    def read_out(self, residual):
+        """What Resid End reads, (..., B, T or 1, C) -> the output of ln_f at the last position."""
+        return self.norm("ln_f", residual[..., -1, :])  # (..., B, C)
 
     def linear(self, name, x):
         return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
@@ -214,9 +212,6 @@ class PatchedModel:
             total = logits.sub_(top).exp_().sum(-1).double()  # (B)
             log_mean_exp.append(total.log() + top[:, 0].double())
         return (torch.stack(log_mean_exp) - mean).mean(-1)
-
-
-# -------------------------------------------------------------------------------------- the circuit
 
 
 class Circuit:
@@ -297,8 +292,9 @@ class Circuit:
         -> KL of these circuits, a list, and what changes: inputs {Dest: value}, outputs {node:
         value}, (K, B, T or 1, C) each."""
         inputs, outputs = {}, {}
-        for dest in dict.fromkeys(edge.dest for edge in edges):
-            x, tries = self.input_of(dest), []
+        for dest in {edge.dest: None for edge in edges}:
+            x = self.input_of(dest)
+            tries = []
             for edge in edges:
                 if edge.dest == dest:  # the sweep comes from the end, so its source is still clean
                     x = x + self.model.change[edge.source][:, self.positions(dest)]
@@ -317,7 +313,7 @@ class Circuit:
                     inputs[dest] = self.input_of(dest) + sum(changes)
             if node != self.graph.end and inputs.keys() & dests:
                 outputs[node] = self.output_of(node, inputs)
-        end = self.model.norm("ln_f", inputs[self.end][:, :, -1])  # (K, B, C)
+        end = self.model.read_out(inputs[self.end])  # (K, B, C)
         return self.model.divergence(end).tolist(), inputs, outputs
 
     def commit(self, edges, inputs, outputs):
@@ -336,5 +332,5 @@ class Circuit:
     def kl_without(self, removed):
         """KL(clean model || circuit) once exactly these edges are removed, a float."""
         self.set_removed(removed)
-        end = self.model.norm("ln_f", self.input_of(self.end)[:, -1])  # (B, C)
+        end = self.model.read_out(self.input_of(self.end))  # (B, C)
         return self.model.divergence(end[None]).item()

@@ -8,13 +8,13 @@
                {"clean": TEXT, "corrupt": TEXT, "answer": " Tom", "wrong": " Sue"}
 
 Task "names": "Then, Tom and Sue went to the park. Sue gave a ball to" -> " Tom". Its corrupt prompt
-has other names. assets/tasks.txt has the prompts of all tasks. What is in a circuit is computed;
-everything else carries the values of the corrupt prompt. A model that prefers the right answer in
-fewer than 90 % of the prompts does not know the task, so it has no circuit for it.
+has other names; assets/tasks.txt has all tasks. What is in a circuit is computed; everything else
+carries the values of the corrupt prompt. A model that prefers the right answer in fewer than 90 %
+of the prompts does not know the task, so it has no circuit for it.
 
-acdc (Conmy et al. 2023), as the paper ran it, removes edges one by one. The result depends on the
-order of the edges: it is fixed here, and --orders adds random ones. One tau gives two models
-circuits of different quality, so compare models at equal KL: edges_at_kl, between several taus.
+acdc (Conmy et al. 2023), as the paper ran it, removes edges one by one, in a fixed order; --orders
+adds random ones. One tau gives two models circuits of different quality, so compare models at equal
+KL: edges_at_kl, interpolated between several taus.
 
 eap (EAP-IG: Hanna et al. 2024) scores all edges and units by gradients, and keeps the n with the
 largest absolute scores. d is the logit of the right answer minus that of the wrong one, on prompts
@@ -52,14 +52,13 @@ from interp.results import Result, common_folder, digest, measure_all
 from prepare import UserError, load_tokenizer, read_asset, word_lists
 
 TASKS = ("names", "pronouns", "objects")
-
 KNOWS = 0.9  # a model that prefers the right answer in fewer of the prompts has no circuit
-# of ACDC
+# ACDC
 WINDOW = 16  # edges tried in one batch; a larger one wastes more work when an edge is put back
 RANDOM = 10  # random circuits of the same size that a circuit's KL is compared with
 AT_KL = ("0.1", "0.3", "1")  # nats, at which models are compared
 LEAST_KL = 1e-6  # a smaller KL is rounding in float32; 0 has no logarithm
-# of attribution
+# attribution
 PATH = (0.1, 0.3, 0.5, 0.7, 0.9)  # from the corrupt (0) to the clean (1) embeddings
 SETS = 3  # of prompts, over which all numbers are means
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # sizes for CPR and CMD
@@ -78,7 +77,6 @@ class Prompt(NamedTuple):
 
 class Tokens(NamedTuple):
     """Prompts as int64 tokens, padded on the left to the longest."""
-
     clean: torch.Tensor  # (B, T)
     corrupt: torch.Tensor  # (B, T)
     lengths: torch.Tensor  # (B), without padding
@@ -98,28 +96,32 @@ def fill(template, slots, girls):
 def corrupt_slots(task, slots, ending, girls, boys, objects, rng):
     """The slots of a corrupt prompt: see assets/tasks.txt."""
     if task == "objects":
-        return slots | {"object": rng.choice([word for word in objects if word != slots["object"]])}
-    others = [name for name in girls + boys if name not in (slots["A"], slots["B"])]
+        others = [word for word in objects if word != slots["object"]]
+        return slots | {"object": rng.choice(others)}
+    friends = slots["A"], slots["B"]
     if task == "names":  # each drawn independently of the other two
+        others = [name for name in girls + boys if name not in friends]
         return slots | {slot: rng.choice(others) for slot in "ABG"}
     friend = slots[ending.rpartition("{")[2][0]]  # the one whom the pronoun at the end means
-    other = rng.choice([name for name in others if (name in girls) != (friend in girls)])
+    names = boys if friend in girls else girls
+    other = rng.choice([name for name in names if name not in friends])
     return slots | {slot: other for slot in "ABGR" if slots[slot] == friend}
 
 
 def make_prompts(tokenizer, task, openings, count, seed):
     """Distinct Prompts of a task; the giver is named first in half of them. Raises UserError."""
-    rng, endings, lists = random.Random(seed), read_asset("tasks.txt")[task], {}
+    rng = random.Random(seed)
+    lists = {}
     for kind, words in word_lists().items():  # those that are single tokens
         lists[kind] = [word for word in words if len(tokenizer.encode_ordinary(f" {word}")) == 1]
     girls = lists["girls"] + lists["more_girls"]
     boys = lists["boys"] + lists["more_boys"]
     places, objects = lists["places"], lists["objects"]
-    if min(len(girls), len(boys)) < 3 or not places or len(objects) < 2:
+    if min(map(len, (girls, boys, places, objects))) < 2:
         raise UserError("too few names, places and objects of assets/words.txt are single tokens "
                         "of this tokenizer: give prompts of its own with --prompts FILE")
     prompts = {}  # by the clean text
-    turns = cycle(product(endings, (False, True), openings))
+    turns = cycle(product(read_asset("tasks.txt")[task], (False, True), openings))
     for ending, first_gives, opening in islice(turns, 100 * count):
         template = f"{opening} {ending}"
         A, B = rng.sample(girls + boys, 2)
@@ -149,7 +151,7 @@ def read_prompts(path):
 
 def tokenize(prompts, tokenizer, block_size):
     """Prompts -> Tokens. Raises UserError if clean and corrupt positions do not correspond."""
-    rows, pad = [], partial(pad_sequence, batch_first=True, padding_side="left")
+    rows = []
     for prompt in prompts:
         tokens = [torch.tensor(tokenizer.encode_ordinary(text)) for text in prompt]
         length, corrupt, *answers = map(len, tokens)
@@ -160,6 +162,7 @@ def tokenize(prompts, tokenizer, block_size):
                 f"answers single tokens, as a rule with a space in front")
         rows.append(tokens)
     clean, corrupt, answers, wrong = zip(*rows)
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
     lengths = torch.tensor([*map(len, clean)])
     return Tokens(pad(clean), pad(corrupt), lengths, torch.cat(answers), torch.cat(wrong))
 
@@ -190,8 +193,6 @@ def answers(circuit, tokens):
 #         rise = KL(clean model || circuit without edge) - kl
 #         if rise < tau:         the edge stays removed, and kl += rise, even if rise is negative
 #         else:                  the edge is put back, kl stays
-#
-# The sweep below decides the same, but tries several edges in one batch, and fewer of them.
 
 
 def sweep_order(graph, rng=None):
@@ -229,24 +230,26 @@ def decide(circuit, edges, kl, tau):
 
 
 def discover(circuit, edges, tau, state=None, save=lambda state: None, title="ACDC"):
-    """ACDC's sweep over these edges, in this order -> the state it ends in, a dict of plain values:
+    """ACDC's sweep over these edges, in this order -> the state it ends in, a dict of plain values.
 
     decided: the decisions so far. kl: of what is left of the model, in nats. margin: how close a
     rise of KL came to tau. Every stage is saved. A given state is continued.
     """
     state = state or {"decided": [], "kl": 0.0, "margin": math.inf}
-    decided, stage_of = state["decided"], circuit.graph.stage
+    decided = state["decided"]
+    stages = [circuit.graph.stage[edge.dest.node] for edge in edges]
     with tqdm(total=len(edges), initial=len(decided), unit=" edges",
               desc=f"{title} tau {tau:g}", mininterval=1) as bar:
         while len(decided) < len(edges):
             # from scratch for every stage: a continued sweep is bit-equal to an uninterrupted one
             circuit.set_removed([edge for edge, (kept, _) in zip(edges, decided) if not kept])
-            stage = stage_of[edges[len(decided)].dest.node]
-            ours = [edge for edge in edges if stage_of[edge.dest.node] == stage]
+            stage = stages[len(decided)]
+            ours = [edge for edge, its_stage in zip(edges, stages) if its_stage == stage]
             # All edges out of these nodes are decided. A node that keeps none has no effect, so
             # removing an edge into it raises KL by exactly 0 and need not be tried.
             decisions = {edge: [not 0.0 < tau, 0.0] for edge in ours}
-            untried, size = [edge for edge in ours if edge.dest.node in circuit.live], 1
+            untried = [edge for edge in ours if edge.dest.node in circuit.live]
+            size = 1
             bar.update(len(ours) - len(untried))
             while untried:
                 found, state["kl"] = decide(circuit, untried[:size], state["kl"], tau)
@@ -293,11 +296,11 @@ def gradients(model, tokens, path):
 
 def attribute(model, tokens, path=PATH):
     """{level: {Edge or (node, unit): score}}: to first order, by how much the logit difference
-    rises when this edge or unit carries the corrupt prompt's value. Of an edge (Hanna et al. 2024):
-    sum over prompts and positions of the change of its source . the gradient at its input; of a
-    unit: of its change x its gradient."""
+    rises when this edge or unit carries the corrupt prompt's value: the sum over prompts and
+    positions of its source's (its own) change . the gradient there (Hanna et al. 2024)."""
     scores = {"edges": {}, "units": {}}
-    clean, corrupt = record(model, model.clean[0]), record(model, model.corrupt[0])
+    clean = record(model, model.clean[0])
+    corrupt = record(model, model.corrupt[0])
     for place, slope in gradients(model, tokens, path).items():
         if isinstance(place, Dest):
             sources = model.graph.sources(place.node)  # the first so many of all
@@ -361,7 +364,8 @@ def smallest(f, total):
 def overlap(first, second):
     """Jaccard: the intersection over the union of the best tenths of two rankings."""
     count = max(1, round(len(first) / 10))
-    first, second = set(first[:count]), set(second[:count])
+    first = set(first[:count])
+    second = set(second[:count])
     return len(first & second) / len(first | second)
 
 
@@ -379,16 +383,15 @@ def measure_level(model, tokens, level, halves, rng):
 
     def metric(residual):
         return logit_difference(model, residual, tokens).mean().item()
-
     corrupt, clean = metric(model.corrupt_residual[-1]), metric(model.clean_residual[-1])
 
     def f_of(order):
         return lambda n: (metric(run_circuit(set(order[:n]))) - corrupt) / (clean - corrupt)
-
     both = {name: first[name] + second[name] for name in first}
     best = f_of(rank(both))
     chance = f_of(rng.sample([*both], total))
-    size, by_chance = smallest(best, total), faithfulness(chance, total)
+    size = smallest(best, total)
+    by_chance = faithfulness(chance, total)
     return faithfulness(best, total) | {
         "total": total, "size": size, "f_random": chance(size),
         "jaccard": overlap(rank(first), rank(second)),
@@ -425,19 +428,24 @@ def describe_circuit(circuits, edges, decided, tokens, seed):
 def load_prompts(run, task, args):
     """A run's prompts, a list of Tokens. Those of ACDC are one set; those of EAP are SETS, and each
     half of the scored ones has its own openings. Raises UserError."""
-    tokenizer, tasks, count = load_tokenizer(run.tokenizer), read_asset("tasks.txt"), args.count
+    tokenizer = load_tokenizer(run.tokenizer)
+    tasks = read_asset("tasks.txt")
     first, second = tasks["openings1"], tasks["openings2"]
     make = partial(make_prompts, tokenizer, task)
-    sets, half = [], count // 2
+    count, half = args.count, args.count // 2
+    sets = []
     if args.prompts:
         sets.append(read_prompts(args.prompts))
     elif args.method == "acdc":
         sets.append(make(first + second, 2 * count, args.seed))
     else:
-        for seed in range(args.seed * SETS, args.seed * SETS + SETS):
-            ours, others = make(first, count, seed), make(second, count, seed)
+        for number in range(SETS):
+            seed = SETS * args.seed + number
+            ours = make(first, count, seed)
+            others = make(second, count, seed)
             sets.append(ours[:half] + others[:half] + ours[half:] + others[half:])
-    return [tokenize(prompts, tokenizer, run.model.config.block_size) for prompts in sets]
+    block_size = run.model.config.block_size
+    return [tokenize(prompts, tokenizer, block_size) for prompts in sets]
 
 
 def open_result(path, args):
@@ -471,8 +479,10 @@ def patch(model, tokens, dtype):
 
 def find_circuits(result, title, args, device):
     """Find the circuits of one run by ACDC, or continue -> the facts of acdc.json."""
-    model, (tokens,) = result.run.model.to(device), load_prompts(result.run, args.task[0], args)
-    found_on, circuits = tokens.rows(0, args.count), {}  # {ending of names: Circuit}
+    model = result.run.model.to(device)
+    tokens, = load_prompts(result.run, args.task[0], args)
+    found_on = tokens.rows(0, args.count)
+    circuits = {}  # {ending of names: Circuit}
     for ending, part in {"": found_on, "_heldout": tokens.rows(args.count, None)}.items():
         if len(part.clean):
             circuits[ending] = Circuit(patch(model, part, args.dtype))
@@ -483,8 +493,8 @@ def find_circuits(result, title, args, device):
              "verdict": "does not know" if right < KNOWS else ""}
     for ending, circuit in circuits.items():
         facts[f"kl_corrupt{ending}"] = circuit.kl_without(everything)
-    state = result.state or {"circuits": [], "sweep": None}  # finished ones, the one in progress
-    rows, sweep = state["circuits"], state["sweep"]
+    state = result.state or {"circuits": [], "sweep": None}
+    rows, sweep = state["circuits"], state["sweep"]  # finished ones, the one in progress
     orders = ["descending", *range(args.orders)]  # a number is that of a random order
     for tau, order in [*product(args.tau, orders)][len(rows) :]:
         rng = None if order == "descending" else random.Random(f"{args.seed} {order}")
@@ -502,34 +512,34 @@ def find_circuits(result, title, args, device):
     return facts
 
 
-def check(model, tokens):
-    """What decides whether prompts have a circuit by attribution: how often the right answer is the
-    likelier one, and the effect of the corrupt prompts on the metric, in logits."""
-    clean = logit_difference(model, model.clean_residual[-1], tokens)  # (B)
-    corrupt = logit_difference(model, model.corrupt_residual[-1], tokens)
-    return (clean > 0).double().mean().item(), (clean - corrupt).mean().item()
-
-
 def attribute_run(result, title, args, device):
     """The circuits by attribution of one run: {"rows": a dict for each task and level}."""
-    rows, half = result.state or [], args.count // 2
     patched = partial(patch, result.run.model.to(device), dtype=args.dtype)
+    half, count = args.count // 2, args.count
+    rows = result.state or []
     for task in args.task[len(rows) // len(args.level) :]:
         sets = load_prompts(result.run, task, args)
-        heldout = [tokens.rows(args.count, None) for tokens in sets]
-        checks = [check(patched(tokens), tokens) for tokens in heldout]
-        right, effect = map(statistics.mean, zip(*checks))
+        shares, effects = [], []
+        for heldout in [tokens.rows(count, None) for tokens in sets]:
+            model = patched(heldout)
+            clean = logit_difference(model, model.clean_residual[-1], heldout)  # (B)
+            corrupt = logit_difference(model, model.corrupt_residual[-1], heldout)
+            shares.append((clean > 0).double().mean().item())
+            effects.append((clean - corrupt).mean().item())
+        right, effect = statistics.mean(shares), statistics.mean(effects)
         verdict = "no effect" if effect < LEAST_EFFECT else ""
         verdict = "does not know" if right < KNOWS else verdict
-        rng, found = random.Random(args.seed), {level: [] for level in args.level}
-        pairs = [] if verdict else tqdm([*zip(sets, heldout)], f"{title} {task}", unit=" sets")
-        for tokens, others in pairs:
-            halves = tokens.rows(0, half), tokens.rows(half, args.count)
-            scores = [attribute(patched(part), part) for part in halves]
-            model = patched(others)
+        rng = random.Random(args.seed)
+        found = {level: [] for level in args.level}
+        for tokens in [] if verdict else tqdm(sets, f"{title} {task}", unit=" sets of prompts"):
+            scores = []
+            for part in (tokens.rows(0, half), tokens.rows(half, count)):
+                scores.append(attribute(patched(part), part))
+            heldout = tokens.rows(count, None)
+            model = patched(heldout)
             for level in args.level:
-                pair = [one[level] for one in scores]
-                found[level].append(measure_level(model, others, level, pair, rng))
+                halves = [one[level] for one in scores]
+                found[level].append(measure_level(model, heldout, level, halves, rng))
         for level in args.level:
             row = {"task": task, "level": level, "right": right, "effect": effect,
                    "verdict": verdict}
@@ -542,9 +552,8 @@ def attribute_run(result, title, args, device):
 
 
 def edges_for_kl(points, kl):
-    """How many edges are needed for a KL of at most kl, a float; None outside the measured range.
-    log KL is linear between neighbours of those (edges, KL) points that no smaller circuit beats.
-    """
+    """How many edges are needed for a KL of at most kl; None outside the measured range. log KL is
+    linear between neighbours of those points (edges, KL) that no smaller circuit beats."""
     frontier = []
     for point in sorted(points):
         if not frontier or point[1] < frontier[-1][1]:
@@ -575,20 +584,19 @@ PARTS = {"Q": ("tab:red", "queries"), "K": ("tab:blue", "keys"), "V": ("tab:gree
 
 
 def spot(graph, node, part=""):
-    """Where a node or an input is drawn, (x, y): blocks from bottom to top, heads left, MLPs right,
-    a head's three inputs side by side."""
+    """Where a node or its input is drawn, (x, y): blocks bottom to top, heads left, MLPs right."""
     if node in (0, graph.end):
         return graph.n_head / 2, 2 * graph.n_layer + 1.5 if node else -0.5
     block, head = graph.place(node)
     if head is None:
         return graph.n_head + 0.5, 2 * block + 1.4
-    return head + {"Q": -0.15, "V": 0.15}.get(part, 0), 2 * block + 0.6
+    shift = {"Q": -0.15, "V": 0.15}.get(part, 0)  # a head's three inputs are side by side
+    return head + shift, 2 * block + 0.6
 
 
 def draw_circuit(path, title, facts, graph):
     """The first circuit of a result. A thicker edge costs more KL when it is removed."""
     from matplotlib.figure import Figure  # here, because it is slow to import
-
     row = facts["circuits"][0]
     edges = {graph.edge_name(edge): edge for edge in sweep_order(graph)}
     rises = {edges[name]: rise for name, rise in row["circuit"].items()}
@@ -617,7 +625,6 @@ def draw_circuit(path, title, facts, graph):
 def draw_attribution(path, rows, title):
     """f over the share that is kept: a panel for each level and task, a line for each row."""
     from matplotlib.figure import Figure
-
     known = rows[rows["verdict"] == ""]
     if known.empty:
         return
@@ -625,11 +632,13 @@ def draw_attribution(path, rows, title):
     figure = Figure((3.6 * len(tasks) + 1, 2.8 * len(levels) + 1), layout="constrained")
     figure.suptitle(title)
     figure.supylabel("f: share of the effect")
-    panels, lines = figure.subplots(len(levels), len(tasks), squeeze=False, sharey=True), {}
+    panels = figure.subplots(len(levels), len(tasks), squeeze=False, sharey=True)
+    lines = {}  # {name: what its legend shows}
     for axes, (level, task) in zip(panels.flat, product(levels, tasks)):
         for row in known.query("level == @level and task == @task").to_dict("records"):
             sizes, heights = row["curve"]
-            shares, name = [size / row["total"] for size in sizes], row["run"]
+            shares = [size / row["total"] for size in sizes]
+            name = row["run"]
             chance, = axes.plot(shares, row["curve_random"][1], ":", color="0.7", lw=1)
             line, = axes.plot(shares, heights, color=f"C{names.index(name)}", lw=1)
             lines |= {"random order": chance, plain(name): line}

@@ -1,8 +1,7 @@
 """A model as a graph of nodes and edges, and circuits in it (used by interp/circuits.py).
 
-Nodes are attention heads, MLPs, the embeddings and the final residual stream. An edge carries the
-output of a node to an input of a later node. In a circuit, removed edges carry the output that
-their source has on a corrupt prompt.
+An edge carries the output of a node to an input of a later node. In a circuit, removed edges carry
+the output that their source has on a corrupt prompt.
 
 Shape letters: B prompts, T positions, C channels, H heads, D = C / H, V vocabulary, S sources,
 K circuits tried at a time.
@@ -19,7 +18,6 @@ ALL, LAST = slice(None), slice(-1, None)  # the positions of a node's input that
 
 class Dest(NamedTuple):
     """Where an edge ends: one of the inputs of a node."""
-
     node: int
     part: str  # Q, K or V of a head; "" of an MLP and of Resid End, which have one input
 
@@ -30,13 +28,10 @@ class Edge(NamedTuple):
 
 
 class Graph:
-    """Names and numbers of nodes and edges.
-
-    Nodes are numbered in the order of computation: 0 is Resid Start (token + position embedding),
-    then each block's heads and its MLP, last Resid End (what ln_f reads). The bias of out_proj is
-    no part of a head's output: it is always there. Every node has an edge to each input of every
-    node of a later stage. LayerNorm acts on the sum at each input.
-    """
+    """Nodes are numbered in the order of computation: 0 is Resid Start (token + position
+    embedding), then each block's heads and its MLP, last Resid End (what ln_f reads). A head's
+    output lacks the bias of out_proj, which is always there. Every node has an edge to each input
+    of every node of a later stage. LayerNorm acts on the sum at each input."""
 
     def __init__(self, n_layer, n_head):
         self.n_layer, self.n_head = n_layer, n_head
@@ -51,8 +46,9 @@ class Graph:
 
     def place(self, node):
         """Block and head of a head; block and None of another node."""
-        block, head = divmod(node - 1, self.n_head + 1)
-        return block, head if node < self.end and head < self.n_head else None
+        block, number = divmod(node - 1, self.n_head + 1)
+        is_head = node < self.end and number < self.n_head
+        return block, number if is_head else None
 
     def dests(self, node):
         """The inputs of a node."""
@@ -65,8 +61,10 @@ class Graph:
 
     def name(self, node, part=""):
         """Such as Resid Start, A0.3, A0.3.Q, MLP 0."""
-        if node in (0, self.end):
-            return "Resid End" if node else "Resid Start"
+        if node == 0:
+            return "Resid Start"
+        if node == self.end:
+            return "Resid End"
         block, head = self.place(node)
         if head is None:
             return f"MLP {block}"
@@ -103,8 +101,8 @@ def attention_mask(position, window):
 class PatchedModel:
     """A GPT-Neo on pairs of prompts, computed node by node.
 
-    weights: a GPTNeo's clean_state_dict(). windows: how many tokens each block sees.
-    clean, corrupt, lengths: as in Tokens, on the device of the weights.
+    weights: a GPTNeo's clean_state_dict(). windows: how many tokens each block sees. clean,
+    corrupt, lengths: as in Tokens, on the device of the weights.
     """
 
     def __init__(self, weights, n_head, windows, clean, corrupt, lengths, dtype=torch.float32):
@@ -117,7 +115,6 @@ class PatchedModel:
         self.masks = [attention_mask(position, window) for window in windows]
         self.heads = [self.split_heads(block) for block in range(len(windows))]
         self.unembed = self.weights["lm_head.weight"].T  # (C, V)
-
         wte = self.weights["wte.weight"]
         positions = self.weights["wpe.weight"][position.clamp_min(0)]  # (B, T, C)
         # the output of every source, (S, B, T, C), and the input of every stage, [(B, T, C), ...]
@@ -140,17 +137,18 @@ class PatchedModel:
             heads[part] = matrix.unflatten(0, split).mT.contiguous()
         return heads
 
+    def weight_and_bias(self, name):
+        return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+
     def norm(self, name, x):
-        weight = self.weights[f"{name}.weight"]
-        bias = self.weights[f"{name}.bias"]
-        return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
+        return F.layer_norm(x, x.shape[-1:], *self.weight_and_bias(name), 1e-5)
 
     def read_out(self, residual):
         """What Resid End reads, (..., B, T or 1, C) -> the output of ln_f at the last position."""
         return self.norm("ln_f", residual[..., -1, :])  # (..., B, C)
 
     def linear(self, name, x):
-        return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
+        return F.linear(x, *self.weight_and_bias(name))
 
     def output(self, node, inputs, edit=unchanged):
         """The output of a node, (..., B, T or 1, C), from its inputs, a list of such tensors.
@@ -254,7 +252,8 @@ class Circuit:
 
     def positions(self, dest):
         """The positions of an input that matter."""
-        return ALL if dest.part in ("K", "V") or dest.node in self.everywhere else LAST
+        matters = dest.part in ("K", "V") or dest.node in self.everywhere
+        return ALL if matters else LAST
 
     def set_output(self, node, output):
         """Set the output of this node to output (B, T or 1, C)."""
@@ -262,11 +261,9 @@ class Circuit:
         self.changed.add(node)
 
     def input_of(self, dest):
-        """The value of an input, (B, T or 1, C), by the shorter of two sums.
-
-        Either its value on the corrupt prompts, with every kept edge corrected; or, while its
-        sources are clean, its value on the clean prompts, with every removed edge corrupted.
-        """
+        """The value of an input, (B, T or 1, C): on the corrupt prompts, with every kept edge
+        corrected; or, if that sum is shorter and its sources are clean, on the clean prompts, with
+        every removed edge corrupted."""
         if dest not in self.inputs:
             model, stage = self.model, self.graph.stage[dest.node]
             removed, kept = self.removed[dest], self.kept[dest]
@@ -314,15 +311,17 @@ class Circuit:
             if node != self.graph.end and inputs.keys() & dests:
                 outputs[node] = self.output_of(node, inputs)
         end = self.model.read_out(inputs[self.end])  # (K, B, C)
-        return self.model.divergence(end).tolist(), inputs, outputs
+        kls = self.model.divergence(end).tolist()
+        return kls, inputs, outputs
 
     def commit(self, edges, inputs, outputs):
         """Remove these edges, the first ones of the last attempt, which gave inputs and outputs."""
-        number, stage = len(edges) - 1, self.graph.stage
+        number = len(edges) - 1
+        swept = self.graph.stage[edges[0].dest.node]
         for node, output in outputs.items():
             self.set_output(node, output[number])
         for dest, x in inputs.items():
-            if stage[dest.node] == stage[edges[0].dest.node]:
+            if self.graph.stage[dest.node] == swept:
                 self.inputs[dest] = x[number]
             else:
                 del self.inputs[dest]  # to be summed again: rounding errors would add up

@@ -145,7 +145,7 @@ def test_areas_sizes_and_overlaps_by_hand():
 def run(tmp_path):
     """A run whose tokenizer has the words of all prompts, its data gone."""
     words = re.findall(r"\w+", (ROOT / "assets" / "tasks.txt").read_text())
-    words = {*words, *"Tom Ben Max Sue Lily Anna park ball kite He She".split()}
+    words = {*words, *"Tom Ben Max Sue Lily Anna park zoo ball kite He She".split()}
     tokenizer = vocabulary(" ".join(sorted(words)))
     (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": tokenizer, "checksum": "abc"}))
     model = tiny_model(vocab_size=len(words) + 257, block_size=64, n_layer=1)

@@ -15,7 +15,7 @@ from interp import circuits
 from interp.graph import Circuit, Edge, Graph, PatchedModel
 from prepare import UserError, load_tokenizer, read_asset, word_lists
 
-WORDS = "Tom Sue Ben Lily Max Anna park ball kite and gave to the a"
+WORDS = "Tom Sue Ben Lily Max Anna park zoo ball kite and gave to the a"
 LENGTHS = [9, 7, 9, 8]
 OWN = [{"clean": " Tom and Sue gave to", "corrupt": " Ben and Max gave to",
         "answer": " Tom", "wrong": " Sue"},
@@ -286,7 +286,7 @@ def run(tmp_path):
     """A run folder, its data gone: circuits need none."""
     meta = {"tokenizer": vocabulary(WORDS), "checksum": "abc"}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    model = tiny_model(vocab_size=271, block_size=120, n_layer=1)
+    model = tiny_model(vocab_size=272, block_size=120, n_layer=1)
     run = make_run(tmp_path / "run", tmp_path, model)
     (tmp_path / "meta.json").unlink()
     return run

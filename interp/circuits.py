@@ -8,65 +8,62 @@
                {"clean": TEXT, "corrupt": TEXT, "answer": " Tom", "wrong": " Sue"}
 
 Task "names": "Then, Tom and Sue went to the park. Sue gave a ball to" -> " Tom". Its corrupt prompt
-has other names. assets/tasks.txt has the prompts of this and of two more tasks. What is in a
-circuit is computed; everything else carries the values of the corrupt prompt.
+has other names; assets/tasks.txt has all tasks. What is in a circuit is computed; everything else
+carries the values of the corrupt prompt. A model that prefers the right answer in fewer than 90 %
+of the prompts does not know the task, so it has no circuit for it.
 
-acdc (Conmy et al. 2023), as the paper ran it, removes edges one by one. Its result depends on the
-order of the edges, part of which depends on Python's hash seed in the paper's library. Here the
-order is fixed, and --orders shows how much it matters. One tau gives two models circuits of
-different quality, so compare models at equal KL: edges_at_kl, interpolated between several taus.
+acdc (Conmy et al. 2023), as the paper ran it, removes edges one by one, in a fixed order; --orders
+adds random ones. One tau gives two models circuits of different quality, so compare models at equal
+KL: edges_at_kl, interpolated between several taus.
 
 eap (EAP-IG: Hanna et al. 2024) scores all edges and units by gradients, and keeps the n with the
-largest absolute scores. d is the logit of the right answer minus that of the wrong one, mean over
-prompts that were not scored:
+largest absolute scores. d is the logit of the right answer minus that of the wrong one, on prompts
+that were not scored. Each number is the mean over three sets of prompts:
     f           (d of the circuit - d of the corrupt prompt) / (d of the model - d of the corrupt
                 prompt): 0 without any edge, 1 for the whole model
     size        the first n of a grid (steps of 10 %) with f >= 0.8; f_random: f of n random ones
     cpr, cmd    area below f and between f and 1, over the share that is kept (the MIB benchmark)
     jaccard     overlap of the best tenths of two halves of the prompts; 0.05 by chance
-each the mean over three sets of prompts. A model that prefers the right answer in fewer than 90 %
-of the prompts gets no f, nor does one whose d the corrupt prompt changes by less than 0.5.
 
-Writes acdc.json and acdc.png, or eap.json, beside the checkpoint, and eap.png for all runs. After
-Ctrl-C the same command continues. Shape letters: see interp/graph.py.
+Writes acdc.json and acdc.png, or eap.json, beside the checkpoint, and eap.png for all runs of one
+call, in the folder that holds them: the next call replaces it. An interrupted call continues.
+Shape letters: see interp/graph.py.
 """
 
 import json
 import math
-import os
 import random
 import statistics
-import time
 from collections import defaultdict
-from functools import cache, partial
-from itertools import product
+from functools import partial
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import config as knobs
-from eval import common_name, open_run, plain, print_table, run_paths, save_figure, spread
+from eval import open_run, plain, print_table, run_paths, save_figure, spread
 from interp.graph import Circuit, Dest, Edge, PatchedModel
 from interp.results import Result, common_folder, digest, measure_all
 from prepare import UserError, load_tokenizer, read_asset, word_lists
 
 TASKS = ("names", "pronouns", "objects")
-
+KNOWS = 0.9  # a model that prefers the right answer in fewer of the prompts has no circuit
+# ACDC
 WINDOW = 16  # edges tried in one batch; a larger one wastes more work when an edge is put back
 RANDOM = 10  # random circuits of the same size that a circuit's KL is compared with
-KNOWS = 0.5  # a model whose likeliest token is the answer less often has no circuit for the task
 AT_KL = ("0.1", "0.3", "1")  # nats, at which models are compared
 LEAST_KL = 1e-6  # a smaller KL is rounding in float32; 0 has no logarithm
-# of attribution
+# attribution
 PATH = (0.1, 0.3, 0.5, 0.7, 0.9)  # from the corrupt (0) to the clean (1) embeddings
 SETS = 3  # of prompts, over which all numbers are means
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # sizes for CPR and CMD
 FAITHFUL = 0.8  # the f of a circuit that counts as large enough
-PREFERS = 0.9  # a model that prefers the right answer in a smaller share of prompts gets no f
-LEAST_EFFECT = 0.5  # logits: f would be a ratio of noise
+LEAST_EFFECT = 0.5  # logits: with a smaller effect of the corrupt prompts f is a ratio of noise
 
 # ----------------------------------------------------------------------------------------- the task
 
@@ -80,7 +77,6 @@ class Prompt(NamedTuple):
 
 class Tokens(NamedTuple):
     """Prompts as int64 tokens, padded on the left to the longest."""
-
     clean: torch.Tensor  # (B, T)
     corrupt: torch.Tensor  # (B, T)
     lengths: torch.Tensor  # (B), without padding
@@ -97,46 +93,45 @@ def fill(template, slots, girls):
     return template.format(**slots, **pronouns)
 
 
-def corrupt_slots(task, slots, ending, names, girls, objects, rng):
+def corrupt_slots(task, slots, ending, girls, boys, objects, rng):
     """The slots of a corrupt prompt: see assets/tasks.txt."""
-    others = [name for name in names if name not in (slots["A"], slots["B"])]
-    if task == "names":  # each drawn independently of the other two
-        return slots | {slot: rng.choice(others) for slot in "ABG"}
     if task == "objects":
-        return slots | {"object": rng.choice([word for word in objects if word != slots["object"]])}
+        others = [word for word in objects if word != slots["object"]]
+        return slots | {"object": rng.choice(others)}
+    friends = slots["A"], slots["B"]
+    if task == "names":  # each drawn independently of the other two
+        others = [name for name in girls + boys if name not in friends]
+        return slots | {slot: rng.choice(others) for slot in "ABG"}
     friend = slots[ending.rpartition("{")[2][0]]  # the one whom the pronoun at the end means
-    other = rng.choice([name for name in others if (name in girls) != (friend in girls)])
+    names = boys if friend in girls else girls
+    other = rng.choice([name for name in names if name not in friends])
     return slots | {slot: other for slot in "ABGR" if slots[slot] == friend}
 
 
 def make_prompts(tokenizer, task, openings, count, seed):
-    """Distinct Prompts of a task; the giver is named first in half of them.
-
-    Raises UserError if too few of the words in assets/words.txt, with a space before them, are
-    single tokens, or if they make too few different prompts.
-    """
-    rng, endings, lists = random.Random(seed), read_asset("tasks.txt")[task], {}
-    for kind, words in word_lists().items():
+    """Distinct Prompts of a task; the giver is named first in half of them. Raises UserError."""
+    rng = random.Random(seed)
+    lists = {}
+    for kind, words in word_lists().items():  # those that are single tokens
         lists[kind] = [word for word in words if len(tokenizer.encode_ordinary(f" {word}")) == 1]
     girls = lists["girls"] + lists["more_girls"]
     boys = lists["boys"] + lists["more_boys"]
     places, objects = lists["places"], lists["objects"]
-    if min(len(girls), len(boys)) < 3 or not places or len(objects) < 2:
+    if min(map(len, (girls, boys, places, objects))) < 2:
         raise UserError("too few names, places and objects of assets/words.txt are single tokens "
                         "of this tokenizer: give prompts of its own with --prompts FILE")
     prompts = {}  # by the clean text
-    for turn in range(100 * count):
-        round_number, opening = divmod(turn, len(openings))
-        ending = endings[round_number // 2 % len(endings)]
-        template = f"{openings[opening]} {ending}"
+    turns = cycle(product(read_asset("tasks.txt")[task], (False, True), openings))
+    for ending, first_gives, opening in islice(turns, 100 * count):
+        template = f"{opening} {ending}"
         A, B = rng.sample(girls + boys, 2)
-        giver, receiver = (A, B) if round_number % 2 else (B, A)
+        giver, receiver = (A, B) if first_gives else (B, A)
         slots = {"A": A, "B": B, "G": giver, "R": receiver,
                  "place": rng.choice(places), "object": rng.choice(objects)}
         clean, _, answer = fill(template, slots, girls).rpartition(" ")
         if clean in prompts:
             continue
-        slots = corrupt_slots(task, slots, ending, girls + boys, girls, objects, rng)
+        slots = corrupt_slots(task, slots, ending, girls, boys, objects, rng)
         corrupt, _, wrong = fill(template, slots, girls).rpartition(" ")
         wrong = giver if task == "names" else wrong
         prompts[clean] = Prompt(clean, corrupt, f" {answer}", f" {wrong}")
@@ -148,38 +143,45 @@ def make_prompts(tokenizer, task, openings, count, seed):
 def read_prompts(path):
     """The Prompts of a --prompts file. Raises UserError."""
     try:
-        prompts = [Prompt(**row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
-        texts = [text for prompt in prompts for text in prompt]
-        if not texts or not all(isinstance(text, str) and text for text in texts):
-            raise ValueError("a text is empty or missing")
-        return prompts
+        return [Prompt(**row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read prompts from {path}, a JSON list of objects with "
                         f"{', '.join(Prompt._fields)}: {error}") from None
-
-
-def pad(rows):
-    """Lists of tokens -> (B, T); shorter lists are filled with 0 on the left."""
-    T = max(map(len, rows))
-    return torch.tensor([[0] * (T - len(row)) + row for row in rows])
 
 
 def tokenize(prompts, tokenizer, block_size):
     """Prompts -> Tokens. Raises UserError if clean and corrupt positions do not correspond."""
     rows = []
     for prompt in prompts:
-        tokens = [tokenizer.encode_ordinary(text) for text in prompt]
+        tokens = [torch.tensor(tokenizer.encode_ordinary(text)) for text in prompt]
         length, corrupt, *answers = map(len, tokens)
-        if not length == corrupt <= block_size or answers != [1, 1]:
+        if not 0 < length == corrupt <= block_size or answers != [1, 1]:
             raise UserError(
                 f"{prompt.clean!r} has {length} tokens, its corrupt prompt {corrupt}, its answers "
                 f"{answers}: texts must be equally long, of {block_size} tokens at most, and "
                 f"answers single tokens, as a rule with a space in front")
         rows.append(tokens)
     clean, corrupt, answers, wrong = zip(*rows)
-    lengths = torch.tensor([len(row) for row in clean])
-    answers, wrong = pad(answers)[:, 0], pad(wrong)[:, 0]
-    return Tokens(pad(clean), pad(corrupt), lengths, answers, wrong)
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    lengths = torch.tensor([*map(len, clean)])
+    return Tokens(pad(clean), pad(corrupt), lengths, torch.cat(answers), torch.cat(wrong))
+
+
+def logit_difference(model, residual, tokens):
+    """What Resid End reads, (B, T or 1, C) -> logit of the right answer - of the wrong one, (B)."""
+    embeddings = model.unembed.T  # (V, C)
+    direction = embeddings[tokens.answers] - embeddings[tokens.wrong]  # (B, C)
+    return (model.read_out(residual) * direction).sum(-1)
+
+
+def answers(circuit, tokens):
+    """The share of prompts in which the right answer is the likeliest token, and in which it is
+    likelier than the wrong one."""
+    model, residual = circuit.model, circuit.input_of(circuit.end)  # (B, 1, C)
+    logits = model.read_out(residual) @ model.unembed  # (B, V)
+    exact = logits.argmax(-1) == tokens.answers.to(logits.device)  # (B)
+    right = logit_difference(model, residual, tokens) > 0  # (B)
+    return torch.stack([exact, right]).double().mean(-1).tolist()
 
 
 # ---------------------------------------------------------------------------------------- the sweep
@@ -191,16 +193,11 @@ def tokenize(prompts, tokenizer, block_size):
 #         rise = KL(clean model || circuit without edge) - kl
 #         if rise < tau:         the edge stays removed, and kl += rise, even if rise is negative
 #         else:                  the edge is put back, kl stays
-#
-# The sweep below decides the same, but tries several edges in one batch, and fewer of them.
 
 
 def sweep_order(graph, rng=None):
-    """Every edge, in the order in which the sweep tries them: stage by stage, from the end.
-
-    Within a stage: heads ascending, Q, K, V, and the sources of each descending, as in ACDC. With
-    rng, a random.Random, the edges of every stage are shuffled instead.
-    """
+    """Every edge, stage by stage from the end: heads ascending, Q, K, V, and the sources of each
+    descending, as in ACDC. rng, a random.Random, shuffles the edges of every stage instead."""
     edges = []
     for stage in reversed(graph.stages):
         stage_edges = []
@@ -214,85 +211,60 @@ def sweep_order(graph, rng=None):
 
 
 def decide(circuit, edges, kl, tau):
-    """The rule for the next edges, up to the first that is put back.
+    """The rule for the next edges, all tried in one batch, up to the first that is put back.
 
-    -> a verdict for each, [whether it is kept, by how much its removal raised KL], and the new KL.
-    All are tried in one batch, each with those before it removed too. This follows the rule until
-    an edge is put back; what was tried after that edge is not used.
+    -> a decision for each, [whether it is kept, by how much its removal raised KL], and the new KL.
     """
     kls, inputs, outputs = circuit.attempt(edges)
-    verdicts, removed = [], 0
+    decisions, removed = [], 0
     for kl_without in kls:
         rise = kl_without - kl
         kept = not rise < tau
-        verdicts.append([kept, rise])
+        decisions.append([kept, rise])
         if kept:
             break
         kl, removed = kl_without, removed + 1
-    if removed:
+    if removed:  # what was tried after the edge that is put back is not used
         circuit.commit(edges[:removed], inputs, outputs)
-    return verdicts, kl
-
-
-def sweep_stage(circuit, edges, tau, state, bar):
-    """Decide the edges of the next stage. -> the state of the sweep after it, see discover."""
-    began = time.time()
-    done, state = state["decided"], dict(state)
-    # from scratch for every stage, so that a continued sweep is bit-equal to an uninterrupted one
-    circuit.set_removed([edge for edge, (kept, _) in zip(edges, done) if not kept])
-    stage_of, left = circuit.graph.stage, edges[len(done) :]
-    stage_edges = [edge for edge in left if stage_of[edge.dest.node] == stage_of[left[0].dest.node]]
-    # All edges out of these nodes are decided. A node that keeps none has no effect, so removing
-    # an edge into it raises KL by exactly 0 and need not be tried.
-    verdicts = {edge: [not 0.0 < tau, 0.0] for edge in stage_edges}
-    untried = [edge for edge in stage_edges if edge.dest.node in circuit.live]
-    bar.update(len(stage_edges) - len(untried))
-
-    # On a CPU a batch of edges costs more than one edge: after a put-back, start with one again.
-    on_cpu = circuit.current.device.type == "cpu"
-    smallest, largest = (1, WINDOW) if on_cpu else (2 * WINDOW, 2 * WINDOW)
-    size = smallest
-    while untried:
-        tried = untried[:size]
-        decided, state["kl"] = decide(circuit, tried, state["kl"], tau)
-        state["batches"] += 1
-        state["evaluations"] += len(tried)
-        state["margin"] = min(state["margin"], *(abs(rise - tau) for _, rise in decided))
-        verdicts.update(zip(tried, decided))
-        put_back, _ = decided[-1]
-        size = smallest if put_back else min(2 * size, largest)
-        untried = untried[len(decided) :]
-        bar.update(len(decided))
-    state["decided"] = done + [verdicts[edge] for edge in stage_edges]
-    state["seconds"] += time.time() - began
-    return state
+    return decisions, kl
 
 
 def discover(circuit, edges, tau, state=None, save=lambda state: None, title="ACDC"):
-    """ACDC's sweep over these edges, in this order -> the state it ends in, a dict of plain values:
+    """ACDC's sweep over these edges, in this order -> the state it ends in, a dict of plain values.
 
-    decided: a verdict for every edge so far, see decide. kl: of what is left of the model, in nats.
-    margin: how close a rise of KL came to tau. batches, evaluations, seconds: what it took.
-    save is called with the state after every stage. A given state is continued.
+    decided: the decisions so far. kl: of what is left of the model, in nats. margin: how close a
+    rise of KL came to tau. Every stage is saved. A given state is continued.
     """
-    state = state or {"decided": [], "kl": 0.0, "margin": math.inf,
-                      "batches": 0, "evaluations": 0, "seconds": 0.0}
-    with tqdm(total=len(edges), initial=len(state["decided"]), unit=" edges",
+    state = state or {"decided": [], "kl": 0.0, "margin": math.inf}
+    decided = state["decided"]
+    stages = [circuit.graph.stage[edge.dest.node] for edge in edges]
+    with tqdm(total=len(edges), initial=len(decided), unit=" edges",
               desc=f"{title} tau {tau:g}", mininterval=1) as bar:
-        while len(state["decided"]) < len(edges):
-            state = sweep_stage(circuit, edges, tau, state, bar)
+        while len(decided) < len(edges):
+            # from scratch for every stage: a continued sweep is bit-equal to an uninterrupted one
+            circuit.set_removed([edge for edge, (kept, _) in zip(edges, decided) if not kept])
+            stage = stages[len(decided)]
+            ours = [edge for edge, its_stage in zip(edges, stages) if its_stage == stage]
+            # All edges out of these nodes are decided. A node that keeps none has no effect, so
+            # removing an edge into it raises KL by exactly 0 and need not be tried.
+            decisions = {edge: [not 0.0 < tau, 0.0] for edge in ours}
+            untried = [edge for edge in ours if edge.dest.node in circuit.live]
+            size = 1
+            bar.update(len(ours) - len(untried))
+            while untried:
+                found, state["kl"] = decide(circuit, untried[:size], state["kl"], tau)
+                decisions.update(zip(untried, found))
+                state["margin"] = min(state["margin"], *(abs(rise - tau) for _, rise in found))
+                put_back, _ = found[-1]
+                size = 1 if put_back else min(2 * size, WINDOW)
+                untried = untried[len(found) :]
+                bar.update(len(found))
+            decided += decisions.values()
             save(state)
     return state
 
 
 # ---------------------------------------------------------------------------------- attribution
-
-
-def logit_difference(model, residual, tokens):
-    """What Resid End reads, (B, T or 1, C) -> logit of the right answer - of the wrong one, (B)."""
-    embeddings = model.unembed.T  # (V, C)
-    direction = embeddings[tokens.answers] - embeddings[tokens.wrong]  # (B, C)
-    return (model.norm("ln_f", residual[:, -1]) * direction).sum(-1)
 
 
 def record(model, x):
@@ -315,24 +287,24 @@ def gradients(model, tokens, path):
     for share in path:
         x = torch.lerp(model.corrupt[0], model.clean[0], share)
         places = record(model, x.requires_grad_())
-        metric = logit_difference(model, places[Dest(model.graph.end, "")], tokens).mean()
-        for place, slope in zip(places, torch.autograd.grad(metric, [*places.values()])):
+        values = [*places.values()]  # the last one is what Resid End reads
+        metric = logit_difference(model, values[-1], tokens).mean()
+        for place, slope in zip(places, torch.autograd.grad(metric, values)):
             mean[place] = mean[place] + slope / len(path)
     return mean
 
 
 def attribute(model, tokens, path=PATH):
     """{level: {Edge or (node, unit): score}}: to first order, by how much the logit difference
-    rises when this edge or unit carries the corrupt prompt's value. Of an edge (Hanna et al. 2024):
-    sum over prompts and positions of the change of its source . the gradient at its input; of a
-    unit: of its change x its gradient."""
-    scores, change = {"edges": {}, "units": {}}, model.corrupt - model.clean  # (S, B, T, C)
+    rises when this edge or unit carries the corrupt prompt's value: the sum over prompts and
+    positions of its source's (its own) change . the gradient there (Hanna et al. 2024)."""
+    scores = {"edges": {}, "units": {}}
     clean = record(model, model.clean[0])
     corrupt = record(model, model.corrupt[0])
     for place, slope in gradients(model, tokens, path).items():
         if isinstance(place, Dest):
             sources = model.graph.sources(place.node)  # the first so many of all
-            products = change[: len(sources)].flatten(1) @ slope.flatten()  # (sources)
+            products = model.change[: len(sources)].flatten(1) @ slope.flatten()  # (sources)
             names = [Edge(source, place) for source in sources]
             scores["edges"] |= zip(names, products.tolist())
         else:
@@ -357,9 +329,8 @@ def unit_circuits(model):
     corrupt = record(model, model.corrupt[0])
 
     def run(kept):
-        masks = {}
-        for node in range(1, model.graph.end):
-            masks[node] = torch.zeros_like(corrupt[node][0, 0], dtype=torch.bool)
+        masks = {place: torch.zeros_like(value[0, 0], dtype=torch.bool)
+                 for place, value in corrupt.items()}
         for node, unit in kept:
             masks[node][unit] = True
 
@@ -372,19 +343,14 @@ def unit_circuits(model):
 CIRCUITS = {"edges": edge_circuits, "units": unit_circuits}
 
 
-def area(sizes, heights, total):
-    """The area below these heights over the share size / total; sizes[0] is 0."""
-    shares = torch.tensor(sizes, dtype=torch.float64) / total
-    return torch.trapezoid(torch.tensor(heights, dtype=torch.float64), shares).item()
-
-
 def faithfulness(f, total):
     """f: number of edges or units -> f of that circuit. -> the areas, and f of all SHARES."""
     sizes = sorted({max(1, round(share * total)) for share in SHARES})
     heights = [f(size) for size in sizes]
-    distance = [abs(1 - height) for height in heights]
-    return {"cpr": area([0, *sizes], [0, *heights], total),
-            "cmd": area([0, *sizes], [1, *distance], total), "curve": [sizes, heights]}
+    shares = torch.tensor([0, *sizes], dtype=torch.float64) / total
+    curve = torch.tensor([0, *heights], dtype=torch.float64)  # f of nothing is 0
+    return {"cpr": torch.trapezoid(curve, shares).item(),
+            "cmd": torch.trapezoid((1 - curve).abs(), shares).item(), "curve": [sizes, heights]}
 
 
 def smallest(f, total):
@@ -398,7 +364,8 @@ def smallest(f, total):
 def overlap(first, second):
     """Jaccard: the intersection over the union of the best tenths of two rankings."""
     count = max(1, round(len(first) / 10))
-    first, second = set(first[:count]), set(second[:count])
+    first = set(first[:count])
+    second = set(second[:count])
     return len(first & second) / len(first | second)
 
 
@@ -407,24 +374,19 @@ def rank(scores):
     return sorted(scores, key=lambda name: -abs(scores[name]))
 
 
-@torch.no_grad()
-def measure_level(circuit_of, metric, halves, corrupt, clean, rng):
-    """Circuits of edges or of units, of one set of prompts: a dict.
-
-    circuit_of: maps a set of them to what Resid End reads in their circuit. metric: of what Resid
-    End reads, a float. halves: {edge or unit: score} of each half of the scored prompts. corrupt,
-    clean: the metric of the corrupt prompts and of the model.
-    """
+def measure_level(model, tokens, level, halves, rng):
+    """A dict: circuits of edges or units on prompts that were not scored. halves: {edge or unit:
+    score} of each half of the scored ones."""
     first, second = halves
+    run_circuit = CIRCUITS[level](model)
     total = len(first)
 
-    def f_of(order):
-        @cache
-        def f(n):
-            residual = circuit_of(set(order[:n]))
-            return (metric(residual) - corrupt) / (clean - corrupt)
-        return f
+    def metric(residual):
+        return logit_difference(model, residual, tokens).mean().item()
+    corrupt, clean = metric(model.corrupt_residual[-1]), metric(model.clean_residual[-1])
 
+    def f_of(order):
+        return lambda n: (metric(run_circuit(set(order[:n]))) - corrupt) / (clean - corrupt)
     both = {name: first[name] + second[name] for name in first}
     best = f_of(rank(both))
     chance = f_of(rng.sample([*both], total))
@@ -439,102 +401,51 @@ def measure_level(circuit_of, metric, halves, corrupt, clean, rng):
 # --------------------------------------------------------------------------------------- the result
 
 
-def accuracy(logits, tokens):
-    """logits (B, V) -> the share of prompts in which the answer is the likeliest token, and in
-    which it beats the wrong name."""
-    names = torch.stack([tokens.answers, tokens.wrong], -1).to(logits.device)  # (B, 2)
-    answer, wrong = logits.gather(1, names).T  # (B) each
-    exact = logits.argmax(-1) == names[:, 0]  # (B)
-    right = answer > wrong  # (B)
-    return exact.double().mean().item(), right.double().mean().item()
-
-
-@torch.no_grad()
-def ablated_logits(model, tokens):
-    """The ablated stream's logits at the last position, (B, V).
-
-    It cannot ignore padding, so it reads the prompts of one length at a time.
-    """
-    logits = model.lm_head.weight.new_empty(len(tokens.clean), model.config.vocab_size)  # (B, V)
-    for length in tokens.lengths.unique().tolist():
-        rows = tokens.lengths == length  # (B)
-        idx = tokens.clean[rows, -length:].to(logits.device)  # without padding
-        hidden, inputs, caches = model.clean_pass(idx)
-        hidden, _ = model.ablated_pass(hidden, inputs, caches)  # (B, T, C)
-        logits[rows.to(logits.device)] = model.lm_head(hidden[:, -1])
-    return logits
-
-
-def describe_model(model, circuits, tokens):
-    """What a result says about the model itself, a dict; None where it has no ablated stream.
-
-    circuits: {"": a Circuit of all edges on the prompts that circuits are found on, the tokens,
-    "_heldout": one on other prompts, if any}. The keys end the names of what is measured there.
-    """
-    exact, right = accuracy(circuits[""].logits(), tokens)
-    everything = sweep_order(circuits[""].graph)
-    facts = {"total": len(everything), "exact": exact, "right": right,
-             "ablated_exact": None, "ablated_right": None}
-    if model.config.ablation != "none":
-        exact, right = accuracy(ablated_logits(model, tokens), tokens)
-        facts |= {"ablated_exact": exact, "ablated_right": right}
-    for ending, circuit in circuits.items():
-        facts[f"kl_corrupt{ending}"] = circuit.kl_without(everything)
-    return facts
-
-
-def describe_circuit(circuits, edges, state, tokens, seed):
+def describe_circuit(circuits, edges, decided, tokens, seed):
     """What a result says about the circuit that a sweep of these edges found, a dict."""
     graph = circuits[""].graph
     kept, removed = {}, {}  # {edge: by how much its removal raised KL}
-    for edge, (put_back, rise) in zip(edges, state["decided"]):
+    for edge, (put_back, rise) in zip(edges, decided):
         (kept if put_back else removed)[edge] = rise
     connected = graph.connected(kept)
-    ends = {node for edge in connected for node in (edge.source, edge.dest.node)}
-    heads = sum(graph.place(node)[1] is not None for node in ends)
-    facts = {"edges": len(kept), "connected": len(connected), "heads": heads}
-    facts |= {name: state[name] for name in ("margin", "batches", "evaluations", "seconds")}
-    removals, rng = [], random.Random(seed)  # of random circuits of the same size
-    for _ in range(RANDOM):
-        chosen = set(rng.sample(edges, len(kept)))
-        removals.append([edge for edge in edges if edge not in chosen])
+    heads = {edge.source for edge in connected if graph.place(edge.source)[1] is not None}
+    facts = {"connected": len(connected), "heads": len(heads)}
     for ending, circuit in circuits.items():
-        kls = [circuit.kl_without(others) for others in removals]
+        facts[f"kl{ending}"] = circuit.kl_without(removed)
+        kls, rng = [], random.Random(seed)  # of random circuits of the same size
+        for _ in range(RANDOM):
+            chosen = set(rng.sample(edges, len(kept)))
+            kls.append(circuit.kl_without([edge for edge in edges if edge not in chosen]))
         facts[f"kl_random{ending}"] = statistics.mean(kls)
         facts[f"kl_random{ending}_sd"] = statistics.stdev(kls)
-        facts[f"kl{ending}"] = circuit.kl_without(removed)
-    facts["circuit_exact"], facts["circuit_right"] = accuracy(circuits[""].logits(), tokens)
-    facts["circuit"] = {graph.edge_name(edge): rise for edge, rise in kept.items()}
-    facts["removed"] = {graph.edge_name(edge): rise for edge, rise in removed.items()}
+    circuits[""].set_removed(removed)
+    facts["circuit_exact"], facts["circuit_right"] = answers(circuits[""], tokens)
+    for name, edges in (("circuit", kept), ("removed", removed)):
+        facts[name] = {graph.edge_name(edge): rise for edge, rise in edges.items()}
     return facts
 
 
-def find_warnings(exact, margin, dtype):
-    """Reasons not to trust a circuit, one line each."""
-    if exact < KNOWS:
-        yield "finds the answer in under half of the prompts: its circuit is not one for the task"
-    if margin < 1e-5 and dtype == "float32":
-        yield "a decision differs from tau only by rounding: measure again with --dtype float64"
-
-
 def load_prompts(run, task, args):
-    """A run's prompts: a list of (Prompts, Tokens). Those of ACDC are one set; those of EAP are
-    SETS, and each half of the scored ones has its own openings. Raises UserError."""
-    tokenizer, tasks = load_tokenizer(run.tokenizer), read_asset("tasks.txt")
-    first, second, count, seed = tasks["openings1"], tasks["openings2"], args.count, args.seed
+    """A run's prompts, a list of Tokens. Those of ACDC are one set; those of EAP are SETS, and each
+    half of the scored ones has its own openings. Raises UserError."""
+    tokenizer = load_tokenizer(run.tokenizer)
+    tasks = read_asset("tasks.txt")
+    first, second = tasks["openings1"], tasks["openings2"]
+    make = partial(make_prompts, tokenizer, task)
+    count, half = args.count, args.count // 2
+    sets = []
     if args.prompts:
-        sets = [read_prompts(args.prompts)]
+        sets.append(read_prompts(args.prompts))
     elif args.method == "acdc":
-        sets = [make_prompts(tokenizer, task, first + second, 2 * count, seed)]
+        sets.append(make(first + second, 2 * count, args.seed))
     else:
-        sets = []
-        for number in range(seed * SETS, seed * SETS + SETS):
-            ours = make_prompts(tokenizer, task, first, count, number)
-            others = make_prompts(tokenizer, task, second, count, number)
-            half = count // 2
+        for number in range(SETS):
+            seed = SETS * args.seed + number
+            ours = make(first, count, seed)
+            others = make(second, count, seed)
             sets.append(ours[:half] + others[:half] + ours[half:] + others[half:])
-    return [(prompts, tokenize(prompts, tokenizer, run.model.config.block_size))
-            for prompts in sets]
+    block_size = run.model.config.block_size
+    return [tokenize(prompts, tokenizer, block_size) for prompts in sets]
 
 
 def open_result(path, args):
@@ -542,15 +453,15 @@ def open_result(path, args):
     run, digests = open_run(path), {}
     for task in args.task:
         sets = load_prompts(run, task, args)
-        digests[task] = digest({str(i): torch.cat([*map(torch.flatten, tokens)])
-                                for i, (_, tokens) in enumerate(sets)})
-    prompts, _ = sets[0]
-    if args.method == "eap" and len(prompts) <= args.count:
-        raise UserError(f"{args.prompts} has {len(prompts)} prompts, and --count={args.count} of "
-                        f"them are scored: lower --count or add prompts, so that some are held out")
+        flat = [torch.cat([*map(torch.flatten, tokens)]) for tokens in sets]
+        digests[task] = digest({str(number): tokens for number, tokens in enumerate(flat)})
+    total = len(sets[0].clean)
+    if args.method == "eap" and total <= args.count:
+        raise UserError(f"{args.prompts} has {total} prompts, and --count={args.count} of them are "
+                        f"scored: lower --count or add prompts, so that some are held out")
     settings = {
-        "task": args.task, "count": min(args.count, len(prompts)),
-        "heldout": max(0, len(prompts) - args.count), "seed": args.seed, "dtype": args.dtype,
+        "task": args.task, "count": min(args.count, total), "heldout": max(0, total - args.count),
+        "seed": args.seed, "dtype": args.dtype,
         "prompts": f"{args.prompts or 'templates'}, tokens {digests}"}
     if args.method == "eap":
         return Result(run, "eap", settings | {"level": args.level}, args.force)
@@ -558,166 +469,134 @@ def open_result(path, args):
     return Result(run, "acdc", settings, args.force, files=[".png"])
 
 
-def patch(model, tokens, args, device):
-    """A PatchedModel of a GPTNeo on some of the prompts."""
-    config = model.config
-    return PatchedModel(model.clean_state_dict(), config.n_head, config.windows, tokens.clean,
-                        tokens.corrupt, tokens.lengths, getattr(torch, args.dtype), device)
+def patch(model, tokens, dtype):
+    """A PatchedModel of a GPTNeo on these prompts. dtype: its name, such as float32."""
+    config, device = model.config, model.lm_head.weight.device
+    clean, corrupt, lengths = (tensor.to(device) for tensor in tokens[:3])
+    return PatchedModel(model.clean_state_dict(), config.n_head, config.windows, clean, corrupt,
+                        lengths, getattr(torch, dtype))
 
 
 def find_circuits(result, title, args, device):
-    """Find the circuits of one run, or continue -> the facts of its result."""
-    (prompts, tokens), = load_prompts(result.run, args.task[0], args)
+    """Find the circuits of one run by ACDC, or continue -> the facts of acdc.json."""
     model = result.run.model.to(device)
-    found_on, heldout = tokens.rows(0, args.count), tokens.rows(args.count, None)
-    circuits = {}  # see describe_model
-    for ending, part in {"": found_on, "_heldout": heldout}.items():
+    tokens, = load_prompts(result.run, args.task[0], args)
+    found_on = tokens.rows(0, args.count)
+    circuits = {}  # {ending of names: Circuit}
+    for ending, part in {"": found_on, "_heldout": tokens.rows(args.count, None)}.items():
         if len(part.clean):
-            circuits[ending] = Circuit(patch(model, part, args, device))
-    facts = describe_model(model, circuits, found_on)
-    state = result.state or {"circuits": [], "sweep": None}  # finished ones, the one in progress
-    rows, sweep, graph = state["circuits"], state["sweep"], circuits[""].graph
+            circuits[ending] = Circuit(patch(model, part, args.dtype))
+    graph = circuits[""].graph
+    everything = sweep_order(graph)
+    exact, right = answers(circuits[""], found_on)
+    facts = {"total": len(everything), "exact": exact, "right": right,
+             "verdict": "does not know" if right < KNOWS else ""}
+    for ending, circuit in circuits.items():
+        facts[f"kl_corrupt{ending}"] = circuit.kl_without(everything)
+    state = result.state or {"circuits": [], "sweep": None}
+    rows, sweep = state["circuits"], state["sweep"]  # finished ones, the one in progress
     orders = ["descending", *range(args.orders)]  # a number is that of a random order
-    to_find = [(tau, order) for tau in args.tau for order in orders]
-    for tau, order in to_find[len(rows) :]:
-        is_random = order != "descending"
-        rng = random.Random(f"{args.seed} {order}") if is_random else None
-        edges = sweep_order(graph, rng=rng)
+    for tau, order in [*product(args.tau, orders)][len(rows) :]:
+        rng = None if order == "descending" else random.Random(f"{args.seed} {order}")
+        edges = sweep_order(graph, rng)
         sweep = discover(circuits[""], edges, tau, sweep, title=title,
                          save=lambda sweep: result.save({"circuits": rows, "sweep": sweep}))
-        row = describe_circuit(circuits, edges, sweep, found_on, args.seed)
-        if is_random:  # the numbers alone: a sweep of 8 x 16 has 23,981 edges
-            del row["circuit"], row["removed"]
-        rows.append({"tau": tau, "order": order, **row})
+        number = sum(put_back for put_back, _ in sweep["decided"])
+        row = {"tau": tau, "order": order, "edges": number, "margin": sweep["margin"]}
+        if rng is None:
+            row |= describe_circuit(circuits, edges, sweep["decided"], found_on, args.seed)
+        rows.append(row)
         sweep = None
-    warnings = find_warnings(facts["exact"], rows[0]["margin"], args.dtype)
-    facts |= {"circuits": rows, "warnings": list(warnings),
-              "prompts": [prompt._asdict() for prompt in prompts]}
-    facts["edges_at_kl"] = edges_at_kl(facts)
+    facts |= {"circuits": rows, "edges_at_kl": edges_at_kl(facts, rows)}
     draw_circuit(result.path(".png"), result.run.path, facts, graph)
     return facts
 
 
-def check(model, tokens, args, device):
-    """What decides whether prompts have a circuit: the share of them in which the right answer is
-    the likelier one, and the effect of the corrupt prompts on the metric, in logits."""
-    heldout = tokens.rows(args.count, None)
-    patched = patch(model, heldout, args, device)
-    clean = logit_difference(patched, patched.clean_residual[-1], heldout)  # (B)
-    corrupt = logit_difference(patched, patched.corrupt_residual[-1], heldout)
-    return (clean > 0).double().mean().item(), (clean - corrupt).mean().item()
-
-
-def measure_set(model, tokens, args, rng, device):
-    """{level: what measure_level finds} for one set of prompts."""
-    half, scores = args.count // 2, []  # each half has its own openings, unless they are a user's
-    for part in (tokens.rows(0, half), tokens.rows(half, args.count)):
-        scores.append(attribute(patch(model, part, args, device), part))
-    heldout, found = tokens.rows(args.count, None), {}
-    patched = patch(model, heldout, args, device)
-
-    def metric(end):
-        return logit_difference(patched, end, heldout).mean().item()
-
-    corrupt, clean = metric(patched.corrupt_residual[-1]), metric(patched.clean_residual[-1])
-    for level in args.level:
-        halves = [one[level] for one in scores]
-        circuit_of = CIRCUITS[level](patched)
-        found[level] = measure_level(circuit_of, metric, halves, corrupt, clean, rng)
-    return found
-
-
 def attribute_run(result, title, args, device):
     """The circuits by attribution of one run: {"rows": a dict for each task and level}."""
-    model, rows = result.run.model.to(device), result.state or []
+    patched = partial(patch, result.run.model.to(device), dtype=args.dtype)
+    half, count = args.count // 2, args.count
+    rows = result.state or []
     for task in args.task[len(rows) // len(args.level) :]:
-        sets = [tokens for _, tokens in load_prompts(result.run, task, args)]
-        checks = [check(model, tokens, args, device) for tokens in sets]
-        right, effect = map(statistics.mean, zip(*checks))
-        verdict = ""
-        if right < PREFERS:
-            verdict = "does not know"
-        elif effect < LEAST_EFFECT:
-            verdict = "no effect"
-        rng, found = random.Random(args.seed), []
+        sets = load_prompts(result.run, task, args)
+        shares, effects = [], []
+        for heldout in [tokens.rows(count, None) for tokens in sets]:
+            model = patched(heldout)
+            clean = logit_difference(model, model.clean_residual[-1], heldout)  # (B)
+            corrupt = logit_difference(model, model.corrupt_residual[-1], heldout)
+            shares.append((clean > 0).double().mean().item())
+            effects.append((clean - corrupt).mean().item())
+        right, effect = statistics.mean(shares), statistics.mean(effects)
+        verdict = "no effect" if effect < LEAST_EFFECT else ""
+        verdict = "does not know" if right < KNOWS else verdict
+        rng = random.Random(args.seed)
+        found = {level: [] for level in args.level}
         for tokens in [] if verdict else tqdm(sets, f"{title} {task}", unit=" sets of prompts"):
-            found.append(measure_set(model, tokens, args, rng, device))
+            scores = []
+            for part in (tokens.rows(0, half), tokens.rows(half, count)):
+                scores.append(attribute(patched(part), part))
+            heldout = tokens.rows(count, None)
+            model = patched(heldout)
+            for level in args.level:
+                halves = [one[level] for one in scores]
+                found[level].append(measure_level(model, heldout, level, halves, rng))
         for level in args.level:
             row = {"task": task, "level": level, "right": right, "effect": effect,
                    "verdict": verdict}
-            numbers = pd.DataFrame([one[level] for one in found])
+            numbers = pd.DataFrame(found[level])
             for name in numbers:  # a mean over the sets; of a list, entry by entry
-                mean = torch.tensor([*numbers[name]], dtype=torch.float64).mean(0)
-                row[name] = mean.tolist()
-            rows = [*rows, row]
+                row[name] = torch.tensor([*numbers[name]], dtype=torch.float64).mean(0).tolist()
+            rows.append(row)
         result.save(rows)
     return {"rows": rows}
 
 
-# ------------------------------------------------------------------------------------- the frontier
-
-
-def measured_points(facts):
-    """(edges, KL) of a model's circuits: the one without edges, then one per tau, in the fixed
-    order; on held-out prompts if there are any."""
-    ending = "_heldout" if "kl_corrupt_heldout" in facts else ""
-    points = [(0, facts[f"kl_corrupt{ending}"])]
-    for row in facts["circuits"]:
-        if row["order"] == "descending":
-            points.append((row["edges"], row[f"kl{ending}"]))
-    return [(edges, max(kl, LEAST_KL)) for edges, kl in points]
-
-
-def frontier(points):
-    """Those of the (edges, KL) that are better than all with fewer edges: KL falls along them."""
-    best = []
-    for edges, kl in sorted(points):
-        if not best or kl < best[-1][1]:
-            best.append((edges, kl))
-    return best
-
-
 def edges_for_kl(points, kl):
-    """How many edges are needed for a KL of at most kl, a float; None outside the measured range.
-
-    Between two neighbours on the frontier, log KL is interpolated linearly.
-    """
-    best = frontier(points)
-    for (fewer, high), (more, low) in zip(best, best[1:]):
+    """How many edges are needed for a KL of at most kl; None outside the measured range. log KL is
+    linear between neighbours of those points (edges, KL) that no smaller circuit beats."""
+    frontier = []
+    for point in sorted(points):
+        if not frontier or point[1] < frontier[-1][1]:
+            frontier.append(point)
+    for (fewer, high), (more, low) in zip(frontier, frontier[1:]):
         if low <= kl <= high:
             return fewer + (more - fewer) * math.log(high / kl) / math.log(high / low)
-    return 0.0 if kl >= best[0][1] else None
+    return 0.0 if kl >= frontier[0][1] else None
 
 
-def edges_at_kl(facts):
-    """{"0.1": edges_for_kl, ...} for every AT_KL. None for a single tau, and for a model that does
-    not know the answers: its circuit is nearly empty, and not one for the task."""
-    points = measured_points(facts)
-    if len(points) < 3 or facts["exact"] < KNOWS:
+def edges_at_kl(facts, rows):
+    """{"0.1": edges_for_kl, ...} for every AT_KL, on held-out prompts if there are any. None for a
+    single tau, and for a model that does not know the task."""
+    ending = "_heldout" if "kl_corrupt_heldout" in facts else ""
+    points = [(0, facts[f"kl_corrupt{ending}"])]  # without edges, then of every tau
+    for row in rows:
+        if row["order"] == "descending":
+            points.append((row["edges"], max(row[f"kl{ending}"], LEAST_KL)))
+    if len(points) < 3 or facts["verdict"]:
         return dict.fromkeys(AT_KL)
     return {kl: edges_for_kl(points, float(kl)) for kl in AT_KL}
 
 
-# ------------------------------------------------------------------------------------- the pictures
+# ------------------------------------------------------------------- pictures, the command line
 
 PARTS = {"Q": ("tab:red", "queries"), "K": ("tab:blue", "keys"), "V": ("tab:green", "values"),
          "": ("0.35", "an MLP or the end")}
 
 
-def spot(graph, node):
-    """Where a node is drawn, (x, y): blocks from bottom to top, heads left, MLPs right."""
+def spot(graph, node, part=""):
+    """Where a node or its input is drawn, (x, y): blocks bottom to top, heads left, MLPs right."""
     if node in (0, graph.end):
         return graph.n_head / 2, 2 * graph.n_layer + 1.5 if node else -0.5
     block, head = graph.place(node)
     if head is None:
         return graph.n_head + 0.5, 2 * block + 1.4
-    return head, 2 * block + 0.6
+    shift = {"Q": -0.15, "V": 0.15}.get(part, 0)  # a head's three inputs are side by side
+    return head + shift, 2 * block + 0.6
 
 
 def draw_circuit(path, title, facts, graph):
     """The first circuit of a result. A thicker edge costs more KL when it is removed."""
     from matplotlib.figure import Figure  # here, because it is slow to import
-
     row = facts["circuits"][0]
     edges = {graph.edge_name(edge): edge for edge in sweep_order(graph)}
     rises = {edges[name]: rise for name, rise in row["circuit"].items()}
@@ -727,10 +606,8 @@ def draw_circuit(path, title, facts, graph):
     axes = figure.subplots()
     for edge, rise in rises.items():
         color, _ = PARTS[edge.dest.part]
-        x0, y0 = spot(graph, edge.source)
-        x1, y1 = spot(graph, edge.dest.node)
-        x1 += {"Q": -0.15, "V": 0.15}.get(edge.dest.part, 0)  # a head's three inputs side by side
-        axes.plot((x0, x1), (y0, y1), "-" if edge in connected else ":", color=color, alpha=0.65,
+        ends = spot(graph, edge.source), spot(graph, *edge.dest)
+        axes.plot(*zip(*ends), "-" if edge in connected else ":", color=color, alpha=0.65,
                   lw=0.6 + 4 * math.sqrt(max(rise, 0) / top))
     for node in {node for edge in rises for node in (edge.source, edge.dest.node)}:
         axes.text(*spot(graph, node), graph.name(node), ha="center", va="center", fontsize=8,
@@ -746,90 +623,80 @@ def draw_circuit(path, title, facts, graph):
 
 
 def draw_attribution(path, rows, title):
-    """f over the share that is kept: a panel for each level and task, a line for each run."""
+    """f over the share that is kept: a panel for each level and task, a line for each row."""
     from matplotlib.figure import Figure
-
     known = rows[rows["verdict"] == ""]
     if known.empty:
         return
-    tasks, levels, groups = (rows[name].unique().tolist() for name in ("task", "level", "group"))
-    size = (3.6 * len(tasks) + 1, 2.8 * len(levels) + 1)
-    figure = Figure(figsize=size, layout="constrained")
+    tasks, levels, names = (rows[name].unique().tolist() for name in ("task", "level", "run"))
+    figure = Figure((3.6 * len(tasks) + 1, 2.8 * len(levels) + 1), layout="constrained")
     figure.suptitle(title)
+    figure.supylabel("f: share of the effect")
     panels = figure.subplots(len(levels), len(tasks), squeeze=False, sharey=True)
-    for (y, level), (x, task) in product(enumerate(levels), enumerate(tasks)):
-        axes = panels[y][x]
-        here = known[(known["level"] == level) & (known["task"] == task)]
-        for row in here.to_dict("records"):
+    lines = {}  # {name: what its legend shows}
+    for axes, (level, task) in zip(panels.flat, product(levels, tasks)):
+        for row in known.query("level == @level and task == @task").to_dict("records"):
             sizes, heights = row["curve"]
             shares = [size / row["total"] for size in sizes]
-            axes.plot(shares, row["curve_random"][1], ":", color="0.7", lw=1)
-            axes.plot(shares, heights, color=f"C{groups.index(row['group'])}", lw=1)
+            name = row["run"]
+            chance, = axes.plot(shares, row["curve_random"][1], ":", color="0.7", lw=1)
+            line, = axes.plot(shares, heights, color=f"C{names.index(name)}", lw=1)
+            lines |= {"random order": chance, plain(name): line}
         axes.axhline(FAITHFUL, color="0.8", lw=0.8)
         axes.set(title=task, xlabel=f"share of {level}", xscale="log", ylim=(-0.25, 1.25))
-        panels[y][0].set_ylabel("f: share of the effect")
-    for place, group in enumerate(groups[:5]):  # more are hard to distinguish
-        runs = rows.loc[rows["group"] == group, "run"].unique()
-        label = plain(os.path.relpath(common_name(runs), path.parent))
-        panels[0][0].plot([], [], color=f"C{place}", label=label)
-    panels[0][0].plot([], [], ":", color="0.7", label="random order")
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    shown = [*lines][:6]  # more are hard to distinguish
+    figure.legend([lines[name] for name in shown], shown, loc="outside lower center", ncols=3)
     save_figure(path, figure)
 
 
-# --------------------------------------------------------------------------------- the command line
-
 MODEL_COLUMNS = {  # entry of acdc.json: its format
-    "run": "", "total": ",", "exact": ".0%", "right": ".0%", "ablated_exact": ".0%",
-    "ablated_right": ".0%", "kl_corrupt": ".3f", "kl_corrupt_heldout": ".3f",
-    **{f"edges_at_kl.{kl}": ".1f" for kl in AT_KL}}
+    "run": "", "total": ",", "exact": ".0%", "right": ".0%", "verdict": "", "kl_corrupt": ".3f",
+    "kl_corrupt_heldout": ".3f", **{f"edges_at_kl.{kl}": ".1f" for kl in AT_KL}}
 CIRCUIT_COLUMNS = {
     "run": "", "tau": "g", "edges": ",", "random_orders": ".1f", "connected": ",", "heads": "",
     "kl": ".3f", "kl_random": ".3f", "kl_heldout": ".3f", "kl_random_heldout": ".3f",
-    "circuit_exact": ".0%", "circuit_right": ".0%", "evaluations": ",", "seconds": ".0f"}
-
-
-def circuit_rows(result):
-    """A row per tau: the circuit of the fixed order, and how many edges random orders keep."""
-    for tau in result["settings"]["tau"]:
-        first, *others = [row for row in result["circuits"] if row["tau"] == tau]
-        edges = pd.Series([row["edges"] for row in others], dtype=float)
-        yield {"run": result["run"], **first,
-               "random_orders": edges.mean(), "random_orders_sd": edges.std()}
-
-
+    "circuit_exact": ".0%", "circuit_right": ".0%"}
 EAP_NUMBERS = {
     "right": ".0%", "effect": ".1f", "size": ".1f", "f_random": ".2f", "cpr": ".3f",
     "cpr_random": ".3f", "cmd": ".3f", "cmd_random": ".3f", "jaccard": ".2f"}
 EAP_COLUMNS = {"run": "", "task": "", "level": "", "total": ",.0f", "verdict": "", **EAP_NUMBERS}
 
 
-def print_circuits(results):
-    print()
-    print_table(pd.json_normalize(results), MODEL_COLUMNS)
-    print()
-    rows = [row for result in results for row in circuit_rows(result)]
-    print_table(pd.DataFrame(rows), CIRCUIT_COLUMNS)
-    print("± is the sample standard deviation over random orders or random circuits\n"
-          "edges_at_kl: interpolated between taus; -: out of range, or exact is below half")
+def print_circuits(results, title):
+    """A table of the models, and one of their circuits: a row for each tau."""
+    rows = []
     for result in results:
-        for warning in result["warnings"]:
-            print(f"warning: {result['run']}: {warning}")
+        for tau in result["settings"]["tau"]:
+            first, *others = [row for row in result["circuits"] if row["tau"] == tau]
+            edges = pd.Series([row["edges"] for row in others], dtype=float)
+            rows.append({"run": result["run"], **first, "random_orders": edges.mean(),
+                         "random_orders_sd": edges.std()})
+    for frame, columns in ((pd.json_normalize(results), MODEL_COLUMNS),
+                           (pd.DataFrame(rows), CIRCUIT_COLUMNS)):
+        print()
+        print_table(frame, columns)
+    print("± is the sample standard deviation over random orders or random circuits\n"
+          "edges_at_kl: interpolated between taus; -: out of range, or of a model that does not "
+          "know the task")
 
 
 def print_attribution(results, title):
     """A row for each task, level and group of runs that differ in the seed; and eap.png."""
     rows = pd.DataFrame([{"run": one["run"], **row} for one in results for row in one["rows"]])
     rows = rows.reindex(columns=[*EAP_COLUMNS, "curve", "curve_random"])  # also without any circuit
-    rows["group"] = rows["run"].str.replace(r"seed\d+", "seed*", regex=True)
-    groups = rows.groupby(["task", "level", "group"], sort=False)
-    table = groups.agg(run=("run", common_name), n=("run", "size"), total=("total", "first"),
-                       verdict=("verdict", lambda texts: ", ".join(sorted({*texts} - {""}))))
+    name = rows["run"].str.replace(r"seed\d+", "seed*", regex=True)
+    alone = rows.groupby(name)["run"].transform("nunique") == 1
+    rows["run"] = rows["run"].where(alone, name)
+    groups = rows.groupby(["run", "task", "level"], sort=False)
+    table = groups.agg(n=("run", "size"), total=("total", "first"), verdict=("verdict", "max"))
     table = table.join(spread(groups, EAP_NUMBERS)).reset_index()
     print_table(table, EAP_COLUMNS)
     print("± is the sample standard deviation over seeds; (1 of 3): one of 3 seeds has it\n"
           "verdict: why a run has no circuit; random: a random order of the edges or units")
     draw_attribution(common_folder(one["run"] for one in results) / "eap.png", rows, title)
+
+
+METHODS = {"acdc": (find_circuits, print_circuits), "eap": (attribute_run, print_attribution)}
 
 
 def numbers(text):
@@ -843,7 +710,7 @@ def main():
     add("runs", nargs="+", help="run folders (their best.pt) or .pt files")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda (default %(default)s); not mps, which lacks float64")
-    add("--method", choices=("acdc", "eap"), default="acdc", help="default acdc, the paper's")
+    add("--method", choices=METHODS, default="acdc", help="default acdc, the paper's")
     one_of = parser.add_mutually_exclusive_group()
     one_of.add_argument("--task", choices=TASKS, help="default: names for acdc, all three for eap")
     one_of.add_argument("--prompts", metavar="FILE", help="your own prompts")
@@ -866,17 +733,12 @@ def main():
         parser.error("--count must be even for eap: prompts are scored in two halves")
     args.tau = args.tau or [0.03]
     args.level = [args.level] if args.level else [*CIRCUITS]
-    tasks = TASKS[:1] if acdc else TASKS
-    chosen = args.prompts or args.task
-    args.task = [chosen] if chosen else [*tasks]
+    chosen = args.prompts or args.task or ("names" if acdc else None)
+    args.task = [chosen] if chosen else [*TASKS]
     device = knobs.pick_device(args.device)
     results = [open_result(path, args) for path in run_paths(args.runs)]
-    measure = partial(find_circuits if acdc else attribute_run, args=args, device=device)
-    found = measure_all(results, measure, device)
-    if acdc:
-        print_circuits(found)
-    else:
-        print_attribution(found, args.title)
+    measure, show = METHODS[args.method]
+    show(measure_all(results, partial(measure, args=args, device=device), device), args.title)
 
 
 if __name__ == "__main__":

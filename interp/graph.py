@@ -1,8 +1,7 @@
 """A model as a graph of nodes and edges, and circuits in it (used by interp/circuits.py).
 
-Nodes are attention heads, MLPs, the embeddings and the final residual stream. An edge carries the
-output of a node to an input of a later node. In a circuit, removed edges carry the output that
-their source has on a corrupt prompt.
+An edge carries the output of a node to an input of a later node. In a circuit, removed edges carry
+the output that their source has on a corrupt prompt.
 
 Shape letters: B prompts, T positions, C channels, H heads, D = C / H, V vocabulary, S sources,
 K circuits tried at a time.
@@ -17,12 +16,8 @@ import torch.nn.functional as F
 ALL, LAST = slice(None), slice(-1, None)  # the positions of a node's input that matter
 
 
-# ---------------------------------------------------------------------------------------- the graph
-
-
 class Dest(NamedTuple):
     """Where an edge ends: one of the inputs of a node."""
-
     node: int
     part: str  # Q, K or V of a head; "" of an MLP and of Resid End, which have one input
 
@@ -33,13 +28,10 @@ class Edge(NamedTuple):
 
 
 class Graph:
-    """Names and numbers of nodes and edges.
-
-    Nodes are numbered in the order of computation: 0 is Resid Start (token + position embedding),
-    then each block's heads and its MLP, last Resid End (what ln_f reads). A head's output lacks the
-    bias of out_proj, which is always there. Every node has an edge to each input of every node of a
-    later stage, so a block's heads feed its own MLP. LayerNorm acts on the sum at each input.
-    """
+    """Nodes are numbered in the order of computation: 0 is Resid Start (token + position
+    embedding), then each block's heads and its MLP, last Resid End (what ln_f reads). A head's
+    output lacks the bias of out_proj, which is always there. Every node has an edge to each input
+    of every node of a later stage. LayerNorm acts on the sum at each input."""
 
     def __init__(self, n_layer, n_head):
         self.n_layer, self.n_head = n_layer, n_head
@@ -54,8 +46,9 @@ class Graph:
 
     def place(self, node):
         """Block and head of a head; block and None of another node."""
-        block, head = divmod(node - 1, self.n_head + 1)
-        return block, head if node < self.end and head < self.n_head else None
+        block, number = divmod(node - 1, self.n_head + 1)
+        is_head = node < self.end and number < self.n_head
+        return block, number if is_head else None
 
     def dests(self, node):
         """The inputs of a node."""
@@ -68,8 +61,10 @@ class Graph:
 
     def name(self, node, part=""):
         """Such as Resid Start, A0.3, A0.3.Q, MLP 0."""
-        if node in (0, self.end):
-            return "Resid End" if node else "Resid Start"
+        if node == 0:
+            return "Resid Start"
+        if node == self.end:
+            return "Resid End"
         block, head = self.place(node)
         if head is None:
             return f"MLP {block}"
@@ -91,49 +86,42 @@ class Graph:
         return [edge for edge in kept if edge.source in reached and edge.dest.node in reaching]
 
 
-# ---------------------------------------------------------------------------------------- the model
-
-
 def unchanged(place, value):
     return value
 
 
 def attention_mask(position, window):
     """position (B, T), negative on padding -> (B, T, T): 0 where a query looks, -inf elsewhere."""
-    T = position.size(1)
-    key = torch.arange(T)  # (T)
-    query = key[:, None]  # (T, 1)
-    seen = (key <= query) & (key > query - window)  # (T, T)
-    seen = seen & (position[:, None, :] >= 0)  # (B, T, T)
-    seen |= torch.eye(T, dtype=torch.bool)  # padding sees itself: a row of -inf would give nan
-    return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    distance = position[:, :, None] - position[:, None]  # (B, T, T), from a query back to a key
+    seen = (distance >= 0) & (distance < window) & (position[:, None] >= 0)
+    seen |= distance == 0  # padding sees itself: a row of -inf would give nan
+    return torch.where(seen, 0.0, -torch.inf)
 
 
 class PatchedModel:
     """A GPT-Neo on pairs of prompts, computed node by node.
 
-    weights: a GPTNeo's clean_state_dict(). windows: how many tokens each block sees.
-    clean, corrupt, lengths: as in Tokens.
+    weights: a GPTNeo's clean_state_dict(). windows: how many tokens each block sees. clean,
+    corrupt, lengths: as in Tokens, on the device of the weights.
     """
 
-    def __init__(self, weights, n_head, windows, clean, corrupt, lengths,
-                 dtype=torch.float32, device="cpu"):
+    def __init__(self, weights, n_head, windows, clean, corrupt, lengths, dtype=torch.float32):
         self.graph = Graph(len(windows), n_head)
         self.weights = {}
         for name, value in weights.items():
-            self.weights[name.removeprefix("transformer.")] = value.to(device, dtype)
-        T = clean.size(1)
-        position = torch.arange(T) - (T - lengths[:, None])  # (B, T), negative on padding
-        self.masks = [attention_mask(position, window).to(device, dtype) for window in windows]
+            self.weights[name.removeprefix("transformer.")] = value.to(dtype)
+        at = torch.arange(-clean.size(1), 0, device=lengths.device)  # (T)
+        position = at + lengths[:, None]  # (B, T), negative on padding
+        self.masks = [attention_mask(position, window) for window in windows]
         self.heads = [self.split_heads(block) for block in range(len(windows))]
         self.unembed = self.weights["lm_head.weight"].T  # (C, V)
-
         wte = self.weights["wte.weight"]
-        positions = self.weights["wpe.weight"][position.clamp_min(0).to(device)]  # (B, T, C)
+        positions = self.weights["wpe.weight"][position.clamp_min(0)]  # (B, T, C)
         # the output of every source, (S, B, T, C), and the input of every stage, [(B, T, C), ...]
-        self.clean, self.clean_residual = self.run(wte[clean.to(device)] + positions)
-        self.corrupt, self.corrupt_residual = self.run(wte[corrupt.to(device)] + positions)
-        self.end = self.norm("ln_f", self.clean_residual[-1][:, -1])  # (B, C)
+        self.clean, self.clean_residual = self.run(wte[clean] + positions)
+        self.corrupt, self.corrupt_residual = self.run(wte[corrupt] + positions)
+        self.change = self.corrupt - self.clean  # (S, B, T, C)
+        self.end = self.read_out(self.clean_residual[-1])  # (B, C)
         p = (self.end @ self.unembed).double().softmax(-1)  # (B, V)
         self.log_p = p.log().to(dtype)  # (B, V)
         self.p_unembed = p @ self.unembed.double().T  # (B, C), for E_p[d] without logits
@@ -149,33 +137,34 @@ class PatchedModel:
             heads[part] = matrix.unflatten(0, split).mT.contiguous()
         return heads
 
+    def weight_and_bias(self, name):
+        return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+
     def norm(self, name, x):
-        weight = self.weights[f"{name}.weight"]
-        bias = self.weights[f"{name}.bias"]
-        return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
+        return F.layer_norm(x, x.shape[-1:], *self.weight_and_bias(name), 1e-5)
+
+    def read_out(self, residual):
+        """What Resid End reads, (..., B, T or 1, C) -> the output of ln_f at the last position."""
+        return self.norm("ln_f", residual[..., -1, :])  # (..., B, C)
 
     def linear(self, name, x):
-        return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
+        return F.linear(x, *self.weight_and_bias(name))
 
-    def project(self, dest, x):
-        """The first step of a node on one of its inputs (..., C): a head computes its queries, keys
-        or values, (..., D), an MLP its LayerNorm."""
-        block, head = self.graph.place(dest.node)
-        if head is None:
-            return self.norm(f"h.{block}.ln_2", x)
-        matrix = self.heads[block][dest.part][head]  # (C, D)
-        return self.norm(f"h.{block}.ln_1", x) @ matrix
-
-    def output(self, node, projected, edit=unchanged):
-        """The output of a node, (..., B, T or 1, C), from the list of its projections.
+    def output(self, node, inputs, edit=unchanged):
+        """The output of a node, (..., B, T or 1, C), from its inputs, a list of such tensors.
 
         edit: node, its units -> its units: a head's channels, (..., D), an MLP's neurons, (..., 4C)
         """
         block, head = self.graph.place(node)
         if head is None:
-            hidden = self.linear(f"h.{block}.mlp.c_fc", projected[0])  # (..., B, T or 1, 4C)
+            x = self.norm(f"h.{block}.ln_2", inputs[0])
+            hidden = self.linear(f"h.{block}.mlp.c_fc", x)  # (..., B, T or 1, 4C)
             neurons = edit(node, F.gelu(hidden, approximate="tanh"))
             return self.linear(f"h.{block}.mlp.c_proj", neurons)
+        projected = []
+        for part, x in zip("QKV", inputs):
+            x = self.norm(f"h.{block}.ln_1", x)
+            projected.append(x @ self.heads[block][part][head])
         q, k, v = projected  # q (..., B, T or 1, D), k and v (..., B, T, D)
         mask = self.masks[block][:, -q.size(-2) :]  # (B, T or 1, T)
         scores = q @ k.transpose(-1, -2) + mask  # (..., B, T or 1, T); no 1/sqrt(D), as in GPT-Neo
@@ -192,9 +181,8 @@ class PatchedModel:
             residual.append(x)
             given = []
             for node in stage:
-                dests = self.graph.dests(node)
-                projected = [self.project(dest, read(dest, x)) for dest in dests]
-                given.append(self.output(node, projected, edit))
+                inputs = [read(dest, x) for dest in self.graph.dests(node)]
+                given.append(self.output(node, inputs, edit))
             outputs += given
             x = x + sum(given)
             block, head = self.graph.place(stage[0])
@@ -222,9 +210,6 @@ class PatchedModel:
             total = logits.sub_(top).exp_().sum(-1).double()  # (B)
             log_mean_exp.append(total.log() + top[:, 0].double())
         return (torch.stack(log_mean_exp) - mean).mean(-1)
-
-
-# -------------------------------------------------------------------------------------- the circuit
 
 
 class Circuit:
@@ -259,17 +244,16 @@ class Circuit:
                     self.everywhere.update(self.kept[dest])
         self.current = self.model.clean.clone()  # (S, B, T, C), the output of every source
         self.changed = set()  # the sources whose output is no longer that in the clean model
-        # {Dest: ...}, computed when first needed: its input, (B, T or 1, C), and the projection
-        self.inputs, self.projections = {}, {}
+        self.inputs = {}  # {Dest: its value, (B, T or 1, C)}, computed when first needed
         for node in sorted(self.live - {0, graph.end}):
-            dests = graph.dests(node)
-            removed = any(self.removed[dest] for dest in dests)
-            if removed or any(self.changed & {*self.kept[dest]} for dest in dests):
+            if any(self.removed[dest] or self.changed.intersection(self.kept[dest])
+                   for dest in graph.dests(node)):
                 self.set_output(node, self.output_of(node, {}))
 
     def positions(self, dest):
         """The positions of an input that matter."""
-        return ALL if dest.part in ("K", "V") or dest.node in self.everywhere else LAST
+        matters = dest.part in ("K", "V") or dest.node in self.everywhere
+        return ALL if matters else LAST
 
     def set_output(self, node, output):
         """Set the output of this node to output (B, T or 1, C)."""
@@ -277,17 +261,15 @@ class Circuit:
         self.changed.add(node)
 
     def input_of(self, dest):
-        """The value of an input, (B, T or 1, C), by the shorter of two sums.
-
-        Either its value on the corrupt prompts, with every kept edge corrected; or, while its
-        sources are clean, its value on the clean prompts, with every removed edge corrupted.
-        """
+        """The value of an input, (B, T or 1, C): on the corrupt prompts, with every kept edge
+        corrected; or, if that sum is shorter and its sources are clean, on the clean prompts, with
+        every removed edge corrupted."""
         if dest not in self.inputs:
             model, stage = self.model, self.graph.stage[dest.node]
             removed, kept = self.removed[dest], self.kept[dest]
             if len(removed) < len(kept) and self.changed.isdisjoint(kept):
                 x = model.clean_residual[stage]  # (B, T, C)
-                change = model.corrupt[removed] - model.clean[removed]  # (removed, B, T, C)
+                change = model.change[removed]  # (removed, B, T, C)
             else:
                 x = model.corrupt_residual[stage]
                 change = self.current[kept] - model.corrupt[kept]  # (kept, B, T, C)
@@ -296,83 +278,58 @@ class Circuit:
         return self.inputs[dest]
 
     def output_of(self, node, new):
-        """The output of a node, (..., B, T or 1, C), when some of its inputs have new values,
-        {Dest: (..., B, T or 1, C)}."""
-        projected = []
+        """The output of a node when some of its inputs have new values, {Dest: value}."""
+        inputs = []
         for dest in self.graph.dests(node):
-            if dest in new:
-                projected.append(self.model.project(dest, new[dest]))
-                continue
-            if dest not in self.projections:
-                self.projections[dest] = self.model.project(dest, self.input_of(dest))
-            projected.append(self.projections[dest])
-        return self.model.output(node, projected)
-
-    def removals(self, edges):
-        """Their inputs' values after removing the first, the first two, ... of these edges.
-
-        The sweep goes from the end to the start, so the sources of these edges are still clean.
-        """
-        inputs = {}
-        for dest in dict.fromkeys(edge.dest for edge in edges):
-            x, tries = self.input_of(dest), []
-            for edge in edges:
-                if edge.dest == dest:
-                    change = self.model.corrupt[edge.source] - self.model.clean[edge.source]
-                    x = x + change[:, self.positions(dest)]  # (B, T or 1, C)
-                tries.append(x)
-            inputs[dest] = torch.stack(tries)  # (K, B, T or 1, C)
-        return inputs
+            inputs.append(new[dest] if dest in new else self.input_of(dest))
+        return self.model.output(node, inputs)
 
     def attempt(self, edges):
-        """Try to remove the first, the first two, ... of these K edges of one stage.
-
-        -> KL of these K circuits, a list, and what changes in each: inputs {Dest: value}, outputs
-        {node: value}, (K, B, T or 1, C) each. All K are computed in one batch. Only live nodes that
-        a removed edge or a changed kept source feeds are computed.
-        """
-        inputs, outputs = self.removals(edges), {}
+        """Try to remove the first, the first two, ... of these K edges of one stage, in one batch
+        -> KL of these circuits, a list, and what changes: inputs {Dest: value}, outputs {node:
+        value}, (K, B, T or 1, C) each."""
+        inputs, outputs = {}, {}
+        for dest in {edge.dest: None for edge in edges}:
+            x = self.input_of(dest)
+            tries = []
+            for edge in edges:
+                if edge.dest == dest:  # the sweep comes from the end, so its source is still clean
+                    x = x + self.model.change[edge.source][:, self.positions(dest)]
+                tries.append(x)  # (B, T or 1, C)
+            inputs[dest] = torch.stack(tries)
         first = min(dest.node for dest in inputs)
         for node in sorted(node for node in self.live if node >= first):
             dests = self.graph.dests(node)
             for dest in dests:
-                rows, change = self.positions(dest), 0
-                changing = [source for source in self.kept[dest] if source in outputs]
-                for source in changing:
-                    new = outputs[source][:, :, rows]
-                    old = self.current[source][:, rows]
-                    change = change + (new - old)  # (K, B, T or 1, C)
-                if changing:
-                    inputs[dest] = self.input_of(dest) + change
-            new = {dest: inputs[dest] for dest in dests if dest in inputs}
-            if new and node != self.graph.end:
-                outputs[node] = self.output_of(node, new)
-        end = self.model.norm("ln_f", inputs[self.end][:, :, -1])  # (K, B, C)
-        return self.model.divergence(end).tolist(), inputs, outputs
+                rows, changes = self.positions(dest), []
+                for source in self.kept[dest]:
+                    if source in outputs:
+                        old = self.current[source][:, rows]
+                        changes.append(outputs[source][:, :, rows] - old)
+                if changes:
+                    inputs[dest] = self.input_of(dest) + sum(changes)
+            if node != self.graph.end and inputs.keys() & dests:
+                outputs[node] = self.output_of(node, inputs)
+        end = self.model.read_out(inputs[self.end])  # (K, B, C)
+        kls = self.model.divergence(end).tolist()
+        return kls, inputs, outputs
 
     def commit(self, edges, inputs, outputs):
         """Remove these edges, the first ones of the last attempt, which gave inputs and outputs."""
-        number, stage = len(edges) - 1, self.graph.stage
+        number = len(edges) - 1
+        swept = self.graph.stage[edges[0].dest.node]
         for node, output in outputs.items():
             self.set_output(node, output[number])
         for dest, x in inputs.items():
-            self.projections.pop(dest, None)
-            if stage[dest.node] == stage[edges[0].dest.node]:
+            if self.graph.stage[dest.node] == swept:
                 self.inputs[dest] = x[number]
             else:
                 del self.inputs[dest]  # to be summed again: rounding errors would add up
         for edge in edges:
             self.removed[edge.dest].append(edge.source)
 
-    def read_out(self):
-        """The output of ln_f at the last position, (B, C)."""
-        return self.model.norm("ln_f", self.input_of(self.end)[:, -1])
-
     def kl_without(self, removed):
         """KL(clean model || circuit) once exactly these edges are removed, a float."""
         self.set_removed(removed)
-        return self.model.divergence(self.read_out()[None]).item()
-
-    def logits(self):
-        """The circuit's logits at the last position, (B, V)."""
-        return self.read_out() @ self.model.unembed
+        end = self.model.read_out(self.input_of(self.end))  # (B, C)
+        return self.model.divergence(end[None]).item()

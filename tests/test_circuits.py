@@ -15,7 +15,7 @@ from interp import circuits
 from interp.graph import Circuit, Edge, Graph, PatchedModel
 from prepare import UserError, load_tokenizer, read_asset, word_lists
 
-WORDS = "Tom Sue Ben Lily Max Anna park ball kite and gave to the a"
+WORDS = "Tom Sue Ben Lily Max Anna park zoo ball kite and gave to the a"
 LENGTHS = [9, 7, 9, 8]
 OWN = [{"clean": " Tom and Sue gave to", "corrupt": " Ben and Max gave to",
         "answer": " Tom", "wrong": " Sue"},
@@ -184,29 +184,18 @@ def test_fp32_keeps_the_digits_of_a_small_kl():
     assert rounded.kl_without(removed) == expected and abs(rounded.kl_without([])) < 1e-6
 
 
-@pytest.mark.parametrize("changes", [
-    {"ablation": "local"}, {"ablation": "global", "attn_unit": "head", "k_attn": 1}])
-def test_answers_of_both_streams_are_those_of_each_prompt_alone(changes):
-    """Prompts of several lengths and out of order: padding must not reach the ablated stream."""
-    model, (clean, corrupt, lengths) = tiny(k_mlp=3, **changes), pairs(LENGTHS * 5)
+def test_answers_are_those_of_each_prompt_alone():
+    """Prompts of several lengths: padding must not reach them."""
+    model, (clean, corrupt, lengths) = tiny(k_mlp=3), pairs(LENGTHS * 5)
+    logits = torch.cat([model(row[None, -n:])[:, -1] for row, n in zip(clean, lengths)])
     answers, wrong = torch.randint(23, (2, 20), generator=torch.Generator().manual_seed(2))
-    alone = [model.ablated(row[None, -length:]) for row, length in zip(clean, lengths)]
-    streams = {"": torch.cat([outputs.logits_clean[:, -1] for outputs in alone]),
-               "ablated_": torch.cat([outputs.logits_ablated[:, -1] for outputs in alone])}
-    guesses = streams["ablated_"].argmax(-1)
-    answers[:6], wrong[6:9] = guesses[:6], guesses[6:9]  # some are right, some wrong
+    answers[:6] = logits[:6].argmax(-1)
+    wrong[6:9] = logits[6:9].argmax(-1)
+    right = [row[answer] > row[other] for row, answer, other in zip(logits, answers, wrong)]
     tokens = circuits.Tokens(clean, corrupt, lengths, answers, wrong)
-    both = {"": circuit_of(model, tokens[:3]), "_heldout": circuit_of(model, tokens[:3])}
-    facts = circuits.describe_model(model, both, tokens)
-    for stream, logits in streams.items():
-        exact = right = 0
-        for row, answer, other in zip(logits, answers, wrong):
-            exact += float(row.argmax() == answer) / 20
-            right += float(row[answer] > row[other]) / 20
-        found = facts[f"{stream}exact"], facts[f"{stream}right"]
-        assert found == pytest.approx((exact, right))
-    assert facts["ablated_exact"] >= 0.3 and 0 < facts["ablated_right"] < 1
-    assert facts["kl_corrupt_heldout"] == facts["kl_corrupt"] > 0  # the same prompts here
+    found = circuits.answers(circuit_of(model, tokens[:3]), tokens)
+    exact = (logits.argmax(-1) == answers).double().mean().item()
+    assert found == [exact, sum(right) / 20] and 0.3 <= exact < found[1] < 1
 
 
 @pytest.mark.parametrize("kl, edges", [
@@ -215,21 +204,19 @@ def test_answers_of_both_streams_are_those_of_each_prompt_alone(changes):
     (4.0, 0), (9.0, 0), (0.0099, None)])  # no edge is needed; more than any circuit has
 def test_edges_for_a_kl_lie_on_the_line_between_unbeaten_neighbours(kl, edges):
     points = [(0, 4.0), (40, 0.01), (10, 1.0), (20, 0.1), (15, 1.5), (20, 0.2), (30, 0.1)]
-    assert circuits.frontier(points) == [(0, 4.0), (10, 1.0), (20, 0.1), (40, 0.01)]
     assert circuits.edges_for_kl(points, kl) == (edges and pytest.approx(edges, abs=1e-12))
 
 
 def test_edges_at_equal_kl_are_of_the_fixed_order_on_the_prompts_held_out():
     rows = [("descending", 10, 0.25, 0.5), (0, 1, 1e-5, 1e-5), ("descending", 30, 0.0, -1e-9)]
     rows = [dict(zip(("order", "edges", "kl", "kl_heldout"), row)) for row in rows]
-    facts = {"kl_corrupt": 4.0, "kl_corrupt_heldout": 16.0, "exact": 0.5, "circuits": rows}
-    assert circuits.measured_points(facts) == [(0, 16.0), (10, 0.5), (30, 1e-6)]
-    found = circuits.edges_at_kl(facts)
+    facts = {"kl_corrupt": 4.0, "kl_corrupt_heldout": 16.0, "verdict": ""}
+    found = circuits.edges_at_kl(facts, rows)
     assert found["1"] == pytest.approx(8)  # 16 to 0.5 is five halvings, 16 to 1 four of them
     assert 10 < found["0.3"] < found["0.1"] < 30
     nothing = {"0.1": None, "0.3": None, "1": None}
-    assert circuits.edges_at_kl(facts | {"circuits": rows[:2]}) == nothing  # of one tau
-    assert circuits.edges_at_kl(facts | {"exact": 0.49}) == nothing  # no circuit for the task
+    assert circuits.edges_at_kl(facts, rows[:2]) == nothing  # of one tau
+    assert circuits.edges_at_kl(facts | {"verdict": "does not know"}, rows) == nothing
 
 
 NAMES = [word for kind, words in word_lists().items() if kind not in ("places", "objects")
@@ -299,29 +286,28 @@ def run(tmp_path):
     """A run folder, its data gone: circuits need none."""
     meta = {"tokenizer": vocabulary(WORDS), "checksum": "abc"}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    model = tiny_model(vocab_size=271, block_size=120, n_layer=1)
+    model = tiny_model(vocab_size=272, block_size=120, n_layer=1)
     run = make_run(tmp_path / "run", tmp_path, model)
     (tmp_path / "meta.json").unlink()
     return run
 
 
 def found_in(run):
-    """acdc.json, and its circuits without the times."""
-    facts = json.loads((run / "acdc.json").read_text())
-    return facts, [{**row, "seconds": 0} for row in facts["circuits"]]
+    return json.loads((run / "acdc.json").read_text())
 
 
 def test_the_command_as_a_user_types_it(typed, run):
     words = (run, "--device=cpu", "--count=4", "--tau=0.0003,0.2", "--orders=2")
     message, out = typed(circuits.main, *words)
-    facts, rows = found_in(run)
-    assert message is None and "random_orders" in out and "warning" in out  # an untrained model
-    assert facts["total"] == 13 and len(rows) == 6 and len(facts["prompts"]) == 8
+    facts = found_in(run)
+    rows = facts["circuits"]
+    assert message is None and "random_orders" in out and "does not know" in out  # untrained
+    assert facts["total"] == 13 and len(rows) == 6 and facts["settings"]["heldout"] == 4
     assert {"edges_at_kl", "kl_corrupt", "kl_corrupt_heldout", "right"} <= facts.keys()
-    first, second = rows[:2]
-    assert first["edges"] == len(first["circuit"]) == 13 - len(first["removed"])
-    assert {"kl", "kl_heldout", "kl_random_heldout", "heads"} <= second.keys()
-    assert first["kl_random_sd"] > 0 and second["kl_random_heldout_sd"] > 0
+    assert [row["order"] for row in rows] == ["descending", 0, 1] * 2
+    assert rows[0]["edges"] == len(rows[0]["circuit"]) == 13 - len(rows[0]["removed"])
+    assert {"kl", "kl_heldout", "heads", "connected", "circuit_exact"} <= rows[3].keys()
+    assert rows[0]["kl_random_sd"] > 0 and rows[0]["kl_random_heldout_sd"] > 0
     assert (run / "acdc.png").read_bytes()[:4] == b"\x89PNG"
     before = contents(run)
     assert typed(circuits.main, *words)[0] is None and contents(run) == before
@@ -332,7 +318,7 @@ def test_the_command_as_a_user_types_it(typed, run):
 def test_an_interrupted_command_continues_to_the_same_result(typed, run, monkeypatch):
     words = (run, "--device=cpu", "--count=4", "--tau=0.0003,0.001")
     assert typed(circuits.main, *words)[0] is None
-    _, whole = found_in(run)
+    whole = found_in(run)["circuits"]
     (run / "acdc.json").unlink()
     save = circuits.Result.save
 
@@ -345,7 +331,7 @@ def test_an_interrupted_command_continues_to_the_same_result(typed, run, monkeyp
     assert typed(circuits.main, *words)[0] == "stopped" and not (run / "acdc.json").exists()
     monkeypatch.undo()
     assert typed(circuits.main, *words)[0] is None
-    assert found_in(run)[1] == whole and not (run / "acdc.resume.pt").exists()
+    assert found_in(run)["circuits"] == whole and not (run / "acdc.resume.pt").exists()
 
 
 def test_prompts_of_ones_own(typed, run, tmp_path):
@@ -353,6 +339,3 @@ def test_prompts_of_ones_own(typed, run, tmp_path):
     path.write_text(json.dumps(OWN))
     message, out = typed(circuits.main, run, "--device=cpu", f"--prompts={path}")
     assert message is None and "heldout" not in out  # two prompts, none to hold out
-    path.write_text('[{"clean": " Tom"}]')
-    message, _ = typed(circuits.main, run, f"--prompts={path}")
-    assert "cannot read prompts from" in message and "clean, corrupt, answer, wrong" in message

@@ -238,6 +238,9 @@ def discover(circuit, edges, tau, state=None, save=lambda state: None, title="AC
     state = state or {"decided": [], "kl": 0.0, "margin": math.inf}
     decided = state["decided"]
     stages = [circuit.graph.stage[edge.dest.node] for edge in edges]
+    smallest, largest = 1, WINDOW
+    if circuit.current.device.type == "cuda":  # where a batch takes as long as one edge
+        smallest = largest = 2 * WINDOW
     with tqdm(total=len(edges), initial=len(decided), unit=" edges",
               desc=f"{title} tau {tau:g}", mininterval=1) as bar:
         while len(decided) < len(edges):
@@ -249,14 +252,14 @@ def discover(circuit, edges, tau, state=None, save=lambda state: None, title="AC
             # removing an edge into it raises KL by exactly 0 and need not be tried.
             decisions = {edge: [not 0.0 < tau, 0.0] for edge in ours}
             untried = [edge for edge in ours if edge.dest.node in circuit.live]
-            size = 1
+            size = smallest
             bar.update(len(ours) - len(untried))
             while untried:
                 found, state["kl"] = decide(circuit, untried[:size], state["kl"], tau)
                 decisions.update(zip(untried, found))
                 state["margin"] = min(state["margin"], *(abs(rise - tau) for _, rise in found))
                 put_back, _ = found[-1]
-                size = 1 if put_back else min(2 * size, WINDOW)
+                size = smallest if put_back else min(2 * size, largest)
                 untried = untried[len(found) :]
                 bar.update(len(found))
             decided += decisions.values()

@@ -50,8 +50,7 @@ PAPER = {  # its Table 1: (ablation, k_attn and k_mlp) -> these numbers
 # the parts of a table, printed below each other: {column: format}
 HEAD = dict.fromkeys(("run", "layer", "ablation", "k_attn", "k_mlp", "differs", "n"), "")
 TABLE1 = [{
-    "answers exact": ".0%", "by the ablated stream": ".0%",
-    "edges": ".1f", "paper edges": ".4g", "connected edges": ".1f",
+    "answers exact": ".0%", "edges": ".1f", "paper edges": ".4g", "connected edges": ".1f",
     "edges for KL <= 0.1": ".1f", "edges for KL <= 0.3": ".1f", "edges for KL <= 1": ".1f",
     "units for names": ".0f", "units for pronouns": ".0f", "units for objects": ".0f",
     "nats lost at L0 = 3": ".3f", "CE score at L0 = 3": ".2f",
@@ -107,7 +106,7 @@ def circuit_numbers(result, layer):
     numbers = {f"edges for KL <= {kl}": edges for kl, edges in result["edges_at_kl"].items()}
     return numbers | {
         "edges": first["edges"], "connected edges": first["connected"],
-        "answers exact": result["exact"], "by the ablated stream": result["ablated_exact"]}
+        "answers exact": result["exact"]}
 
 
 def unit_numbers(result, layer):

@@ -45,10 +45,9 @@ def found(run, experiment, knob=0, **facts):
         "settings": {"knob": knob}, **digests(load_checkpoint(run)["model"]), **facts})
 
 
-def found_circuit(run, edges, edges_at_kl=(None, None, None), exact=0.5, ablated=None, **more):
+def found_circuit(run, edges, edges_at_kl=(None, None, None), exact=0.5, **more):
     found(run, "acdc", circuits=[{"edges": edges, "connected": edges - 2}, {"edges": 999}],
-          edges_at_kl=dict(zip(("0.1", "0.3", "1"), edges_at_kl)), exact=exact,
-          ablated_exact=ablated, **more)
+          edges_at_kl=dict(zip(("0.1", "0.3", "1"), edges_at_kl)), exact=exact, **more)
 
 
 def found_saes(run, saes, nats=None, score=None, **more):
@@ -115,8 +114,8 @@ def call(typed, tmp_path, monkeypatch):
 
 def test_table_1_joins_experiments_over_seeds(make, call, tmp_path):
     first, second, plain = make(seeds=(1, 2)) + make("plain", (1,), "none")
-    found_circuit(first, 10, (None, 5.0, 2.0), ablated=0.25)
-    found_circuit(second, 13, (9.0, 8.0, 4.0), ablated=0.75)
+    found_circuit(first, 10, (None, 5.0, 2.0))
+    found_circuit(second, 13, (9.0, 8.0, 4.0))
     found_circuit(plain, 50, exact=1.0)
     found_units(first, 80.0)
     found_units(second, 90.0, 50.0)
@@ -129,7 +128,7 @@ def test_table_1_joins_experiments_over_seeds(make, call, tmp_path):
     assert (local["n"], local["run"]) == (2, f"{tmp_path}/out/local_seed*")
     assert (local["edges"], local["edges_sd"]) == (11.5, statistics.stdev([10, 13]))
     assert (local["edges for KL <= 0.1"], local["edges for KL <= 0.1_n"]) == (9, 1)
-    assert (local["by the ablated stream"], base["answers exact"]) == (0.5, 1)
+    assert (local["answers exact"], base["answers exact"]) == (0.5, 1)
     assert (local["units for names"], local["units for names_n"]) == (85, 2)
     assert (local["units for pronouns"], local["units for pronouns_n"]) == (50, 1)
     assert (local["unlearning, retain"], local["unlearning, siblings_n"]) == (0.005, 1)

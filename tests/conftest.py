@@ -72,12 +72,21 @@ def run(tmp_path):
     return make_run(tmp_path / "out" / "tiny", tmp_path / "data", tiny_model())
 
 
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+@pytest.fixture(autouse=True)
+def handlers_of_pytest():
+    """Scripts that are called in this process leave their own."""
+    yield
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def typed(monkeypatch, capsys):
     """typed(main, *words): a script's main() with these words -> its error message (None: all went
     well) and what it printed."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
     def call(main, *words):
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
         message = None
@@ -87,9 +96,7 @@ def typed(monkeypatch, capsys):
             message = ended.code
         return message, capsys.readouterr().out
 
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return call
 
 
 def contents(folder):

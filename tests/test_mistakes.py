@@ -13,7 +13,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -22,7 +21,7 @@ import pytest
 import torch
 
 from conftest import ROOT, contents, make_data
-from test_train import STOPS, TINY
+from test_train import TINY
 
 import config as knobs
 import train
@@ -146,7 +145,6 @@ def template(tmp_path_factory):
 def typed(command):
     """What a script, called in this process, says as it leaves; None when all went well."""
     script, *words = shlex.split(command.removeprefix("-m "))
-    handlers = {number: signal.getsignal(number) for number in STOPS}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *words])
         patch.setitem(sys.modules, "wandb", None)  # whether or not it is installed here
@@ -155,9 +153,6 @@ def typed(command):
             knobs.cli(importlib.import_module(script.removesuffix(".py")).main)
         except SystemExit as ended:
             return ended.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("row", [*CORE, *INTERP], ids=lambda row: row[0])

@@ -81,9 +81,9 @@ def measure_split(model, tokens, eot, text_bytes, batch_size=8, device="cpu"):
     counts = defaultdict(int)  # tokens at which each unit is used (L, N)
     seen = {}  # whether it is used in a story (stories, L, N): a byte each, as there may be many
     whole = n // T * T  # tokens in windows of full length
-    windows = torch.arange(whole).view(-1, T).split(batch_size)
-    rest = torch.arange(whole, n)[None]  # (1, n - whole)
-    for at in filter(torch.numel, [*windows, rest]):  # (B, T)
+    windows = [*torch.arange(whole).view(-1, T).split(batch_size)]  # (B, T) each
+    windows.append(torch.arange(whole, n)[None])  # (1, n - whole): the shorter rest
+    for at in filter(torch.numel, windows):
         idx = inputs[at].to(device)
         answers = targets[at].flatten().to(device)  # (B * T)
         outputs = model.ablated(idx) if gated else [model(idx)]
@@ -370,10 +370,12 @@ def main():
     args = parser.parse_args()
     device = knobs.pick_device(args.device)
     runs = open_runs(args.runs, args.data)
-    combine = over_seeds if args.over_seeds else pd.DataFrame.copy
-    combine(pd.DataFrame(map(describe_run, runs)))  # a repeated seed is refused before measuring
+    if args.over_seeds:
+        over_seeds(pd.DataFrame(map(describe_run, runs)))  # refuses a repeated seed at once
     rows = [measure_run(run, args.batch_size, device) for run in runs]
-    frame = combine(pd.DataFrame(rows))
+    frame = pd.DataFrame(rows)
+    if args.over_seeds:
+        frame = over_seeds(frame)
     frame["differs"] = differences(frame)
     if args.json:
         whole = frame.astype(object).where(frame.notna(), None)  # JSON has no NaN

@@ -11,12 +11,14 @@ tokens, end-of-text after every story. meta.json is written last: a folder that 
 """
 
 import argparse
+import glob
 import gzip
 import hashlib
 import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import tempfile
 from collections import Counter
@@ -152,7 +154,7 @@ def texts_in(source, column):
         options = {"split": "train", "streaming": True}
         if kind == "csv":  # numbers and "NA" are text, too
             options |= {"keep_default_na": False, "converters": {column: str}}
-        source = load_dataset(kind, data_files=str(source), **options)
+        source = load_dataset(kind, data_files=glob.escape(str(source)), **options)
     batches = source.iter(1000) if hasattr(source, "iter") else [{column: source}]
     return (text for batch in batches for text in batch[column] if text)
 
@@ -174,7 +176,8 @@ def texts_of(args):
                 for text in texts_in(source, args.text_column):
                     yield split, text
     except (KeyError, OSError, EOFError, ValueError, StopIteration) as error:
-        hints = {KeyError: "no such column, set --text_column", UnicodeDecodeError: "not UTF-8",
+        hints = {KeyError: "no such split or column, see --text_column",
+                 UnicodeDecodeError: "not UTF-8",
                  ConnectionError: "without a network try --train FILE or toy"}
         reason = " ".join(f"{source} ({type(error).__name__}: {error})".split())
         raise UserError(f"cannot read {reason}: {hints.get(type(error), 'see --help')}")
@@ -295,6 +298,8 @@ def main(argv=None):
         raise UserError(f"{args.out} already holds data: add --force or choose another --out")
     spec, warnings = {"name": args.tokenizer}, Counter()
     with locked(args.out), tempfile.TemporaryDirectory(dir=args.out, prefix="unfinished") as folder:
+        for stale in {*args.out.glob("unfinished*")} - {Path(folder)}:  # of a killed run
+            shutil.rmtree(stale)
         if args.tokenizer == "words":
             spec["pieces"] = frequent_pieces(stories_of(args, Counter()), args.vocab_size - 257)
         encoding = load_tokenizer(spec)

@@ -128,7 +128,8 @@ def update(model, optimizer, rows, config, autocast, coeff, world=1):
     optimizer.zero_grad(set_to_none=True)
     row = torch.cat((sums, norm[None]))  # (4,)
     if world > 1:  # one row at a time, because the order of a sum depends on a tensor's size
-        dist.all_reduce(row := row.double())
+        row = row.double()
+        dist.all_reduce(row)
     return row / world
 
 
@@ -185,9 +186,11 @@ class Progress:
 
 def read_resumable(config, data_checksum):
     """The checkpoint to resume from. Raises UserError if it belongs to another run."""
+    if not list(Path(config.out).glob("*.pt")):
+        raise UserError(f"{config.out} has no checkpoint: start the run without --resume")
     path = Path(config.out, "last.pt")  # a run killed early has only best.pt
     checkpoint = load_checkpoint(path if path.is_file() else config.out)
-    if "optimizer" not in checkpoint:  # of interp.hf import
+    if "optimizer" not in checkpoint:  # written by interp.hf or interp.unlearn
         raise UserError(f"{config.out} has weights only: start from them with "
                         f"--init_from={config.out} and another --out")
     if checkpoint["data"] != data_checksum:
@@ -199,7 +202,7 @@ def read_resumable(config, data_checksum):
 
 
 def require_finite(values, step):
-    """Raises UserError."""
+    """Raises UserError unless all values are finite."""
     if not torch.as_tensor(values).isfinite().all():
         raise UserError(f"the loss or its gradient is no longer finite by update {step:,}: start "
                         f"again with another --out and a lower --learning_rate or another --seed")
@@ -247,21 +250,23 @@ def draw_losses(path, metrics, title):
 
 
 def pick_precision(config, device, world):
-    """-> whether to autocast to bfloat16, and torch.compile's mode or None. Raises UserError."""
+    """-> whether to autocast to bfloat16, and torch.compile's mode or None. Allows TF32 for the
+    gates. Raises UserError."""
     # CUDA graphs reuse the memory of gradients, so gradients cannot be summed over micro-batches.
     # On several GPUs they have never been run.
     graphs = world == 1 and config.grad_accum == 1
     if config.compile == "reduce-overhead" and not graphs:
         raise UserError("--compile=reduce-overhead needs one process and --grad_accum=1: "
                         "take --compile=True")
-    bfloat16, modes = config.dtype == "bfloat16", {"auto": None, "False": None, "True": "default"}
+    bfloat16 = config.dtype == "bfloat16"
+    modes = {"auto": None, "False": None, "True": "default", "reduce-overhead": "reduce-overhead"}
     if device.type == "cuda":
         modes["auto"] = "reduce-overhead" if graphs else "default"
         if config.dtype == "auto":  # GPUs before Ampere emulate bfloat16, slower than fp32
             bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
         if bfloat16:  # TF32 for the gates, which stay fp32: their inputs have bf16's noise anyway
             torch.set_float32_matmul_precision("high")
-    return bfloat16, modes.get(config.compile, config.compile)
+    return bfloat16, modes[config.compile]
 
 
 def train(config):

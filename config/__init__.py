@@ -67,6 +67,13 @@ class Config(GPTNeoConfig):
             if not good:
                 raise UserError(message)
 
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if field.type is int:
+                least = 0 if name in ("seed", "warmup_iters", "k_attn", "k_mlp") else 1
+                require(value >= least, f"{name}={value} must be at least {least}")
+            if field.type is float:
+                require(0 <= value < math.inf, f"{name}={value} must be a number from 0 on")
         require(self.n_embd % self.n_head == 0,
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         kinds = self.attention_layers.split(",")
@@ -124,7 +131,9 @@ def decisive(values):
 
 
 def boolean(text):
-    return bool(("False", "True").index(text.capitalize()))  # or a ValueError, as argparse expects
+    if text.capitalize() not in ("True", "False"):
+        raise argparse.ArgumentTypeError(f"{text} is neither True nor False")
+    return text.capitalize() == "True"
 
 
 def positive(text):
@@ -137,7 +146,7 @@ def positive(text):
 def picture(path):
     """For argparse: a file that a plot can be saved to."""
     if Path(path).suffix not in (".png", ".pdf", ".svg") or not Path(path).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is no .png, .pdf or .svg in an existing folder")
+        raise argparse.ArgumentTypeError(f"{path} is no .png, .pdf or .svg of an existing folder")
     return path
 
 
@@ -161,8 +170,9 @@ def parse(words):
     for word in words:
         name = word.partition("=")[0].removeprefix("--")
         if word.startswith("--") and name not in {*FIELDS, "help"}:
-            near, = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0)
-            raise UserError(f"there is no knob {name}: did you mean --{near}? --help lists all")
+            near = difflib.get_close_matches(name, FIELDS, n=1)
+            advice = f"did you mean --{near[0]}?" if near else "--help lists them"
+            raise UserError(f"there is no knob {name}: {advice}")
     return vars(parser.parse_args(words))
 
 

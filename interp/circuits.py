@@ -10,7 +10,7 @@
 Task "names": "Then, Tom and Sue went to the park. Sue gave a ball to" -> " Tom". Its corrupt prompt
 has other names; assets/tasks.txt has all tasks. What is in a circuit is computed; everything else
 carries the values of the corrupt prompt. A model that prefers the right answer in fewer than 90 %
-of the prompts does not know the task, so it has no circuit for it.
+of the prompts does not know the task: eap gives it no circuit, and what acdc lists means nothing.
 
 acdc (Conmy et al. 2023), as the paper ran it, removes edges one by one, in a fixed order; --orders
 adds random ones. One tau gives two models circuits of different quality, so compare models at equal
@@ -244,7 +244,7 @@ def discover(circuit, edges, tau, state=None, save=lambda state: None, title="AC
     with tqdm(total=len(edges), initial=len(decided), unit=" edges",
               desc=f"{title} tau {tau:g}", mininterval=1) as bar:
         while len(decided) < len(edges):
-            # from scratch for every stage: a continued sweep is bit-equal to an uninterrupted one
+            # from scratch for every stage: continued on such a device, a sweep is bit-equal
             circuit.set_removed([edge for edge, (kept, _) in zip(edges, decided) if not kept])
             stage = stages[len(decided)]
             ours = [edge for edge, its_stage in zip(edges, stages) if its_stage == stage]
@@ -423,8 +423,8 @@ def describe_circuit(circuits, edges, decided, tokens, seed):
         facts[f"kl_random{ending}_sd"] = statistics.stdev(kls)
     circuits[""].set_removed(removed)
     facts["circuit_exact"], facts["circuit_right"] = answers(circuits[""], tokens)
-    for name, edges in (("circuit", kept), ("removed", removed)):
-        facts[name] = {graph.edge_name(edge): rise for edge, rise in edges.items()}
+    for name, rises in (("circuit", kept), ("removed", removed)):
+        facts[name] = {graph.edge_name(edge): rise for edge, rise in rises.items()}
     return facts
 
 
@@ -496,8 +496,8 @@ def find_circuits(result, title, args, device):
              "verdict": "does not know" if right < KNOWS else ""}
     for ending, circuit in circuits.items():
         facts[f"kl_corrupt{ending}"] = circuit.kl_without(everything)
-    state = result.state or {"circuits": [], "sweep": None}
-    rows, sweep = state["circuits"], state["sweep"]  # finished ones, the one in progress
+    state = result.state or {"circuits": [], "sweep": None}  # finished ones, the one in progress
+    rows, sweep = state["circuits"], state["sweep"]
     orders = ["descending", *range(args.orders)]  # a number is that of a random order
     for tau, order in [*product(args.tau, orders)][len(rows) :]:
         rng = None if order == "descending" else random.Random(f"{args.seed} {order}")
@@ -665,7 +665,7 @@ EAP_NUMBERS = {
 EAP_COLUMNS = {"run": "", "task": "", "level": "", "total": ",.0f", "verdict": "", **EAP_NUMBERS}
 
 
-def print_circuits(results, title):
+def print_circuits(results):
     """A table of the models, and one of their circuits: a row for each tau."""
     rows = []
     for result in results:
@@ -690,16 +690,16 @@ def print_attribution(results, title):
     name = rows["run"].str.replace(r"seed\d+", "seed*", regex=True)
     alone = rows.groupby(name)["run"].transform("nunique") == 1
     rows["run"] = rows["run"].where(alone, name)
+
+    def texts(verdicts):
+        return ", ".join(sorted({*verdicts} - {""}))
     groups = rows.groupby(["run", "task", "level"], sort=False)
-    table = groups.agg(n=("run", "size"), total=("total", "first"), verdict=("verdict", "max"))
+    table = groups.agg(n=("run", "size"), total=("total", "first"), verdict=("verdict", texts))
     table = table.join(spread(groups, EAP_NUMBERS)).reset_index()
     print_table(table, EAP_COLUMNS)
     print("± is the sample standard deviation over seeds; (1 of 3): one of 3 seeds has it\n"
           "verdict: why a run has no circuit; random: a random order of the edges or units")
     draw_attribution(common_folder(one["run"] for one in results) / "eap.png", rows, title)
-
-
-METHODS = {"acdc": (find_circuits, print_circuits), "eap": (attribute_run, print_attribution)}
 
 
 def numbers(text):
@@ -713,7 +713,7 @@ def main():
     add("runs", nargs="+", help="run folders (their best.pt) or .pt files")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda (default %(default)s); not mps, which lacks float64")
-    add("--method", choices=METHODS, default="acdc", help="default acdc, the paper's")
+    add("--method", choices=("acdc", "eap"), default="acdc", help="default acdc, the paper's")
     one_of = parser.add_mutually_exclusive_group()
     one_of.add_argument("--task", choices=TASKS, help="default: names for acdc, all three for eap")
     one_of.add_argument("--prompts", metavar="FILE", help="your own prompts")
@@ -729,9 +729,9 @@ def main():
     add("--title", default="", help="eap: of eap.png")
     args = parser.parse_args()
     acdc = args.method == "acdc"
-    misplaced = args.level if acdc else (args.tau or args.orders)
+    misplaced = (args.level or args.title) if acdc else (args.tau or args.orders)
     if misplaced:
-        parser.error("--tau and --orders are for acdc, --level is for eap")
+        parser.error("--tau and --orders are for acdc, --level and --title for eap")
     if args.count % 2 and not acdc:
         parser.error("--count must be even for eap: prompts are scored in two halves")
     args.tau = args.tau or [0.03]
@@ -740,8 +740,12 @@ def main():
     args.task = [chosen] if chosen else [*TASKS]
     device = knobs.pick_device(args.device)
     results = [open_result(path, args) for path in run_paths(args.runs)]
-    measure, show = METHODS[args.method]
-    show(measure_all(results, partial(measure, args=args, device=device), device), args.title)
+    measure = partial(find_circuits if acdc else attribute_run, args=args, device=device)
+    found = measure_all(results, measure, device)
+    if acdc:
+        print_circuits(found)
+    else:
+        print_attribution(found, args.title)
 
 
 if __name__ == "__main__":

@@ -303,7 +303,7 @@ def api_key():
 
 def without_secrets(text):
     """A text on one line, without the key; addresses without user, password and query."""
-    text = re.sub(r"(?<=//)\S*@|\?\S*", "", str(text).replace(api_key(), "KEY"))
+    text = re.sub(r"(?<=//)[^\s/]*@|\?\S*", "", str(text).replace(api_key(), "KEY"))
     return " ".join(text.split())[:200]
 
 
@@ -323,7 +323,7 @@ class Answers:
                 self.kept |= json.loads(line)
 
     def connect(self):
-        """An openai.AsyncOpenAI. It retries automatically, and shows the reason on the bar."""
+        """An openai.AsyncOpenAI. It retries automatically, and shows retries on the bar."""
         import openai
 
         if not re.fullmatch("[!-~]+", api_key()):
@@ -381,6 +381,7 @@ class Answers:
             if new and args.dry_run:
                 self.calls += 1
                 self.tokens += len(WORD.findall(system + user))
+                used.update(unreadable=1)  # so that nothing is scored
                 return read("1\t0", None)[0]
             if new:
                 kept = await self.pay(request, read)

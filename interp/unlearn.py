@@ -24,11 +24,11 @@ Rankings:
     logits      a control without removal: n is subtracted from the logits of the words
 
 relearn, for fisher: Adam updates on stories with the words until half of the gap to the intact
-model is gone, which is trained as well. Both costs of the control are below 0 in every model, so a
+model, trained in the same way, is gone. Both costs of the control are below 0 in every model, so a
 low cost alone does not show that few units hold the concept.
 
 Writes unlearn.json, with the curve of each ranking. After Ctrl-C the same command continues. Shape
-letters: B windows of T tokens, U units, d units of one place, V vocabulary, n places in the text.
+letters: B windows of T tokens, U units, d units of one site, V vocabulary, n positions that count.
 """
 
 import copy
@@ -78,11 +78,10 @@ def tokens_of(run, words):
 
 
 def read_batches(run, split, ids, hold, tokens, least=1):
-    """A list of batches: windows of tokens (B, T), the next ones, and the places that count.
-
-    Places count where one of ids comes next. hold=False: all places of stories without ids. Windows
-    that have none are left out. At most so many tokens, evenly chosen. Raises UserError where fewer
-    than `least` places count."""
+    """A list of batches: windows of tokens (B, T), the next ones, and the positions that count:
+    those where one of ids comes next; hold=False: all of the stories without ids. Windows without
+    any are left out. At most `tokens` tokens, evenly chosen. Raises UserError where fewer than
+    `least` positions count."""
     text = load_tokens(run.folder, split)[:READ]
     eot, T = run.meta["eot"], run.model.config.block_size
     stories = np.split(text, np.flatnonzero(text == eot) + 1)[:-1]  # the last one is not whole
@@ -92,21 +91,22 @@ def read_batches(run, split, ids, hold, tokens, least=1):
     idx = windows_at(stream, starts, T + 1, run.model.lm_head.weight.device)  # (windows, T + 1)
     where = torch.isin(idx[:, 1:], idx.new_tensor(ids)) == hold
     rows = where.any(1).nonzero()[:, 0]
-    chosen = torch.linspace(0, len(rows) - 1, min(len(rows), max(1, tokens // T))).long()
-    rows = rows[chosen]
+    count = min(len(rows), max(1, tokens // T))
+    rows = rows[torch.linspace(0, len(rows) - 1, count).long()]
     parts = idx[rows, :-1], idx[rows, 1:], where[rows]
     n = int(where[rows].sum())
     if n < least:
-        words = load_tokenizer(run.tokenizer).decode(ids)
-        raise UserError(f"{run.folder} gives {n} {split} tokens {'of' if hold else 'without'} "
-                        f'"{words}" and {least} are needed: give --concept other words')
+        words = load_tokenizer(run.tokenizer).decode(ids).strip()
+        kind = "of" if hold else "without"
+        raise UserError(f'{run.folder} has {n} {split} tokens {kind} "{words}", and at least '
+                        f"{least} are needed: give --concept other words")
     step = max(1, TOKENS // T)
     return [*zip(*(part.split(step) for part in parts))]
 
 
 @torch.no_grad()
 def mean_loss(model, batches):
-    """Nats per token, over the places that count."""
+    """Nats per token, over the positions that count."""
     total, n = 0.0, 0
     for x, y, where in batches:
         logits = model.lm_head(model.clean_pass(x)[0][where])  # (n, V)
@@ -138,7 +138,7 @@ def without(model, units):
     kept = matrices[0].new_ones(sum(sizes))  # (U)
     kept[units] = 0
     for matrix, part in zip(matrices, kept.split(sizes)):
-        matrix *= part
+        matrix.mul_(part)  # in place
     return model
 
 
@@ -161,11 +161,11 @@ def gate_masks(model, states):
 
 
 def unit_means(model, batches):
-    """{name: (U)}, means over the places that count.
+    """{name: (U)}, means over the positions that count; "kept" only if there are gates.
 
     effect: what removing a unit everywhere adds to their loss, to first order: the sum over all
     positions of -activation x gradient. square: of this change at single positions. x, xx: the
-    activation and its square. kept: the share of places at which the gate keeps the unit.
+    activation and its square. kept: the share of positions at which the gate keeps the unit.
     """
     total, n = 0, 0
     for x, y, where in batches:
@@ -197,15 +197,15 @@ def rank(run, ids, siblings):
 
     concept, retain = measured(ids), measured(ids, hold=False)
     largest = torch.stack([measured(tokens)["effect"] for tokens in siblings]).amax(0)
-    spread = retain["square"].sqrt()
-    spread += spread.mean() / 10  # a unit that does nothing has 0
+    usual = retain["square"].sqrt()  # effect
+    usual += usual.mean() / 10  # a unit that does nothing has 0
     std = (retain["xx"] - retain["x"] ** 2).clamp_min(1e-12).sqrt()
     wte = model.lm_head.weight.detach()  # (V, C)
     towards = wte[ids].mean(0) - wte.mean(0)  # (C)
     writes = [towards @ site.module.weight.detach() for site in unit_sites(model)]  # 2L times (d)
     scores = {
-        "fisher": concept["effect"] / spread,
-        "contrast": (concept["effect"] - largest) / spread,
+        "fisher": concept["effect"] / usual,
+        "contrast": (concept["effect"] - largest) / usual,
         "direct": torch.cat(writes) * concept["x"],
         "activation": (concept["x"] - retain["x"]).abs() / std}
     if "kept" in concept:
@@ -213,7 +213,7 @@ def rank(run, ids, siblings):
         scores["gate"] = (concept["kept"] + rare) / (retain["kept"] + rare)
     random = torch.Generator().manual_seed(0)
     for name in ("chance1", "chance2", "chance3"):
-        scores[name] = torch.rand(len(spread), generator=random)
+        scores[name] = torch.rand(len(usual), generator=random)
     return {name: score.argsort(descending=True, stable=True).cpu()
             for name, score in scores.items()}
 
@@ -232,11 +232,11 @@ def forget(models, groups, start):
         curve.append([float(n), *increases.tolist()])
         if increases[0] >= RISE:
             break
-    numbers = dict.fromkeys(["n", "concept", *COSTS])
+    numbers = dict.fromkeys(["n", *COSTS])
     if increases[0] >= RISE:
-        last = np.array(curve[-2:])  # interpolate between these two
-        for name, column in zip(numbers, last.T):
-            numbers[name] = float(np.interp(RISE, last[:, 1], column))
+        sizes, on_concept, *costs = np.array(curve[-2:]).T  # interpolate between these two
+        for name, column in zip(numbers, [sizes, *costs]):
+            numbers[name] = float(np.interp(RISE, on_concept, column))
     return numbers | {"curve": curve}
 
 

@@ -293,8 +293,8 @@ def test_a_stopped_call_continues_and_its_model_is_a_run(run, typed, monkeypatch
 
 
 @pytest.mark.parametrize("words, siblings, expected", [
-    ("zebra", "cat", '" zebra" is not one token'), ("far", "dog", "and 130 are needed"),
-    ("a", "cat", '0 val tokens without " a"'), ("dog", "dog", "no word twice")])
+    ("zebra", "cat", '" zebra" is not one token'), ("far", "dog", "at least 130 are needed"),
+    ("a", "cat", '0 val tokens without "a"'), ("dog", "dog", "no word twice")])
 def test_words_that_do_not_fit(run, typed, monkeypatch, words, siblings, expected):
     monkeypatch.setattr(unlearn, "CONCEPT_TOKENS", 130)
     message, _ = typed(unlearn.main, run.path, "--concept", words, siblings)

@@ -16,8 +16,7 @@ Runs that differ only in the seed are one row: mean ± sample standard deviation
 used several thresholds, coefficients or places, "edges", "SAE L0" and "CE score" are of the first.
 
 Saved in the folder that holds all runs: table1 and table2 (or table2_layers) as .md, as .csv with
-every digit, as .png with a dot for each seed; and tradeoff.png: interpretability and ablated
-perplexity against clean perplexity.
+every digit; and tradeoff.png: interpretability and ablated perplexity against clean perplexity.
 """
 
 from collections import Counter
@@ -249,7 +248,7 @@ def markdown(texts):
 
 
 def publish(folder, name, frame, parts, notes):
-    """Print over_seeds(frame), save it as NAME.md, .csv and .png. -> the table. parts: TABLE1."""
+    """Print over_seeds(frame), save it as NAME.md and .csv. -> the table. parts: as TABLE1."""
     table = over_seeds(frame)
     table["differs"] = differences(table)
     table = table.join(pd.DataFrame([paper_numbers(row) for row in table.to_dict("records")]))
@@ -268,37 +267,15 @@ def publish(folder, name, frame, parts, notes):
     print(*notes, "", sep="\n")
     write_text(folder / f"{name}.md", "\n\n".join([*texts, *notes]) + "\n")
     write_text(folder / f"{name}.csv", table[entries].to_csv(index=False))
-    draw_panels(folder / f"{name}.png", frame, table, columns)
     return table
 
 
-# ------------------------------------------------------------------- the pictures, command line
+# -------------------------------------------------------------------- the picture, command line
 
 
 def rows_of(frame):
     """For each row of frame its place in over_seeds(frame)."""
-    shared = [name for name in (*RECIPE, "layer") if name in frame]
-    return frame.groupby(shared, sort=False).ngroup()
-
-
-def draw_panels(path, frame, table, columns):
-    """A panel for each number: a dot for each seed, a bar for the mean of a row."""
-    labels = table["run"].map(plain)
-    if "layer" in table:
-        labels += ", layer " + table["layer"].map(str)
-    lines = -(-len(columns) // 6)  # of six panels; rounded up
-    figure = Figure(figsize=(16, lines * (0.8 + 0.25 * len(table))), layout="constrained")
-    panels = figure.subplots(lines, 6, sharey=True, squeeze=False).flatten()
-    panels[0].set_yticks(table.index, labels)
-    panels[0].set_ylim(len(table) - 0.5, -0.5)  # the first row on top
-    for name, axes in zip(columns, panels):
-        if name in frame:  # the paper's numbers are in table only
-            axes.plot(frame[name], rows_of(frame), "o", alpha=0.5)
-        axes.plot(table[name], table.index, "|", color="0.2", markersize=16)
-        axes.set_title(name.replace("_mean_", "\nmean_"), fontsize="small")
-    for axes in panels[len(columns) :]:
-        axes.set_axis_off()
-    save_figure(path, figure)
+    return frame.groupby([*frame.filter(RECIPE)], sort=False).ngroup()
 
 
 def draw_tradeoff(path, frame, table, title):

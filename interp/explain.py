@@ -302,8 +302,9 @@ def api_key():
 
 
 def without_secrets(text):
-    """A text on one line, without the key; addresses without user, password and query."""
-    text = re.sub(r"(?<=//)[^\s/]*@|\?\S*", "", str(text).replace(api_key(), "KEY"))
+    """A text on one line, without the key; addresses without user, password (which may hold any
+    character) and query."""
+    text = re.sub(r"(?<=//)\S*@|\?\S*", "", str(text).replace(api_key(), "KEY"))
     return " ".join(text.split())[:200]
 
 

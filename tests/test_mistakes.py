@@ -74,7 +74,7 @@ CORE = [
     ("train.py config.py --k_mlp=64", "k_mlp=64 must be from 1 to 63"),
     ("train.py config.py --grad_accum=3", "batch_size=4 must be a multiple of"),
     ("train.py config.py --out=out/run", "already holds a run: --resume=True"),
-    ("train.py config.py --resume", "no checkpoint at out/config"),
+    ("train.py config.py --resume", "out/config has no checkpoint"),
     ("train.py config.py --device=gpu", "--device=gpu"),
     ("train.py config.py --block_size=400", "too few tokens for block_size=400"),
     (f"{RESUME} --seed=1", "add --seed=1337"),

@@ -72,15 +72,11 @@ def run(tmp_path):
     return make_run(tmp_path / "out" / "tiny", tmp_path / "data", tiny_model())
 
 
-HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-
 @pytest.fixture(autouse=True)
-def handlers_of_pytest():
-    """Scripts that are called in this process leave their own."""
-    yield
-    for number, handler in HANDLERS.items():
-        signal.signal(number, handler)
+def python_handlers():
+    """A script called in this process leaves its own, and a background job begins without SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture

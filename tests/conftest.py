@@ -74,7 +74,7 @@ def run(tmp_path):
 
 @pytest.fixture(autouse=True)
 def python_handlers():
-    """A script called in this process leaves its own, and a background job begins without SIGINT."""
+    """Scripts called in this process leave their own; a background job begins without SIGINT."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

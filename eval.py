@@ -299,14 +299,17 @@ def print_table(frame, columns):
 def print_samples(run, args):
     """Continue the prompt once from each stream, with the same random numbers, to its end."""
     tokenizer = load_tokenizer(run.tokenizer)
-    prompt = tokenizer.encode_ordinary(args.sample) or [tokenizer.eot_token]
+    eot = tokenizer.eot_token
+    prompt = tokenizer.encode_ordinary(args.sample) or [eot]
     idx = torch.tensor([prompt], device=run.model.lm_head.weight.device)  # (1, T)
     gated = run.model.config.ablation != "none"
     for stream in ("clean", "ablated") if gated else ("clean",):
         torch.manual_seed(args.seed)
         story = run.model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, stream)
-        text = tokenizer.decode(story[0].tolist()).removeprefix(EOT)
-        print(f"\n--- {run.path}, {stream} stream\n{text.partition(EOT)[0]}")
+        tokens = story[0].tolist()
+        end = [*tokens, eot].index(eot, len(prompt))  # the first one that the model wrote
+        text = tokenizer.decode(tokens[:end]).removeprefix(EOT)
+        print(f"\n--- {run.path}, {stream} stream\n{text}")
 
 
 def plain(text):

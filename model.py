@@ -398,6 +398,7 @@ class GPTNeo(nn.Module):
     @classmethod
     def from_pretrained(cls, name):
         """A GPT-Neo of Hugging Face, in fp32 and without gates: a folder, or a name on the hub."""
+        from safetensors.torch import load_file
         from transformers import AutoConfig, GPTNeoForCausalLM
 
         try:
@@ -410,8 +411,10 @@ class GPTNeo(nn.Module):
                     raise ValueError(f"{field}={found}, not {values[0]}")
             model, info = GPTNeoForCausalLM.from_pretrained(
                 name, dtype=torch.float32, output_loading_info=True)
-            for file in Path(name).glob("pytorch_model*.bin"):
-                load_torch(file)  # for its check of every byte
+            for file in (*Path(name).glob("*.safetensors"), *Path(name).glob("pytorch_model*.bin")):
+                read = load_torch(file) if file.suffix == ".bin" else load_file(file)  # checks CRCs
+                if not all(w.is_floating_point() or "attention.bias" in k for k, w in read.items()):
+                    raise ValueError(f"weights in {file} are not floating point")
             if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
                 raise ValueError("its lm_head is not its token embedding")
             if info["missing_keys"]:  # transformers fills them with random numbers

@@ -283,6 +283,8 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     if not 258 <= args.vocab_size <= 65_536:  # at least a word; a token is a uint16
         parser.error("--vocab_size must be between 258 and 65,536")
+    if not 0 <= args.val_share < 1:
+        parser.error("--val_share must be a share: at least 0 and below 1")
     for path in args.train + args.val:
         if not path.is_file():
             parser.error(f"no file {path}")

@@ -182,10 +182,14 @@ def load(argv):
     if path := given.pop("config", None):
         if not Path(path).is_file():
             raise UserError(f"there is no config file {path}")
-        values = {"out": f"out/{Path(path).stem}", **runpy.run_path(path)}
-        # its values are checked as the command line's are
-        from_file = parse([f"--{name}={value}" for name, value in values.items()
-                           if not name.startswith("_") and not inspect.ismodule(value)])
+        try:  # its values are checked as the command line's are
+            values = {"out": f"out/{Path(path).stem}", **runpy.run_path(path)}
+            from_file = parse([f"--{name}={value}" for name, value in values.items()
+                               if not name.startswith("_") and not inspect.ismodule(value)])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except Exception as error:  # whatever is wrong with the user's Python
+            raise UserError(f"{path} does not run: {type(error).__name__}: {error}") from None
     return Config(**{**from_file, **given})
 
 

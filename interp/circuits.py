@@ -30,6 +30,7 @@ call, in the folder that holds them: the next call replaces it. An interrupted c
 Shape letters: see interp/graph.py.
 """
 
+import argparse
 import json
 import math
 import random
@@ -143,7 +144,10 @@ def make_prompts(tokenizer, task, openings, count, seed):
 def read_prompts(path):
     """The Prompts of a --prompts file. Raises UserError."""
     try:
-        return [Prompt(**row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
+        prompts = [Prompt(**row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
+        if not prompts or not all(isinstance(text, str) for row in prompts for text in row):
+            raise ValueError("no prompts, or a text is missing")
+        return prompts
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read prompts from {path}, a JSON list of objects with "
                         f"{', '.join(Prompt._fields)}: {error}") from None
@@ -704,7 +708,10 @@ def print_attribution(results, title):
 
 def numbers(text):
     """For argparse: 0.03,0.1 -> [0.03, 0.1]."""
-    return [float(word) for word in text.split(",")]
+    found = [float(word) for word in text.split(",")]
+    if not all(0 <= number < math.inf for number in found):
+        raise argparse.ArgumentTypeError(f"{text} must be numbers from 0 on")
+    return found
 
 
 def main():

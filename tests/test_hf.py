@@ -172,7 +172,7 @@ def test_a_gpt_neo_comes_back_as_it_was(form, neo, tmp_path, typed):
 
 
 BIAS, ONES = "transformer.ln_f.bias", torch.ones(12)
-WEIGHTS = [{BIAS: ONES / 0}, {"lm_head.weight": torch.zeros(V, 12)}]
+WEIGHTS = [{BIAS: ONES / 0}, {BIAS: ONES.char()}, {"lm_head.weight": torch.zeros(V, 12)}]
 DAMAGE = [(weights, "config.json", b"", b"") for weights in WEIGHTS]
 DAMAGE += [({}, "pytorch_model.bin", b"\0\0\x80?" * 12, b"\0\0\x81?" * 12),  # 1.0
            ({}, "config.json", b'"hidden_size": 12', b'"hidden_size": null'),

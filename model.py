@@ -413,17 +413,20 @@ class GPTNeo(nn.Module):
                 name, dtype=torch.float32, output_loading_info=True)
             for file in (*Path(name).glob("*.safetensors"), *Path(name).glob("pytorch_model*.bin")):
                 read = load_torch(file) if file.suffix == ".bin" else load_file(file)  # checks CRCs
-                if not all(w.is_floating_point() or "attention.bias" in k for k, w in read.items()):
-                    raise ValueError(f"weights in {file} are not floating point")
+                for key, weight in read.items():
+                    if not (weight.is_floating_point() or "attention.bias" in key):
+                        raise ValueError(f"{key} in {file} is not floating point")
             if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
                 raise ValueError("its lm_head is not its token embedding")
             if info["missing_keys"]:  # transformers fills them with random numbers
                 raise ValueError(f"it lacks weights: {', '.join(info['missing_keys'])}")
         except Exception as error:  # a damaged file can raise almost any exception
             raise ModelError(f"cannot load {name}: {' '.join(str(error).split())}") from None
+        kinds = theirs.attention_layers  # one for each layer
+        pattern = kinds[0] if len(set(kinds)) == 1 else ",".join(kinds)
         config = GPTNeoConfig(
             theirs.vocab_size, theirs.max_position_embeddings, theirs.num_layers, theirs.num_heads,
-            theirs.hidden_size, ",".join(theirs.attention_layers), theirs.window_size, "none")
+            theirs.hidden_size, pattern, theirs.window_size, "none")
         return cls.from_checkpoint({"config": asdict(config), "model": model.state_dict()})
 
 

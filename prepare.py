@@ -68,7 +68,10 @@ def load_meta(folder):
     path = Path(folder) / "meta.json"
     if not path.is_file():
         raise UserError(f"no prepared data in {folder}: set --data, or see prepare.py --help")
-    return json.loads(path.read_bytes())
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        raise UserError(f"{path} is damaged: run prepare.py again with --force")
 
 
 def load_tokens(folder, split):

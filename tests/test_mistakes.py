@@ -70,6 +70,8 @@ BROKEN = "transformer.ln_f.weight"
 CORE = [
     ("train.py nowhere.py", "there is no config file nowhere.py"),
     ("train.py config.py --data=nowhere", "no prepared data in nowhere"),
+    ("train.py config.py", "meta.json is damaged",
+     lambda folder: (folder / "data" / "meta.json").write_text("{")),
     ("train.py config.py --batchsize=4", "did you mean --batch_size?"),
     ("train.py config.py --k_mlp=64", "k_mlp=64 must be from 1 to 63"),
     ("train.py config.py --grad_accum=3", "batch_size=4 must be a multiple of"),

@@ -177,12 +177,13 @@ def texts_of(args):
         for split, sources in ("train" if val else None, train), ("val", val):
             for source in sources:
                 for text in texts_in(source, args.text_column):
-                    yield split, text
-    except (KeyError, OSError, EOFError, ValueError, StopIteration) as error:
+                    yield split, text.strip()
+    except Exception as error:  # datasets and the readers of files have many
         hints = {KeyError: "no such split or column, see --text_column",
+                 AttributeError: "the column does not hold text, see --text_column",
                  UnicodeDecodeError: "not UTF-8",
                  ConnectionError: "without a network try --train FILE or toy"}
-        reason = " ".join(f"{source} ({type(error).__name__}: {error})".split())
+        reason = " ".join(f"{source} ({type(error).__name__}: {error.__cause__ or error})".split())
         raise UserError(f"cannot read {reason}: {hints.get(type(error), 'see --help')}")
 
 
@@ -192,8 +193,7 @@ def stories_of(args, warnings):
     first story always trains and the next different one always validates: no split is empty."""
     key, limit = str(args.seed).encode(), args.val_share * 2**64
     fixed = {}  # {digest: split}
-    for split, text in tqdm(texts_of(args), unit=" texts", unit_scale=True):
-        story = text.strip()
+    for split, story in tqdm(texts_of(args), unit=" texts", unit_scale=True):
         while story.startswith(EOT) or story.endswith(EOT):
             story = story.removeprefix(EOT).removesuffix(EOT).strip()
         warnings[f"times {EOT} stands inside a text; there it is ordinary text"] += story.count(EOT)

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 import config as knobs
-from model import GPTNeo, load_checkpoint, replace_file, save_checkpoint
+from model import GPTNeo, ModelError, load_checkpoint, replace_file, save_checkpoint
 from prepare import UserError, load_meta, load_tokens, locked
 
 # ------------------------------------------------------------------------------------------- data
@@ -64,7 +64,8 @@ def build_model(config, meta):
     if not source:
         return model
     tokenizer = meta["tokenizer"]
-    if source.endswith(".pt") or Path(source, "best.pt").is_file():
+    foreign = Path(source, "config.json").is_file() or not os.path.exists(source)  # of transformers
+    if source.endswith(".pt") or not foreign:
         checkpoint = load_checkpoint(source)
         theirs, tokenizer = GPTNeo.from_checkpoint(checkpoint), checkpoint["tokenizer"]
     else:
@@ -189,7 +190,10 @@ def read_resumable(config, data_checksum):
     if not list(Path(config.out).glob("*.pt")):
         raise UserError(f"{config.out} has no checkpoint: start the run without --resume")
     path = Path(config.out, "last.pt")  # a run killed early has only best.pt
-    checkpoint = load_checkpoint(path if path.is_file() else config.out)
+    try:
+        checkpoint = load_checkpoint(path if path.is_file() else config.out)
+    except ModelError as error:
+        raise UserError(f"{error}; without last.pt a run continues from best.pt") from None
     if "optimizer" not in checkpoint:  # written by interp.hf or interp.unlearn
         raise UserError(f"{config.out} has weights only: start from them with "
                         f"--init_from={config.out} and another --out")

@@ -41,18 +41,20 @@ def letters(count, seed=0):
     return tokens.astype("<u2")
 
 
-def make_data(folder, train=525, val=100):
-    """Write data as prepare.py does: this many tokens in each split. -> its meta.json as a dict."""
+def make_data(folder, train=525, val=100, pieces=PIECES):
+    """Write data as prepare.py does. train and val: tokens, or a number of letters to draw."""
     folder.mkdir(parents=True)
-    meta = {"tokenizer": {"name": "words", "pieces": PIECES}, "vocab_size": V, "eot": EOT,
-            "checksum": f"{folder.name}-{train}-{val}", "source": {}}
-    for seed, (split, count) in enumerate({"train": train, "val": val}.items()):
-        tokens = letters(count, seed)
-        tokens.tofile(folder / f"{split}.bin")
-        meta[split] = {"tokens": count, "stories": int((tokens == EOT).sum()), "bytes": count,
-                       "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}
+    eot = 256 + len(pieces)
+    meta = {"tokenizer": {"name": "words", "pieces": pieces}, "vocab_size": eot + 1, "eot": eot,
+            "checksum": f"{folder.name}-{np.size(train)}-{np.size(val)}", "source": {}}
+    for seed, (split, tokens) in enumerate({"train": train, "val": val}.items()):
+        if np.ndim(tokens) == 0:
+            tokens = letters(tokens, seed)
+        content = np.array(tokens, "<u2").tobytes()
+        (folder / f"{split}.bin").write_bytes(content)
+        meta[split] = {"tokens": len(tokens), "stories": int((tokens == eot).sum()),
+                       "bytes": len(tokens), "sha256": hashlib.sha256(content).hexdigest()}
     (folder / "meta.json").write_text(json.dumps(meta))
-    return meta
 
 
 def make_run(out, data, model, step=7, **train_config):
@@ -95,7 +97,37 @@ def typed(monkeypatch, capsys):
     return call
 
 
+@pytest.fixture
+def stop_at(monkeypatch):
+    """stop_at(owner, name, *numbers): Ctrl-C comes in these calls of owner.name, counted from 1.
+    -> a list that grows by the arguments of each call"""
+    def patch(owner, name, *numbers):
+        function, calls = getattr(owner, name), []
+
+        def counted(*args):
+            calls.append(args)
+            if len(calls) in numbers:
+                raise KeyboardInterrupt
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, counted)
+        return calls
+
+    return patch
+
+
 def contents(folder):
-    """{path: bytes} of every file in it."""
-    return {path.relative_to(folder): path.read_bytes()
-            for path in folder.rglob("*") if path.is_file()}
+    """{path: bytes} of every file in it, and {path: False} of every folder."""
+    return {path.relative_to(folder): path.is_file() and path.read_bytes()
+            for path in folder.rglob("*")}
+
+
+def identical(a, b):
+    """Bit for bit: two tensors, or values, dicts and lists that may hold some."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(identical(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(identical, a, b))
+    return a == b

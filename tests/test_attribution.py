@@ -170,7 +170,7 @@ def every_model_knows(monkeypatch):
 
 
 def test_an_interrupted_command_ends_with_the_same_result(
-        typed, run, monkeypatch, every_model_knows):
+        typed, run, stop_at, monkeypatch, every_model_knows):
     monkeypatch.setattr(circuits, "SETS", 1)
     words = (run, "--method=eap", "--device=cpu", "--count=4")
     message, out = typed(circuits.main, *words)
@@ -179,16 +179,8 @@ def test_an_interrupted_command_ends_with_the_same_result(
     assert (run / "eap.png").read_bytes()[:4] == b"\x89PNG" and "f_random" in out
     assert {"size", "f_random", "cpr", "cmd", "cpr_random", "jaccard", "curve"} <= whole[0].keys()
     (run / "eap.json").unlink()
-    save = circuits.Result.save
-
-    def interrupted(self, state):
-        save(self, state)
-        if len(state) == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(circuits.Result, "save", interrupted)
+    stop_at(circuits.Result, "save", 3)  # of the last task
     assert typed(circuits.main, *words)[0] == "stopped" and not (run / "eap.json").exists()
-    monkeypatch.setattr(circuits.Result, "save", save)
     assert typed(circuits.main, *words)[0] is None
     assert json.loads((run / "eap.json").read_text())["rows"] == whole
 

@@ -315,21 +315,14 @@ def test_the_command_as_a_user_types_it(typed, run):
     assert "tau=[0.0003, 0.2], not [0.5]: --force" in message
 
 
-def test_an_interrupted_command_continues_to_the_same_result(typed, run, monkeypatch):
+def test_an_interrupted_command_continues_to_the_same_result(typed, run, stop_at):
     words = (run, "--device=cpu", "--count=4", "--tau=0.0003,0.001")
     assert typed(circuits.main, *words)[0] is None
     whole = found_in(run)["circuits"]
     (run / "acdc.json").unlink()
-    save = circuits.Result.save
-
-    def interrupted(self, state):
-        save(self, state)
-        if len(state["circuits"]) == 1:  # in the second sweep
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(circuits.Result, "save", interrupted)
+    saves = stop_at(circuits.Result, "save", 6)
     assert typed(circuits.main, *words)[0] == "stopped" and not (run / "acdc.json").exists()
-    monkeypatch.undo()
+    assert len(saves[-1][1]["circuits"]) == len(saves[-2][1]["circuits"]) == 1  # second sweep
     assert typed(circuits.main, *words)[0] is None
     assert found_in(run)["circuits"] == whole and not (run / "acdc.resume.pt").exists()
 

@@ -106,13 +106,6 @@ def test_losses_are_those_of_a_token_by_token_count(ablation):
         assert result[f"ppl_{name}_se"] == pytest.approx(error, rel=0.05)
 
 
-def test_results_do_not_depend_on_the_batch_size():
-    model, tokens = tiny(), split(40)
-    many = evaluation.measure_split(model, tokens, EOT, 100, batch_size=17)
-    for name, value in evaluation.measure_split(model, tokens, EOT, 100, batch_size=1).items():
-        np.testing.assert_allclose(value, many[name], rtol=1e-6)
-
-
 @pytest.mark.parametrize("changes", [{}, {"attn_unit": "head", "k_attn": 1}])
 def test_unit_use_is_that_of_a_count_by_hand(changes):
     model, tokens = tiny(**changes), split()
@@ -251,24 +244,7 @@ def test_plot_names_runs_of_any_name(run, call, monkeypatch):
     assert len(attn.lines) == len(mlp.lines) == 6  # two layers of three runs
 
 
-# ---- mistakes, and where the data lie
-
-
-@pytest.mark.parametrize("words, expected, damage", [
-    ([".."], "no checkpoint at ../best.pt", None),
-    ([".", "--data=nowhere"], "no prepared data in nowhere", None),
-    (["."], "has another tokenizer", lambda run: change(run, tokenizer={"name": "gpt2"})),
-    (["."], "has changed since training", lambda run: change(run, data="def")),
-    (["."], "ln_f.bias", lambda run: change(run, model={
-        **tiny().state_dict(), "transformer.ln_f.bias": torch.full((8,), math.inf)})),
-    ([".", "best.pt", "--over_seeds"], ". and best.pt are the same run with the same seed", None)])
-def test_a_mistake_is_one_line(run, call, monkeypatch, words, expected, damage):
-    monkeypatch.setattr(evaluation, "measure_split", lambda *_: pytest.fail("too late"))
-    monkeypatch.chdir(run)
-    if damage:
-        damage(run)
-    message, out = call(*words)
-    assert message.startswith("error: ") and expected in message and "\n" not in message + out
+# ---- where the data lie
 
 
 def test_data_are_found_here_and_above_the_run(run, call, tmp_path, monkeypatch):

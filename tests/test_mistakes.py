@@ -8,6 +8,7 @@ function of the folder that makes it.
 """
 
 import contextlib
+import gzip
 import importlib
 import json
 import os
@@ -24,6 +25,8 @@ from conftest import ROOT, contents, make_data
 from test_train import TINY
 
 import config as knobs
+import eval
+import sweep
 import train
 
 
@@ -52,8 +55,12 @@ def diverged(folder):
     torch.save(fields, path)
 
 
-def text(name, content):
-    return lambda folder: (folder / name).write_bytes(content.encode("utf-16"))
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
 
 
 def meta(**changes):
@@ -64,24 +71,29 @@ def meta(**changes):
 
 
 OTHER_WORDS = {"name": "words", "pieces": [f" other{i}" for i in range(2)]}
-RESUME = "train.py config.py --out=out/run --resume"
+AGAIN = "train.py config.py --out=out/run"
+RESUME = f"{AGAIN} --resume"
+PREPARE = "prepare.py --tokenizer=words --out=new --train"
 BROKEN = "transformer.ln_f.weight"
 
 CORE = [
     ("train.py nowhere.py", "there is no config file nowhere.py"),
     ("train.py config.py --data=nowhere", "no prepared data in nowhere"),
-    ("train.py config.py", "meta.json is damaged",
-     lambda folder: (folder / "data" / "meta.json").write_text("{")),
+    ("train.py config.py", "meta.json is damaged", write("data/meta.json", b"{")),
+    ("train.py config.py", "val.bin", flip("data/val.bin")),
     ("train.py config.py --batchsize=4", "did you mean --batch_size?"),
     ("train.py config.py --k_mlp=64", "k_mlp=64 must be from 1 to 63"),
     ("train.py config.py --grad_accum=3", "batch_size=4 must be a multiple of"),
-    ("train.py config.py --out=out/run", "already holds a run: --resume=True"),
+    (AGAIN, "already holds a run: --resume=True continues it, --out="),
+    (AGAIN, "out/run already holds a run", remove("out/run/last.pt")),
+    (f"{AGAIN} --init_from=out/run", "out/run already holds a run", remove("out/run/best.pt")),
     ("train.py config.py --resume", "out/config has no checkpoint"),
     ("train.py config.py --device=gpu", "--device=gpu"),
     ("train.py config.py --block_size=400", "too few tokens for block_size=400"),
     (f"{RESUME} --seed=1", "add --seed=1337"),
     (RESUME, "last.pt is damaged", flip("out/run/last.pt")),
     (RESUME, "train.bin", flip("data/train.bin")),
+    (RESUME, "data is not the data that", meta(checksum="0" * 16)),
     ("train.py config.py --init_from=out/none", "out/none"),
     ("train.py config.py --init_from=data", "data"),
     ("train.py config.py --init_from=out/run --n_layer=3", "add --n_layer=2"),
@@ -97,12 +109,29 @@ CORE = [
     ("eval.py out/run", "val.bin", flip("data/val.bin")),
     ("eval.py out/run", "another tokenizer", meta(tokenizer=OTHER_WORDS)),
     ("eval.py out/run", "has changed since", meta(checksum="0" * 16)),
+    ("eval.py out/run out/run/best.pt --over_seeds", "best.pt are the same run with the same seed"),
     ("prepare.py toy --stories=20 --out=data", "already holds data: add --force"),
-    ("prepare.py --train nowhere.txt --out=new", "no file nowhere.txt"),
-    ("prepare.py --train a.txt --tokenizer=words --out=new", "not UTF-8", text("a.txt", "Once")),
+    ("prepare.py --tokenizer=words --out=data --force --train a.txt", "not UTF-8",
+     write("a.txt", b"fine\n<|endoftext|>\n\xff")),
+    (f"{PREPARE} a.txt --val nowhere.txt", "no file nowhere.txt", write("a.txt", b"one story")),
+    (f"{PREPARE} a.txt", "no story for val: give two", write("a.txt", b"one story")),
+    (f"{PREPARE} a.txt", "not UTF-8", write("a.txt", "Once".encode("utf-16"))),
+    (f"{PREPARE} a.jsonl", "cannot read a.jsonl", write("a.jsonl", b'{"text": \n')),
+    (f"{PREPARE} a.jsonl", "'text'): no such split or column, see --text_column",
+     write("a.jsonl", b'{"b": "x", "n": 1}')),
+    (f"{PREPARE} a.txt.gz", "cannot read a.txt.gz",
+     write("a.txt.gz", gzip.compress(b"cut off " * 999, mtime=0)[:-9])),
     ("speed.py --device=cpu --variants=locale", "--variants=locale must be"),
     ("check.py --device=cpu --compile=yes", "--compile=yes must be"),
     ("sweep.py", "config"),
+    ("sweep.py nowhere.py", "no config file nowhere.py"),
+    ("sweep.py config.py --seeds=01,1", "config_seed1: give each config and seed once"),
+    ("sweep.py config.py --seeds=1,two", "--seeds=1,two must be whole numbers"),
+    ("sweep.py config.py --seed=5", "leave out --seed and --resume"),
+    ("sweep.py config.py --resume=True", "leave out --seed and --resume"),
+    ("sweep.py config.py --per_gpu=0", "--per_gpu=1 or more"),
+    ("sweep.py config.py --data=nowhere", "no prepared data in nowhere"),
+    ("sweep.py config.py --max_itres=5", "did you mean --max_iters"),
 ]
 
 NEED_A_RUN = ["circuits", "unlearn", "sae", "n2g", "explain --window=1", "units", "browse",
@@ -116,6 +145,11 @@ INTERP = [
     ("-m interp.circuits out/run --prompts=pairs.json", "cannot read prompts from pairs.json"),
     ("-m interp.sae out/run --layer=9", "--layer=9: the blocks of this model are 0 to 1"),
     ("-m interp.sae out/run --batch_size=100000", "too few for batches of 100,000"),
+    ("-m interp.sae out/run --l1=abc", "--l1"),
+    *((f"-m interp.sae out/run {words}", "different numbers")
+      for words in ("--l1=2,2.0000001", "--l1=nan", "--seeds=01,1")),
+    ("-m interp.sae out/run --site=mlp", "must be of mlp_out, attn_out"),
+    ("-m interp.sae out/run --steps=40 --batch_size=32 --lr=1e30", "smaller --lr"),
     ("-m interp.n2g out/run --layer=9", "--layer=9: the blocks of this model are 0 to 1"),
     ("-m interp.n2g out/run", "train.bin", flip("data/train.bin")),
     ("-m interp.explain out/run", "--window=64: out/run reads at most 16 tokens"),
@@ -151,6 +185,8 @@ def typed(command):
         patch.setattr(sys, "argv", [script, *words])
         patch.setitem(sys.modules, "wandb", None)  # whether or not it is installed here
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(eval, "measure_split", lambda *_: pytest.fail("too late"))
+        patch.setattr(sweep, "start", lambda *_: pytest.fail("too late"))
         try:
             knobs.cli(importlib.import_module(script.removesuffix(".py")).main)
         except SystemExit as ended:

@@ -134,15 +134,3 @@ def test_two_gpus_are_shared_and_a_failing_run_stops_no_other(work, tmp_path, mo
     assert set(re.findall("--device=cuda:(.)", logs)) == {"0", "1"}
     assert logs.count("4 --device=auto --beta1=0.") == 6  # half of the threads each
     assert "--beta1=0.3 --seed=3" in logs
-
-
-@pytest.mark.parametrize("more, message", [
-    (["--seeds=01,1"], "gated_seed1"), (["--seeds=1,two"], "--seeds"), (["--seed=5"], "--seed"),
-    (["--resume=True"], "--resume"), (["--per_gpu=0"], "--per_gpu"), (["--data=no"], "no"),
-    (["--max_itres=5"], "did you mean --max_iters"), (["nowhere.py"], "no config file")])
-def test_mistakes_are_one_line_before_anything_starts(work, tmp_path, monkeypatch, more, message):
-    monkeypatch.setattr(sweep, "start", lambda *_: pytest.fail("started a run"))
-    monkeypatch.setattr(sys, "argv", words(work, f"--out={tmp_path / 'out'}", *more))
-    with pytest.raises(SystemExit, match=f"^error: [^\n]*{message}[^\n]*$"):
-        knobs.cli(sweep.main)
-    assert not (tmp_path / "out").exists()

@@ -46,14 +46,13 @@ def make_data(folder, train=525, val=100, pieces=PIECES):
     folder.mkdir(parents=True)
     eot = 256 + len(pieces)
     meta = {"tokenizer": {"name": "words", "pieces": pieces}, "vocab_size": eot + 1, "eot": eot,
-            "checksum": f"{folder.name}-{np.size(train)}-{np.size(val)}", "source": {}}
+            "source": {}}
     for seed, (split, tokens) in enumerate({"train": train, "val": val}.items()):
-        if np.ndim(tokens) == 0:
-            tokens = letters(tokens, seed)
-        content = np.array(tokens, "<u2").tobytes()
-        (folder / f"{split}.bin").write_bytes(content)
+        tokens = np.array(letters(tokens, seed) if np.ndim(tokens) == 0 else tokens, "<u2")
+        tokens.tofile(folder / f"{split}.bin")
         meta[split] = {"tokens": len(tokens), "stories": int((tokens == eot).sum()),
-                       "bytes": len(tokens), "sha256": hashlib.sha256(content).hexdigest()}
+                       "bytes": len(tokens), "sha256": hashlib.sha256(tokens).hexdigest()}
+    meta["checksum"] = f"{folder.name}-{meta['train']['tokens']}-{meta['val']['tokens']}"
     (folder / "meta.json").write_text(json.dumps(meta))
 
 

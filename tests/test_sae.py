@@ -307,5 +307,5 @@ def test_resumed_is_uninterrupted(run, typed, stop_at, monkeypatch, words):
 
     steps, scored = stop_at(sae, "train_step", 18, 103), stop_at(sae, "score_saes", 1)
     assert [typed(sae.main, *words)[0] for _ in range(4)] == ["stopped"] * 3 + [None]
-    assert (len(steps), len(scored)) == (0, 0)
+    assert len(steps) <= 163 and len(scored) <= 3  # 160 steps, at most three of them twice
     assert numbers_of(run) == expected and not (run / "sae.resume.pt").exists()

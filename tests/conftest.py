@@ -56,14 +56,14 @@ def make_data(folder, train=525, val=100, pieces=PIECES):
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def make_run(out, data, model, step=7, **train_config):
-    """Write a run folder as train.py does, trained on the data in a folder. -> the run folder."""
-    out.mkdir(parents=True)
+def make_run(folder, data, model, step=7, **train_config):
+    """Write a run folder as train.py does, trained on the data in a folder. -> the run's folder."""
+    folder.mkdir(parents=True)
     meta = json.loads((data / "meta.json").read_text())
-    save_checkpoint(out / "best.pt", model.config, model.state_dict(), step=step,
+    save_checkpoint(folder / "best.pt", model.config, model.state_dict(), step=step,
                     tokenizer=meta["tokenizer"], data=meta["checksum"],
                     train_config={"data": str(data), "seed": 5, **train_config})
-    return out
+    return folder
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@
 The runs of the first test are real; elsewhere a few lines stand in for train.py.
 """
 
-import json
 import os
 import re
 import subprocess
@@ -17,14 +16,13 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, make_data
+from test_train import TINY, metrics
 
 import config as knobs
 import sweep
 import train
 from model import load_checkpoint
 
-TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4,
-        "max_iters": 60, "eval_interval": 30, "eval_windows": 8, "log_interval": 4, "device": "cpu"}
 # in a config file: where the environment says so, every update of train.py takes its time
 CRAWL = """
 import os as _os, sys as _sys, time as _time
@@ -47,7 +45,8 @@ def work(tmp_path_factory):
     work = tmp_path_factory.mktemp("sweep")
     make_data(work / "data", 3000, 400)
     for name, ablation in (("plain", "none"), ("gated", "local")):
-        values = {**TINY, "ablation": ablation, "data": str(work / "data")}
+        values = {**TINY, "max_iters": 60, "eval_interval": 30, "ablation": ablation,
+                  "data": str(work / "data")}
         lines = [f"{key} = {value!r}\n" for key, value in values.items()]
         (work / f"{name}.py").write_text("".join(lines) + CRAWL)
     return work
@@ -55,12 +54,6 @@ def work(tmp_path_factory):
 
 def words(work, *more):
     return ["bench/sweep.py", str(work / "gated.py"), str(work / "plain.py"), *more]
-
-
-def metrics(folder):
-    """What a run measured, without the times."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{**line, "seconds": None} for line in lines]
 
 
 def test_a_sweep_stopped_by_sigterm_goes_on_where_it_was(work, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """What the tests share: a tiny model, a run folder with its data, a script called as a user would.
 
-import conftest in a test file for the constants and functions; fixtures need no import.
+    python -m pytest tests/test_train.py        one file, offline, on a CPU; `make test` runs all
+
+Constants and functions are imported from conftest; fixtures need no import.
 """
 
 import hashlib
@@ -126,7 +128,7 @@ def identical(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(identical(a[name], b[name]) for name in a)
+        return list(a) == list(b) and all(identical(a[name], b[name]) for name in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(identical, a, b))
     return a == b

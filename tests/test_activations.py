@@ -1,7 +1,4 @@
-"""interp/activations.py: sites against the model's own tensors, strongest moments by brute force.
-
-    python -m pytest tests/test_activations.py
-"""
+"""interp/activations.py: sites against the model's tensors, strongest moments by brute force."""
 
 import numpy as np
 import pytest

@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, make_run, tiny_model
-from test_circuits import LENGTHS, OWN, OneByOne, circuit_of, pairs, tiny, vocabulary
+from conftest import ROOT
+from test_circuits import LENGTHS, OWN, OneByOne, circuit_of, pairs, run_with, tiny
 
 from interp import circuits
 from interp.graph import Dest
@@ -143,13 +143,10 @@ def test_areas_sizes_and_overlaps_by_hand():
 
 @pytest.fixture
 def run(tmp_path):
-    """A run whose tokenizer has the words of all prompts, its data gone."""
+    """A run whose tokenizer has the words of all prompts."""
     words = re.findall(r"\w+", (ROOT / "assets" / "tasks.txt").read_text())
     words = {*words, *"Tom Ben Max Sue Lily Anna park zoo ball kite He She".split()}
-    tokenizer = vocabulary(" ".join(sorted(words)))
-    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": tokenizer, "checksum": "abc"}))
-    model = tiny_model(vocab_size=len(words) + 257, block_size=64, n_layer=1)
-    return make_run(tmp_path / "run", tmp_path, model)
+    return run_with(sorted(words), tmp_path, block_size=64)
 
 
 def test_a_model_that_does_not_know_a_task_gets_no_numbers(typed, run):

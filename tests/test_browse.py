@@ -1,7 +1,5 @@
 """interp/browse.py: its numbers by brute force on models set by hand, its page in Chromium.
 
-    python -m pytest tests/test_browse.py
-
 Tests of the page fail on a message in its console, an exception, or a request to elsewhere.
 """
 

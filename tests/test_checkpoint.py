@@ -1,7 +1,4 @@
-"""Checkpoint files: written whole or not at all; every damaged one is refused in one line.
-
-    python -m pytest tests/test_checkpoint.py
-"""
+"""Checkpoint files: written whole or not at all; every damaged one is refused in one line."""
 
 import os
 import pickle

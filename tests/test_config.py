@@ -1,7 +1,4 @@
-"""The knobs: defaults < config file < command line, the schedule, and how scripts end.
-
-    python -m pytest tests/test_config.py
-"""
+"""The knobs: defaults < config file < command line, the schedule, and how scripts end."""
 
 import re
 from dataclasses import asdict, replace

@@ -1,7 +1,4 @@
-"""eval.py: every number against a slower, plainer computation; the command line as a user types it.
-
-    python -m pytest tests/test_eval.py
-"""
+"""eval.py: every number against a slower, plainer computation; the command as a user types it."""
 
 import csv
 import functools

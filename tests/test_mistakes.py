@@ -1,7 +1,5 @@
 """First-hour mistakes: each gets one clear line and exit code 1, and leaves nothing behind.
 
-    python -m pytest tests/test_mistakes.py
-
 A row is typed in a folder that holds data/ (tokens), out/run (a finished tiny run) and config.py
 (its knobs): the command, a part of its one line and, where the mistake lies in the files, a
 function of the folder that makes it.
@@ -22,12 +20,10 @@ import pytest
 import torch
 
 from conftest import ROOT, contents, make_data
-from test_train import TINY
+from test_train import TINY, start
 
-import config as knobs
 import eval
 import sweep
-import train
 
 
 def flip(name):
@@ -172,36 +168,25 @@ def template(tmp_path_factory):
     lines = {**TINY, "max_iters": 4, "eval_interval": 2, "data": "data", "ablation": "local"}
     (folder / "config.py").write_text("".join(f"{name} = {value!r}\n"
                                               for name, value in lines.items()))
-    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw_losses", lambda *_: None)
-        assert typed("train.py config.py --out=out/run") is None
+    with contextlib.chdir(folder):
+        start("data", "out/run", max_iters=4, eval_interval=2)
     return folder
 
 
-def typed(command):
-    """What a script, called in this process, says as it leaves; None when all went well."""
-    script, *words = shlex.split(command.removeprefix("-m "))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *words])
-        patch.setitem(sys.modules, "wandb", None)  # whether or not it is installed here
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        patch.setattr(eval, "measure_split", lambda *_: pytest.fail("too late"))
-        patch.setattr(sweep, "start", lambda *_: pytest.fail("too late"))
-        try:
-            knobs.cli(importlib.import_module(script.removesuffix(".py")).main)
-        except SystemExit as ended:
-            return ended.code
-
-
 @pytest.mark.parametrize("row", [*CORE, *INTERP], ids=lambda row: row[0])
-def test_a_mistake_is_one_line_and_changes_nothing(row, template, tmp_path, monkeypatch):
+def test_a_mistake_is_one_line_and_changes_nothing(row, template, tmp_path, typed, monkeypatch):
     command, expected, *damage = row
     folder = shutil.copytree(template, tmp_path / "work")
     for spoil in damage:
         spoil(folder)
     before = contents(folder)
     monkeypatch.chdir(folder)
-    message = typed(command)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # whether or not it is installed here
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(eval, "measure_split", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(sweep, "start", lambda *_: pytest.fail("too late"))
+    script, *words = shlex.split(command.removeprefix("-m "))
+    message, _ = typed(importlib.import_module(script.removesuffix(".py")).main, *words)
     assert isinstance(message, str) and message.startswith("error: ")
     assert expected in message and "\n" not in message
     assert contents(folder) == before

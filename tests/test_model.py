@@ -1,7 +1,4 @@
-"""The model around the gate: attention, the loss in chunks, generation, Hugging Face.
-
-    python -m pytest tests/test_model.py
-"""
+"""The model around the gate: attention, the loss in chunks, generation, Hugging Face."""
 
 import pytest
 import torch

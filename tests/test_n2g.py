@@ -1,7 +1,4 @@
-"""interp/n2g.py: oracles, brute force, and neurons with a known meaning.
-
-    python -m pytest tests/test_n2g.py
-"""
+"""interp/n2g.py: oracles, brute force, and neurons with a known meaning."""
 
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """prepare.py against independent references: every kind of input, mistakes, and a killed run.
 
-    python -m pytest tests/test_prepare.py
-
 GPT-2's tokenizer takes part where ../shared/tiktoken or $TIKTOKEN_CACHE_DIR has its files.
 """
 

@@ -1,7 +1,5 @@
 """interp/sae.py: against the paper's own library, a planted dictionary and definitions by hand.
 
-    python -m pytest tests/test_sae.py
-
 Where ../shared/oracles/interp exists, ten training steps and the CE scores are compared with what
 SAELens 5.1.0 and TransformerLens computed.
 """

@@ -1,7 +1,5 @@
 """bench/sweep.py: every config with every seed; stopped, continued, skipped; who runs where.
 
-    python -m pytest tests/test_sweep.py
-
 The runs of the first test are real; elsewhere a few lines stand in for train.py.
 """
 
@@ -33,12 +31,6 @@ if _os.environ.get("CRAWL") and hasattr(_train, "batch_at"):
 """
 
 
-class Never:
-    """In place of knobs.StopRequest, which would keep pytest's Ctrl-C."""
-
-    requested = False
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A folder with data and two config files."""
@@ -58,7 +50,6 @@ def words(work, *more):
 
 def test_a_sweep_stopped_by_sigterm_goes_on_where_it_was(work, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(knobs, "StopRequest", Never)
     out, command = work / "out", words(work, "--seeds=1", f"--out={work}/out")
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True,
                                env={**os.environ, "CRAWL": "1"}, stdout=subprocess.PIPE)
@@ -113,7 +104,6 @@ def test_two_gpus_are_shared_and_a_failing_run_stops_no_other(work, tmp_path, mo
     monkeypatch.setattr(sweep, "finished", lambda config: Path(f"{config.out}.done").exists())
     monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(sweep.torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(knobs, "StopRequest", Never)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(sys, "argv", words(work, "--seeds=1,2,3", "--device=auto",
                                            f"--out={tmp_path}", "--beta1=0.{seed}"))

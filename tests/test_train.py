@@ -1,7 +1,5 @@
 """train.py: updates, batches, validation; runs stopped, killed, resumed, spread and refused.
 
-    python -m pytest tests/test_train.py
-
 Models are tiny. Most runs are calls of train.main() in this process. Where a process has to die or
 to talk to another, it is forked from this one (`fork`). Runs compared up to the order of a
 summation are in float64 (`double`): in float32 rounding can pick another winner of a near-tie.
@@ -556,10 +554,7 @@ def test_a_run_begins_with_a_model_of_hugging_face(data, tmp_path):
         vocab_size=V, max_position_embeddings=32, hidden_size=16, num_layers=2, num_heads=2,
         window_size=3, attention_types=[[["global", "local"], 1]], bos_token_id=0, eos_token_id=0))
     theirs.save_pretrained(tmp_path / "theirs")  # it has no tokenizer
-    changes = dict(init_from=tmp_path / "theirs")
-    advice = "another geometry: add --attention_layers=global,local --window_size=3"
-    assert advice in refused(data, tmp_path / "run", **changes)
-    changes |= dict(attention_layers="global,local", window_size=3)
+    changes = dict(init_from=tmp_path / "theirs", attention_layers="global,local", window_size=3)
     ours, theirs = first_weights(data, tmp_path / "run", **changes), theirs.state_dict()
     for name, weight in theirs.items():
         assert torch.equal(ours[name], weight[: len(ours[name])]), name
@@ -604,13 +599,6 @@ def test_weights_that_broke_in_a_finite_update_are_not_saved(data, tmp_path, int
     refused(data, tmp_path / "run", learning_rate=1e30, eval_interval=interval)
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 0
     assert len(metrics(tmp_path / "run")) == 1
-
-
-@pytest.mark.parametrize("losses", [[math.nan, 5.0], [5.0, math.inf]], ids=str)
-def test_a_validation_loss_that_is_not_finite_is_not_saved(data, tmp_path, monkeypatch, losses):
-    monkeypatch.setattr(train, "validate", lambda *_: losses)
-    assert "finite" in refused(data, tmp_path / "run")
-    assert not has_checkpoint(tmp_path / "run")
 
 
 @pytest.mark.parametrize("error", [

@@ -1,7 +1,4 @@
-"""interp/units.py: every number against brute force, and against distributions that are known.
-
-    python -m pytest tests/test_units.py
-"""
+"""interp/units.py: every number against brute force, and against distributions that are known."""
 
 import itertools
 import json

@@ -1,7 +1,4 @@
-"""interp/unlearn.py: a model in which one unit writes one word, and brute force.
-
-    python -m pytest tests/test_unlearn.py
-"""
+"""interp/unlearn.py: a model in which one unit writes one word, and brute force."""
 
 import itertools
 import json

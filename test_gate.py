@@ -41,11 +41,14 @@ def tokens(*shape, seed=1):
     return torch.randint(TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
 
 
+IDX, TARGETS = tokens(2, 12), tokens(2, 12, seed=2)
+
+
 def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def gradients(model, idx, targets, coeff=None):
+def gradients(model, idx=IDX, targets=TARGETS, coeff=None):
     """{name: gradient} of the training loss, the tied embedding once."""
     model.zero_grad()
     model(idx, targets, coeff).loss.backward()
@@ -194,15 +197,17 @@ def dual_stream(p, config, idx):
 
     def block(layer, x, clean_keys=None, masks=None):
         """One block on one stream; clean_keys: the clean stream's (k, v), each (B, T, H, D)."""
-        name = f"transformer.h.{layer}"
+        name, window = f"transformer.h.{layer}", config.windows[layer]
         h = norm(x, f"{name}.ln_1")
         q, k, v = (
             (h @ p[f"{name}.attn.attention.{kind}_proj.weight"].T).unflatten(-1, (H, C // H))
             for kind in "qkv")
         k_seen, v_seen = clean_keys or (k, v)
         y = []
-        for t in range(x.size(1)):
-            keys, values = [*k_seen[:, :t].unbind(1), k[:, t]], [*v_seen[:, :t].unbind(1), v[:, t]]
+        for t in range(x.size(1)):  # sees `window` positions, its own one on its own stream
+            before = slice(max(0, t - window + 1), t)
+            keys = [*k_seen[:, before].unbind(1), k[:, t]]
+            values = [*v_seen[:, before].unbind(1), v[:, t]]
             y.append(attend(q[:, t], keys, values))
         y = torch.stack(y, 1).flatten(2)
         if masks:
@@ -245,17 +250,19 @@ def compare(model, idx, targets, reference, gradient_tolerance):
     torch.testing.assert_close(found, expected, rtol=0, atol=gradient_tolerance)
 
 
-@pytest.mark.parametrize("attn_unit", ["dim", "head"])
+WINDOWS = [{"attention_layers": "global,local", "window_size": n} for n in (1, 4, 11, 12, 99)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"attn_unit": "head"}, *WINDOWS], ids=str)
 @pytest.mark.parametrize("ablation, form", VARIANTS)
-def test_two_passes_compute_what_the_dual_stream_model_does(ablation, form, attn_unit):
+def test_two_passes_compute_what_the_dual_stream_model_does(ablation, form, changes):
     """Logits, masks, losses and every gradient, in float64."""
-    model = tiny(ablation=ablation, gate=form, attn_unit=attn_unit)
-    idx, targets = tokens(2, 12), tokens(2, 12, seed=2)
+    model = tiny(ablation=ablation, gate=form, **changes)
     p = {name: w.detach().clone().requires_grad_() for name, w in model.named_parameters()}
-    *logits, attn_mask, mlp_mask = dual_stream(p, model.config, idx)
-    losses = [F.cross_entropy(x.flatten(0, 1), targets.flatten()) for x in logits]
+    *logits, attn_mask, mlp_mask = dual_stream(p, model.config, IDX)
+    losses = [F.cross_entropy(x.flatten(0, 1), TARGETS.flatten()) for x in logits]
     expected = dict(zip(p, torch.autograd.grad(sum(losses), p.values())))
-    compare(model, idx, targets, (*logits, attn_mask, mlp_mask, *losses, expected), 1e-10)
+    compare(model, IDX, TARGETS, (*logits, attn_mask, mlp_mask, *losses, expected), 1e-10)
 
 
 ORACLES = sorted(Path(__file__).parent.parent.glob("shared/oracles/*.npz"))
@@ -285,11 +292,10 @@ def test_published_model(path):
 def test_no_output_depends_on_a_later_token(ablation, attention_layers):
     """Neither logits nor masks before t move when the tokens from t on change."""
     model = tiny(ablation=ablation, attention_layers=attention_layers, window_size=4)
-    idx = tokens(2, 12)
     with torch.no_grad():
-        before = model.ablated(idx)
+        before = model.ablated(IDX)
         for t in range(1, 12):
-            changed = torch.cat((idx[:, :t], (idx[:, t:] + 7) % TINY["vocab_size"]), 1)
+            changed = torch.cat((IDX[:, :t], (IDX[:, t:] + 7) % TINY["vocab_size"]), 1)
             for old, new in zip(before, model.ablated(changed)):
                 torch.testing.assert_close(new[:, :t], old[:, :t], rtol=0, atol=1e-12)
                 assert not torch.allclose(new[:, t], old[:, t])  # the change is seen where it may
@@ -310,18 +316,18 @@ def test_no_gradient_leaks_from_later_tokens_through_the_masks(ablation):
 def test_gates_learn_from_the_ablated_loss_only(ablation):
     for ablated_coeff in (0.0, 1.0):
         model = tiny(ablation=ablation, clean_coeff=1 - ablated_coeff, ablated_coeff=ablated_coeff)
-        for name, grad in gradients(model, tokens(2, 12), tokens(2, 12, seed=2)).items():
+        for name, grad in gradients(model).items():
             assert (grad != 0).any() == (ablated_coeff > 0 or "_gate." not in name), name
 
 
 @both_ablations
 def test_inference_does_not_touch_the_gates(ablation):
-    model, idx = tiny(ablation=ablation), tokens(2, 12)
-    before = model(idx)
+    model = tiny(ablation=ablation)
+    before = model(IDX)
     for name, p in model.named_parameters():
         if "_gate." in name:
             p.data.fill_(torch.nan)
-    assert torch.equal(model(idx), before)
+    assert torch.equal(model(IDX), before)
 
 
 # --------------------------------------------------------------------------------- other precisions
@@ -331,8 +337,8 @@ def test_autocast_rounds_neither_gates_nor_their_gradients():
     model, x = tiny(dtype=torch.float32), normal(4, 16).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         scores = model.transformer["h"][0].attn_gate(x)
-        streams = model.ablated(tokens(2, 12))
-        found = gradients(model, tokens(2, 12), tokens(2, 12, seed=2))
+        streams = model.ablated(IDX)
+        found = gradients(model)
     assert scores.dtype == streams.mlp_mask.dtype == torch.float32
     assert (streams.mlp_mask.sum(-1) == 5).all() and (streams.attn_mask.sum(-1) == 3).all()
     assert all(grad.isfinite().all() for grad in found.values())
@@ -346,15 +352,13 @@ def test_autocast_rounds_neither_gates_nor_their_gradients():
 @both_ablations
 def test_models_in_half_precision_have_both_streams(ablation, dtype):
     """All weights in bf16 or fp16, without autocast: logits are in that, masks stay exact."""
-    exact, idx = tiny(ablation=ablation), tokens(2, 12)
-    clean, model = exact(idx), exact.to(dtype)  # the same weights, rounded
-    streams = model.ablated(idx)
+    model = tiny(ablation=ablation)
+    clean, streams = model(IDX), model.to(dtype).ablated(IDX)  # the same weights, rounded
     assert streams.logits_clean.dtype == streams.logits_ablated.dtype == dtype
     assert (streams.logits_clean - clean).norm() < 0.1 * clean.norm()
     assert streams.logits_ablated.isfinite().all()
     assert (streams.mlp_mask.sum(-1) == 5).all() and (streams.attn_mask.sum(-1) == 3).all()
-    found = gradients(model, idx, tokens(2, 12, seed=2))
-    assert all(grad.isfinite().all() for grad in found.values())
+    assert all(grad.isfinite().all() for grad in gradients(model).values())
 
 
 # --------------------------------------------------------------------------------------- compiled
@@ -394,9 +398,8 @@ def test_clean_stream_is_hugging_face_gpt_neo(attention_layers):
         vocab_size=61, max_position_embeddings=12, hidden_size=16, num_layers=2, num_heads=4,
         attention_types=[[kinds, 2 // len(kinds)]], window_size=4)).eval()
     theirs.load_state_dict(model.clean_state_dict())  # strict: exactly their keys
-    idx = tokens(3, 12)
     with torch.no_grad():
-        torch.testing.assert_close(model(idx), theirs(idx).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(IDX), theirs(IDX).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_parameter_counts_of_the_paper():
@@ -412,7 +415,7 @@ def test_parameter_counts_of_the_paper():
 def test_without_ablation_there_is_one_stream():
     model = tiny(ablation="none")
     assert not [name for name in model.state_dict() if "gate" in name]
-    losses = model(tokens(2, 12), tokens(2, 12, seed=2))
+    losses = model(IDX, TARGETS)
     assert losses.loss_ablated is None and torch.equal(losses.loss, losses.loss_clean)
     with pytest.raises(ModelError, match="no ablated stream"):
-        model.ablated(tokens(2, 12))
+        model.ablated(IDX)

@@ -1,4 +1,4 @@
-"""The model around the gate: attention, the loss in chunks, generation, Hugging Face."""
+"""The model around the gate: the loss in chunks, generation, Hugging Face."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import transformers
 from conftest import tiny_model
 
-from model import GPTNeo, ModelError, ablated_attention, attention, cross_entropy
+from model import GPTNeo, ModelError, cross_entropy
 
 
 def tiny(**changes):
@@ -23,31 +23,6 @@ def refused(call, *arguments):
 
 def prompt(*shape):
     return torch.randint(50, shape, generator=torch.Generator().manual_seed(1))
-
-
-# ---- attention
-
-
-@pytest.mark.parametrize("window", [1, 3, 6, 7, 100])
-def test_attention_is_one_softmax_a_query_over_what_it_sees(window):
-    """Its own position and the window - 1 before it, unscaled. On the ablated stream the key and
-    the value at its own position are that stream's."""
-    T, generator = 7, torch.Generator().manual_seed(0)
-    q, k, v, k_own, v_own = torch.randn(5, 2, 3, T, 4, dtype=torch.float64, generator=generator)
-
-    def expected(own):
-        rows = []
-        for t in range(T):
-            first = max(0, t - window + 1)
-            keys, values = k[:, :, first : t + 1].clone(), v[:, :, first : t + 1].clone()
-            if own:
-                keys[:, :, -1], values[:, :, -1] = k_own[:, :, t], v_own[:, :, t]
-            weights = (q[:, :, t, None] * keys).sum(-1).softmax(-1)  # (2, 3, seen)
-            rows.append((weights[..., None] * values).sum(2))
-        return torch.stack(rows, 2)
-
-    found = attention(q, k, v, window), ablated_attention(q, k, v, k_own, v_own, window)
-    torch.testing.assert_close(found, (expected(False), expected(True)), rtol=0, atol=1e-12)
 
 
 # ---- the loss

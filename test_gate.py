@@ -290,7 +290,6 @@ def test_published_model(path):
 @pytest.mark.parametrize("attention_layers", ["global", "global,local"])
 @both_ablations
 def test_no_output_depends_on_a_later_token(ablation, attention_layers):
-    """Neither logits nor masks before t move when the tokens from t on change."""
     model = tiny(ablation=ablation, attention_layers=attention_layers, window_size=4)
     with torch.no_grad():
         before = model.ablated(IDX)

@@ -50,7 +50,6 @@ def test_a_checkpoint_of_30f8be2_is_readable(tmp_path):
 
 
 def test_a_failure_while_writing_keeps_the_old_file(saved):
-    """Whatever it is, and it stays what it was."""
     before = saved.read_bytes()
     for error in (OSError("disk full"), KeyboardInterrupt(), RuntimeError("a bug")):
         with pytest.raises(type(error)) as caught, replace_file(saved) as file:

@@ -55,7 +55,6 @@ def program(command):
 def call(module, words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module, *words])
-        patch.setattr(config, "StopRequest", lambda: type("", (), {"requested": False}))
         config.cli(importlib.import_module(module).main)
 
 

@@ -148,7 +148,6 @@ def test_table_json_and_csv_have_the_same_numbers(run, call):
 
 
 def test_over_seeds_is_the_mean_and_the_spread(run, call):
-    """Every number against numpy, from the rows of the single runs."""
     paths = list(seeds(run))
     single = json.loads(call(*paths, "--json")[1])
     (row,) = json.loads(call(*paths, "--json", "--over_seeds")[1])
@@ -186,7 +185,7 @@ def test_over_seeds_joins_what_differs_in_seed_and_machine_only(run, call):
     assert differs == ["trained_on=data-525-100", "trained_on=other-525-100"]
 
 
-# ---- samples and plots
+# ---- samples, plots, and where the data lie
 
 
 def test_samples_are_the_prompt_and_what_follows(run, call):
@@ -212,9 +211,6 @@ def test_plot_names_runs_of_any_name(run, call, monkeypatch):
     assert shown == [r"\$x_{\$", r" _y\$\$"]
     assert [line.get_ydata().tolist() for line in loss.lines[:2]] == [[4, 3], [4.5, 3.5]]
     assert len(attn.lines) == len(mlp.lines) == 9  # three layers of three runs
-
-
-# ---- where the data lie
 
 
 def test_data_are_found_here_and_above_the_run(run, call, tmp_path, monkeypatch):

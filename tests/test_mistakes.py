@@ -43,12 +43,14 @@ def checkpoint(**changes):
     return damage
 
 
-def diverged(folder):
-    """Weights that are not finite."""
-    path = folder / "out" / "run" / "best.pt"
-    fields = torch.load(path, weights_only=True)
-    fields["model"]["transformer.ln_f.weight"].fill_(torch.nan)
-    torch.save(fields, path)
+def diverged(value):
+    """Weights of best.pt that are not finite."""
+    def damage(folder):
+        path = folder / "out" / "run" / "best.pt"
+        fields = torch.load(path, weights_only=True)
+        fields["model"][BROKEN].fill_(value)
+        torch.save(fields, path)
+    return damage
 
 
 def write(name, content):
@@ -96,12 +98,12 @@ CORE = [
     ("train.py config.py --init_from=out/run --block_size=64", "add --block_size=16"),
     ("train.py config.py --init_from=out/run", "another tokenizer than data",
      checkpoint(tokenizer=OTHER_WORDS)),
-    ("train.py config.py --init_from=out/run", f"{BROKEN} holds", diverged),
+    ("train.py config.py --init_from=out/run", f"{BROKEN} holds", diverged(torch.inf)),
     ("train.py config.py --wandb", "pip install wandb"),
     ("eval.py out/nowhere", "no checkpoint at out/nowhere"),
     ("eval.py out/run --data=nowhere", "no prepared data in nowhere"),
     ("eval.py out/run", "best.pt is damaged", flip("out/run/best.pt")),
-    ("eval.py out/run", BROKEN, diverged),
+    ("eval.py out/run", BROKEN, diverged(torch.nan)),
     ("eval.py out/run", "val.bin", flip("data/val.bin")),
     ("eval.py out/run", "another tokenizer", meta(tokenizer=OTHER_WORDS)),
     ("eval.py out/run", "has changed since", meta(checksum="0" * 16)),
@@ -120,22 +122,21 @@ CORE = [
     ("speed.py --device=cpu --variants=locale", "--variants=locale must be"),
     ("check.py --device=cpu --compile=yes", "--compile=yes must be"),
     ("sweep.py", "config"),
-    ("sweep.py nowhere.py", "no config file nowhere.py"),
     ("sweep.py config.py --seeds=01,1", "config_seed1: give each config and seed once"),
     ("sweep.py config.py --seeds=1,two", "--seeds=1,two must be whole numbers"),
     ("sweep.py config.py --seed=5", "leave out --seed and --resume"),
     ("sweep.py config.py --resume=True", "leave out --seed and --resume"),
     ("sweep.py config.py --per_gpu=0", "--per_gpu=1 or more"),
     ("sweep.py config.py --data=nowhere", "no prepared data in nowhere"),
-    ("sweep.py config.py --max_itres=5", "did you mean --max_iters"),
 ]
 
-NEED_A_RUN = ["circuits", "unlearn", "sae", "n2g", "explain --window=1", "units", "browse",
-              "tables"]
+NEED_A_RUN = ["circuits {}", "unlearn {}", "sae {}", "n2g {}", "explain --window=1 {}", "units {}",
+              "browse {}", "tables {}", "hf export {} new"]
 INTERP = [
-    *((f"-m interp.{script} out/nowhere", "no checkpoint at out/nowhere") for script in NEED_A_RUN),
-    *((f"-m interp.{script} out/run", "best.pt is damaged", flip("out/run/best.pt"))
-      for script in NEED_A_RUN),
+    *((f"-m interp.{words}".format("out/nowhere"), "no checkpoint at out/nowhere")
+      for words in NEED_A_RUN),
+    *((f"-m interp.{words}".format("out/run"), "best.pt is damaged", flip("out/run/best.pt"))
+      for words in NEED_A_RUN),
     ("-m interp.circuits out/run", "names"),  # these data have none
     ("-m interp.circuits out/run --tau=a", "argument --tau"),
     ("-m interp.circuits out/run --prompts=pairs.json", "cannot read prompts from pairs.json"),
@@ -153,8 +154,6 @@ INTERP = [
     ("-m interp.units out/run --windows=0", "argument --windows: 0 is not at least 1"),
     ("-m interp.units out/run", "val.bin", flip("data/val.bin")),
     ("-m interp.browse out/run --data=nowhere", "no prepared data in nowhere"),
-    ("-m interp.hf export out/nowhere new", "no checkpoint at out/nowhere"),
-    ("-m interp.hf export out/run new", "best.pt is damaged", flip("out/run/best.pt")),
     ("-m interp.hf export out/run data", "data is there already"),
     ("-m interp.hf sae out/run new", "sae.pt"),
     ("-m interp.hf import out new", "out"),

@@ -293,7 +293,6 @@ def test_places_together_are_those_alone_to_the_bit(run, typed, monkeypatch):
 
 @pytest.mark.parametrize("words", [("--l1=0.5", "--layer=0,1"), ("--buffer=200", "--l1=0.1,1")])
 def test_resumed_is_uninterrupted(run, typed, stop_at, monkeypatch, words):
-    """Stopped twice in training, cached and streaming, and in the evaluation."""
     monkeypatch.setattr(sae, "draw_saes", lambda path, _: path.touch())
     monkeypatch.setattr(sae, "DEAD_AFTER", 3)
     monkeypatch.setattr(sae, "SAVE_EVERY", -1)  # before each step

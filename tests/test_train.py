@@ -46,9 +46,6 @@ CPU = torch.device("cpu")
 draw_losses = train.draw_losses
 
 
-# ---- tools
-
-
 def words(data, out, **changes):
     """The command line of a tiny run."""
     values = {"data": data, "out": out, **TINY, **changes}
@@ -554,7 +551,10 @@ def test_a_run_begins_with_a_model_of_hugging_face(data, tmp_path):
         vocab_size=V, max_position_embeddings=32, hidden_size=16, num_layers=2, num_heads=2,
         window_size=3, attention_types=[[["global", "local"], 1]], bos_token_id=0, eos_token_id=0))
     theirs.save_pretrained(tmp_path / "theirs")  # it has no tokenizer
-    changes = dict(init_from=tmp_path / "theirs", attention_layers="global,local", window_size=3)
+    changes = dict(init_from=tmp_path / "theirs")
+    advice = "another geometry: add --attention_layers=global,local --window_size=3"
+    assert advice in refused(data, tmp_path / "run", **changes)
+    changes |= dict(attention_layers="global,local", window_size=3)
     ours, theirs = first_weights(data, tmp_path / "run", **changes), theirs.state_dict()
     for name, weight in theirs.items():
         assert torch.equal(ours[name], weight[: len(ours[name])]), name

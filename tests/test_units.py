@@ -41,9 +41,6 @@ def random_choices(rng, n, N, k):
     return np.array([rng.choice(N, k, replace=False, p=weights / weights.sum()) for _ in range(n)])
 
 
-# ---- what the gate chooses
-
-
 @pytest.mark.parametrize("changes", [{}, {"ablation": "global"}, {"attn_unit": "head", "k_attn": 1},
                                      {"k_mlp": 5}])
 def test_kept_units_are_the_masks_of_the_ablated_stream(changes, monkeypatch):

@@ -86,9 +86,6 @@ def columns(model):
                 yield layer.weight.data, column
 
 
-# ---- a model in which one unit writes one word
-
-
 @pytest.mark.parametrize("ablation", ["local", "none"])
 def test_every_ranking_finds_the_unit_that_writes_the_word(run, ablation):
     run = run._replace(model=hand_set(ablation))

@@ -3,8 +3,8 @@
     python -m pytest test_gate.py            (offline, on a CPU)
 
 References are independent of model.py: finite differences, Hugging Face's GPT-Neo, a slow
-transcription of the paper that runs both streams side by side (`dual_stream` below), and, where
-../shared/oracles exists, what the authors' published code computes.
+transcription of the paper that runs both streams side by side (`soft_weights` and `dual_stream`
+below), and, where ../shared/oracles exists, what the authors' published code computes.
 """
 
 import itertools
@@ -41,11 +41,14 @@ def tokens(*shape, seed=1):
     return torch.randint(TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
 
 
+IDX, TARGETS = tokens(2, 12), tokens(2, 12, seed=2)
+
+
 def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def gradients(model, idx, targets, coeff=None):
+def gradients(model, idx=IDX, targets=TARGETS, coeff=None):
     """{name: gradient} of the training loss, the tied embedding once."""
     model.zero_grad()
     model(idx, targets, coeff).loss.backward()
@@ -104,56 +107,41 @@ def test_maxima_on_a_gpu_and_topk_on_a_cpu_are_the_same_function(k):
         assert all(map(torch.equal, k_largest(tied, k)[1:], k_largest_by_maxima(tied, k)[1:]))
 
 
-@pytest.mark.parametrize("ablation, form", VARIANTS)
-def test_a_model_has_the_same_gradients_with_maxima(ablation, form, monkeypatch):
-    model, idx, targets = tiny(ablation=ablation, gate=form), tokens(2, 12), tokens(2, 12, seed=2)
-    expected = gradients(model, idx, targets)
-    monkeypatch.setattr(model_file, "k_largest", k_largest_by_maxima)
-    torch.testing.assert_close(gradients(model, idx, targets), expected, rtol=0, atol=1e-12)
-
-
 # -------------------------------------------------------------------- the gradient: that of Eq. 1-3
 
 
 def soft_weights(s, k, form):
-    """Eq. 1-3 for one row in NumPy, or the published code's sigmoid, or T = 1; s (N,) float64."""
-    ordered = np.sort(s)[::-1]
-    gamma, T = (ordered[k - 1] + ordered[k]) / 2, ordered[k - 1] - ordered[k]
+    """Eq. 1-3, or the published code's sigmoid, or T = 1; for scores s (..., N) without ties."""
+    ordered = s.sort(-1, descending=True).values
+    s_k, s_next = ordered[..., k - 1, None], ordered[..., k, None]
+    gamma, T = (s_k + s_next) / 2, s_k - s_next
     z = s if form == "constant" else (s - gamma) / T
-    w = 1 / (1 + np.exp(-z)) if form == "sigmoid" else np.exp(z - z.max())
-    return w / w.sum() * (k if form == "sigmoid" else 1)
+    if form == "sigmoid":
+        return k * z.sigmoid() / z.sigmoid().sum(-1, keepdim=True)
+    return z.softmax(-1)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("k", [1, 2, 5, 9])
 def test_gradient_is_that_of_the_soft_weights_through_gamma_and_T(form, k):
     """Against central differences of an independent Eq. 1-3, for a random cotangent."""
-    rng = np.random.default_rng(k)
+    torch.manual_seed(k)
     for _ in range(5):
-        s = rng.permutation(np.arange(10) + rng.uniform(-0.3, 0.3, 10))  # a step keeps the order
-        cotangent, step = rng.normal(size=10), 1e-6
-        scores = torch.tensor(s, requires_grad=True)
-        (gate(scores, k, form) * torch.tensor(cotangent)).sum().backward()
-        higher = np.array([soft_weights(s + step * e, k, form) for e in np.eye(10)])
-        lower = np.array([soft_weights(s - step * e, k, form) for e in np.eye(10)])
-        numeric = (higher - lower) @ cotangent / (2 * step)
-        scale = np.abs(numeric).max()
-        np.testing.assert_allclose(scores.grad, numeric, rtol=1e-6, atol=1e-7 * scale)
+        s = torch.randperm(10) + 0.6 * torch.rand(10).double() - 0.3  # a step keeps the order
+        cotangent, steps = torch.randn(10).double(), 1e-6 * torch.eye(10).double()
+        scores = s.clone().requires_grad_()
+        (gate(scores, k, form) * cotangent).sum().backward()
+        change = soft_weights(s + steps, k, form) - soft_weights(s - steps, k, form)  # (10, 10)
+        numeric = change @ cotangent / 2e-6
+        scale = numeric.abs().max().item()
+        torch.testing.assert_close(scores.grad, numeric, rtol=1e-6, atol=1e-7 * scale)
 
 
-def test_gradient_equals_autograds_of_eq_3_and_of_a_plain_softmax():
-    """"constant" is softmax(scores), to the bit, also where scores tie."""
-    s, cotangent = normal(20, 12), normal(20, 12, seed=1)
+def test_gradient_of_the_constant_form_is_that_of_a_plain_softmax():
+    """To the bit, also where scores tie."""
+    s, cotangent = normal(20, 12).round(decimals=1), normal(20, 12, seed=1)
     for k in (1, 4, 11):
-        plain = s.clone().requires_grad_()
-        ordered = plain.sort(-1, descending=True).values
-        T = ordered[:, k - 1 : k] - ordered[:, k : k + 1]
-        ((plain / T).softmax(-1) * cotangent).sum().backward()
-        ours = s.clone().requires_grad_()
-        (gate(ours, k) * cotangent).sum().backward()
-        torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-9, atol=1e-10)
-
-        plain, ours = (s.round(decimals=1).requires_grad_() for _ in range(2))
+        plain, ours = s.clone().requires_grad_(), s.clone().requires_grad_()
         (plain.softmax(-1) * cotangent).sum().backward()
         (gate(ours, k, "constant") * cotangent).sum().backward()
         assert torch.equal(ours.grad, plain.grad)
@@ -174,14 +162,10 @@ def test_gradient_is_finite_at_ties(dtype, form):
 
 
 def plain_gate(s, k, form):
-    """gate() for scores (..., N) without ties, through all of autograd."""
-    ordered = s.sort(-1, descending=True).values
-    s_k, s_next = ordered[..., k - 1, None], ordered[..., k, None]
-    z = s if form == "constant" else (s - (s_k + s_next) / 2) / (s_k - s_next)
-    soft = z.softmax(-1)
-    if form == "sigmoid":
-        soft = k * z.sigmoid() / z.sigmoid().sum(-1, keepdim=True)
-    return (s >= s_k).to(s.dtype) + soft - soft.detach()
+    """k ones in the forward pass, the soft weights' gradient in the backward pass, by autograd."""
+    soft = soft_weights(s, k, form)
+    hard = (s >= s.sort(-1).values[..., -k, None]).to(s.dtype)
+    return hard + soft - soft.detach()
 
 
 def dual_stream(p, config, idx):
@@ -213,15 +197,17 @@ def dual_stream(p, config, idx):
 
     def block(layer, x, clean_keys=None, masks=None):
         """One block on one stream; clean_keys: the clean stream's (k, v), each (B, T, H, D)."""
-        name = f"transformer.h.{layer}"
+        name, window = f"transformer.h.{layer}", config.windows[layer]
         h = norm(x, f"{name}.ln_1")
         q, k, v = (
             (h @ p[f"{name}.attn.attention.{kind}_proj.weight"].T).unflatten(-1, (H, C // H))
             for kind in "qkv")
         k_seen, v_seen = clean_keys or (k, v)
         y = []
-        for t in range(x.size(1)):
-            keys, values = [*k_seen[:, :t].unbind(1), k[:, t]], [*v_seen[:, :t].unbind(1), v[:, t]]
+        for t in range(x.size(1)):  # sees `window` positions, its own one on its own stream
+            before = slice(max(0, t - window + 1), t)
+            keys = [*k_seen[:, before].unbind(1), k[:, t]]
+            values = [*v_seen[:, before].unbind(1), v[:, t]]
             y.append(attend(q[:, t], keys, values))
         y = torch.stack(y, 1).flatten(2)
         if masks:
@@ -264,17 +250,19 @@ def compare(model, idx, targets, reference, gradient_tolerance):
     torch.testing.assert_close(found, expected, rtol=0, atol=gradient_tolerance)
 
 
-@pytest.mark.parametrize("attn_unit", ["dim", "head"])
+WINDOWS = [{"attention_layers": "global,local", "window_size": n} for n in (1, 4, 11, 12, 99)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"attn_unit": "head"}, *WINDOWS], ids=str)
 @pytest.mark.parametrize("ablation, form", VARIANTS)
-def test_two_passes_compute_what_the_dual_stream_model_does(ablation, form, attn_unit):
+def test_two_passes_compute_what_the_dual_stream_model_does(ablation, form, changes):
     """Logits, masks, losses and every gradient, in float64."""
-    model = tiny(ablation=ablation, gate=form, attn_unit=attn_unit)
-    idx, targets = tokens(2, 12), tokens(2, 12, seed=2)
+    model = tiny(ablation=ablation, gate=form, **changes)
     p = {name: w.detach().clone().requires_grad_() for name, w in model.named_parameters()}
-    *logits, attn_mask, mlp_mask = dual_stream(p, model.config, idx)
-    losses = [F.cross_entropy(x.flatten(0, 1), targets.flatten()) for x in logits]
+    *logits, attn_mask, mlp_mask = dual_stream(p, model.config, IDX)
+    losses = [F.cross_entropy(x.flatten(0, 1), TARGETS.flatten()) for x in logits]
     expected = dict(zip(p, torch.autograd.grad(sum(losses), p.values())))
-    compare(model, idx, targets, (*logits, attn_mask, mlp_mask, *losses, expected), 1e-10)
+    compare(model, IDX, TARGETS, (*logits, attn_mask, mlp_mask, *losses, expected), 1e-10)
 
 
 ORACLES = sorted(Path(__file__).parent.parent.glob("shared/oracles/*.npz"))
@@ -302,13 +290,11 @@ def test_published_model(path):
 @pytest.mark.parametrize("attention_layers", ["global", "global,local"])
 @both_ablations
 def test_no_output_depends_on_a_later_token(ablation, attention_layers):
-    """Neither logits nor masks before t move when the tokens from t on change."""
     model = tiny(ablation=ablation, attention_layers=attention_layers, window_size=4)
-    idx = tokens(2, 12)
     with torch.no_grad():
-        before = model.ablated(idx)
+        before = model.ablated(IDX)
         for t in range(1, 12):
-            changed = torch.cat((idx[:, :t], (idx[:, t:] + 7) % TINY["vocab_size"]), 1)
+            changed = torch.cat((IDX[:, :t], (IDX[:, t:] + 7) % TINY["vocab_size"]), 1)
             for old, new in zip(before, model.ablated(changed)):
                 torch.testing.assert_close(new[:, :t], old[:, :t], rtol=0, atol=1e-12)
                 assert not torch.allclose(new[:, t], old[:, t])  # the change is seen where it may
@@ -329,18 +315,18 @@ def test_no_gradient_leaks_from_later_tokens_through_the_masks(ablation):
 def test_gates_learn_from_the_ablated_loss_only(ablation):
     for ablated_coeff in (0.0, 1.0):
         model = tiny(ablation=ablation, clean_coeff=1 - ablated_coeff, ablated_coeff=ablated_coeff)
-        for name, grad in gradients(model, tokens(2, 12), tokens(2, 12, seed=2)).items():
+        for name, grad in gradients(model).items():
             assert (grad != 0).any() == (ablated_coeff > 0 or "_gate." not in name), name
 
 
 @both_ablations
 def test_inference_does_not_touch_the_gates(ablation):
-    model, idx = tiny(ablation=ablation), tokens(2, 12)
-    before = model(idx)
+    model = tiny(ablation=ablation)
+    before = model(IDX)
     for name, p in model.named_parameters():
         if "_gate." in name:
             p.data.fill_(torch.nan)
-    assert torch.equal(model(idx), before)
+    assert torch.equal(model(IDX), before)
 
 
 # --------------------------------------------------------------------------------- other precisions
@@ -350,8 +336,8 @@ def test_autocast_rounds_neither_gates_nor_their_gradients():
     model, x = tiny(dtype=torch.float32), normal(4, 16).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         scores = model.transformer["h"][0].attn_gate(x)
-        streams = model.ablated(tokens(2, 12))
-        found = gradients(model, tokens(2, 12), tokens(2, 12, seed=2))
+        streams = model.ablated(IDX)
+        found = gradients(model)
     assert scores.dtype == streams.mlp_mask.dtype == torch.float32
     assert (streams.mlp_mask.sum(-1) == 5).all() and (streams.attn_mask.sum(-1) == 3).all()
     assert all(grad.isfinite().all() for grad in found.values())
@@ -365,15 +351,13 @@ def test_autocast_rounds_neither_gates_nor_their_gradients():
 @both_ablations
 def test_models_in_half_precision_have_both_streams(ablation, dtype):
     """All weights in bf16 or fp16, without autocast: logits are in that, masks stay exact."""
-    exact, idx = tiny(ablation=ablation), tokens(2, 12)
-    clean, model = exact(idx), exact.to(dtype)  # the same weights, rounded
-    streams = model.ablated(idx)
+    model = tiny(ablation=ablation)
+    clean, streams = model(IDX), model.to(dtype).ablated(IDX)  # the same weights, rounded
     assert streams.logits_clean.dtype == streams.logits_ablated.dtype == dtype
     assert (streams.logits_clean - clean).norm() < 0.1 * clean.norm()
     assert streams.logits_ablated.isfinite().all()
     assert (streams.mlp_mask.sum(-1) == 5).all() and (streams.attn_mask.sum(-1) == 3).all()
-    found = gradients(model, idx, tokens(2, 12, seed=2))
-    assert all(grad.isfinite().all() for grad in found.values())
+    assert all(grad.isfinite().all() for grad in gradients(model).values())
 
 
 # --------------------------------------------------------------------------------------- compiled
@@ -413,9 +397,8 @@ def test_clean_stream_is_hugging_face_gpt_neo(attention_layers):
         vocab_size=61, max_position_embeddings=12, hidden_size=16, num_layers=2, num_heads=4,
         attention_types=[[kinds, 2 // len(kinds)]], window_size=4)).eval()
     theirs.load_state_dict(model.clean_state_dict())  # strict: exactly their keys
-    idx = tokens(3, 12)
     with torch.no_grad():
-        torch.testing.assert_close(model(idx), theirs(idx).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(IDX), theirs(IDX).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_parameter_counts_of_the_paper():
@@ -431,7 +414,7 @@ def test_parameter_counts_of_the_paper():
 def test_without_ablation_there_is_one_stream():
     model = tiny(ablation="none")
     assert not [name for name in model.state_dict() if "gate" in name]
-    losses = model(tokens(2, 12), tokens(2, 12, seed=2))
+    losses = model(IDX, TARGETS)
     assert losses.loss_ablated is None and torch.equal(losses.loss, losses.loss_clean)
     with pytest.raises(ModelError, match="no ablated stream"):
-        model.ablated(tokens(2, 12))
+        model.ablated(IDX)

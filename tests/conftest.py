@@ -1,6 +1,8 @@
 """What the tests share: a tiny model, a run folder with its data, a script called as a user would.
 
-import conftest in a test file for the constants and functions; fixtures need no import.
+    python -m pytest tests/test_train.py        one file, offline, on a CPU; `make test` runs all
+
+Constants and functions are imported from conftest; fixtures need no import.
 """
 
 import hashlib
@@ -41,28 +43,29 @@ def letters(count, seed=0):
     return tokens.astype("<u2")
 
 
-def make_data(folder, train=525, val=100):
-    """Write data as prepare.py does: this many tokens in each split. -> its meta.json as a dict."""
+def make_data(folder, train=525, val=100, pieces=PIECES):
+    """Write data as prepare.py does. train and val: tokens, or a number of letters to draw."""
     folder.mkdir(parents=True)
-    meta = {"tokenizer": {"name": "words", "pieces": PIECES}, "vocab_size": V, "eot": EOT,
-            "checksum": f"{folder.name}-{train}-{val}", "source": {}}
-    for seed, (split, count) in enumerate({"train": train, "val": val}.items()):
-        tokens = letters(count, seed)
+    eot = 256 + len(pieces)
+    meta = {"tokenizer": {"name": "words", "pieces": pieces}, "vocab_size": eot + 1, "eot": eot,
+            "source": {}}
+    for seed, (split, tokens) in enumerate({"train": train, "val": val}.items()):
+        tokens = np.array(letters(tokens, seed) if np.ndim(tokens) == 0 else tokens, "<u2")
         tokens.tofile(folder / f"{split}.bin")
-        meta[split] = {"tokens": count, "stories": int((tokens == EOT).sum()), "bytes": count,
-                       "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}
+        meta[split] = {"tokens": len(tokens), "stories": int((tokens == eot).sum()),
+                       "bytes": len(tokens), "sha256": hashlib.sha256(tokens).hexdigest()}
+    meta["checksum"] = f"{folder.name}-{meta['train']['tokens']}-{meta['val']['tokens']}"
     (folder / "meta.json").write_text(json.dumps(meta))
-    return meta
 
 
-def make_run(out, data, model, step=7, **train_config):
-    """Write a run folder as train.py does, trained on the data in a folder. -> the run folder."""
-    out.mkdir(parents=True)
+def make_run(folder, data, model, step=7, **train_config):
+    """Write a run folder as train.py does, trained on the data in a folder. -> the run's folder."""
+    folder.mkdir(parents=True)
     meta = json.loads((data / "meta.json").read_text())
-    save_checkpoint(out / "best.pt", model.config, model.state_dict(), step=step,
+    save_checkpoint(folder / "best.pt", model.config, model.state_dict(), step=step,
                     tokenizer=meta["tokenizer"], data=meta["checksum"],
                     train_config={"data": str(data), "seed": 5, **train_config})
-    return out
+    return folder
 
 
 @pytest.fixture
@@ -95,7 +98,37 @@ def typed(monkeypatch, capsys):
     return call
 
 
+@pytest.fixture
+def stop_at(monkeypatch):
+    """stop_at(owner, name, *numbers): Ctrl-C comes in these calls of owner.name, counted from 1.
+    -> a list that grows by the arguments of each call"""
+    def patch(owner, name, *numbers):
+        function, calls = getattr(owner, name), []
+
+        def counted(*args):
+            calls.append(args)
+            if len(calls) in numbers:
+                raise KeyboardInterrupt
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, counted)
+        return calls
+
+    return patch
+
+
 def contents(folder):
-    """{path: bytes} of every file in it."""
-    return {path.relative_to(folder): path.read_bytes()
-            for path in folder.rglob("*") if path.is_file()}
+    """{path: bytes} of every file in it, and {path: False} of every folder."""
+    return {path.relative_to(folder): path.is_file() and path.read_bytes()
+            for path in folder.rglob("*")}
+
+
+def identical(a, b):
+    """Bit for bit: two tensors, or values, dicts and lists that may hold some."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(identical(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(identical, a, b))
+    return a == b

@@ -1,9 +1,4 @@
-"""interp/activations.py: sites against the model's own tensors, strongest moments by brute force.
-
-    python -m pytest tests/test_activations.py
-"""
-
-from functools import partial
+"""interp/activations.py: sites against the model's tensors, strongest moments by brute force."""
 
 import numpy as np
 import pytest
@@ -12,7 +7,7 @@ import torch
 from conftest import EOT, T, letters, tiny_model
 from interp import activations
 from interp.activations import (
-    SITES, UNITS, Site, Strongest, Text, held_out_windows, kept_units, read_sites, read_windows,
+    SITES, UNITS, Site, Strongest, Text, held_out_windows, read_sites, read_windows,
     token_text, windows_at)
 from prepare import UserError, load_tokenizer
 
@@ -72,14 +67,6 @@ def test_a_site_that_fails_leaves_no_hook():
     with pytest.raises(IndexError):
         read_sites([Site(model, 1, "mlp_out"), Site(model, 1, "mlp_act")], idx + 1000)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-@pytest.mark.parametrize("ablation", ["local", "global"])
-def test_kept_units_are_the_ones_of_the_models_masks(ablation):
-    model, idx = tiny_model(ablation), ids(letters(40))
-    for kept, mask in zip(kept_units(model, idx).values(), model.ablated(idx)[2:]):
-        assert kept.shape == (5, T, 3, 2)
-        assert torch.equal(torch.zeros_like(mask).scatter(-1, kept, 1.0), mask)
 
 
 def test_bytes_that_are_not_text_are_shown_as_numbers():
@@ -144,22 +131,6 @@ def test_the_strongest_are_those_of_a_loop_over_everything():
         for low, high in zip([0, *cuts], [*cuts, n]):
             best.add(x[low:high], positions[low:high], stories[low:high])
         assert pairs(best) == strongest_by_hand(x, positions, stories, count), case
-
-
-def test_a_model_is_read_alike_in_batches_of_any_size(monkeypatch):
-    model, stream = tiny_model().double(), letters(403)
-    activate = partial(read_sites, [Site(model, layer, "mlp_act") for layer in range(3)])
-    found = set()
-    for size in (1, 24, 10**6):
-        monkeypatch.setattr(activations, "TOKENS", size)
-        best, parts = Strongest(4), [*Text(stream, EOT, T, "cpu", context=3).read(activate)]
-        for part in parts:
-            best.add(*part)
-        x, at, stories = zip(*parts)
-        hand = strongest_by_hand(torch.cat(x), np.concatenate(at), np.concatenate(stories), 4)
-        assert pairs(best) == hand
-        found.add(str(best.found()[1].tolist()))
-    assert len(found) == 1
 
 
 @pytest.mark.parametrize("context, left, right", [(0, 3, 2), (4, 4, 0), (5, 100, 100)])

@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, make_run, tiny_model
-from test_circuits import LENGTHS, OWN, OneByOne, circuit_of, pairs, tiny, vocabulary
+from conftest import ROOT
+from test_circuits import LENGTHS, OWN, OneByOne, circuit_of, pairs, run_with, tiny
 
 from interp import circuits
 from interp.graph import Dest
@@ -143,13 +143,10 @@ def test_areas_sizes_and_overlaps_by_hand():
 
 @pytest.fixture
 def run(tmp_path):
-    """A run whose tokenizer has the words of all prompts, its data gone."""
+    """A run whose tokenizer has the words of all prompts."""
     words = re.findall(r"\w+", (ROOT / "assets" / "tasks.txt").read_text())
     words = {*words, *"Tom Ben Max Sue Lily Anna park zoo ball kite He She".split()}
-    tokenizer = vocabulary(" ".join(sorted(words)))
-    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": tokenizer, "checksum": "abc"}))
-    model = tiny_model(vocab_size=len(words) + 257, block_size=64, n_layer=1)
-    return make_run(tmp_path / "run", tmp_path, model)
+    return run_with(sorted(words), tmp_path, block_size=64)
 
 
 def test_a_model_that_does_not_know_a_task_gets_no_numbers(typed, run):
@@ -170,7 +167,7 @@ def every_model_knows(monkeypatch):
 
 
 def test_an_interrupted_command_ends_with_the_same_result(
-        typed, run, monkeypatch, every_model_knows):
+        typed, run, stop_at, monkeypatch, every_model_knows):
     monkeypatch.setattr(circuits, "SETS", 1)
     words = (run, "--method=eap", "--device=cpu", "--count=4")
     message, out = typed(circuits.main, *words)
@@ -179,16 +176,8 @@ def test_an_interrupted_command_ends_with_the_same_result(
     assert (run / "eap.png").read_bytes()[:4] == b"\x89PNG" and "f_random" in out
     assert {"size", "f_random", "cpr", "cmd", "cpr_random", "jaccard", "curve"} <= whole[0].keys()
     (run / "eap.json").unlink()
-    save = circuits.Result.save
-
-    def interrupted(self, state):
-        save(self, state)
-        if len(state) == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(circuits.Result, "save", interrupted)
+    stop_at(circuits.Result, "save", 3)  # of the last task
     assert typed(circuits.main, *words)[0] == "stopped" and not (run / "eap.json").exists()
-    monkeypatch.setattr(circuits.Result, "save", save)
     assert typed(circuits.main, *words)[0] is None
     assert json.loads((run / "eap.json").read_text())["rows"] == whole
 

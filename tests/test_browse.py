@@ -1,7 +1,5 @@
 """interp/browse.py: its numbers by brute force on models set by hand, its page in Chromium.
 
-    python -m pytest tests/test_browse.py
-
 Tests of the page fail on a message in its console, an exception, or a request to elsewhere.
 """
 
@@ -17,7 +15,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import conftest
 from conftest import make_data, make_run, tiny_model
 from interp import activations, browse
 from interp.activations import UNITS, Site, read_sites
@@ -69,11 +66,8 @@ def write(*words):
 def folder(tmp_path_factory):
     """With data, a run and a page of each of MODELS, and one page of the first two."""
     folder = tmp_path_factory.mktemp("browse")
+    make_data(folder / "data", VAL, VAL, PIECES)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"PIECES": PIECES, "V": V, "EOT": EOT}.items():
-            patch.setattr(conftest, name, value)
-        patch.setattr(conftest, "letters", lambda count, seed: VAL.astype("<u2"))
-        make_data(folder / "data", 400, 400)
         patch.setattr(activations, "TOKENS", 48)  # so that every page is read in many batches
         patch.setattr(browse, "AT_ONCE", 1)
         write(*(make_run(folder / name, folder / "data", MODELS[name]) for name in MODELS))

@@ -4,12 +4,13 @@ import json
 import math
 import random
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ORACLES, contents, make_run, tiny_model
+from conftest import ORACLES, contents, make_data, make_run, tiny_model
 
 from interp import circuits
 from interp.graph import Circuit, Edge, Graph, PatchedModel
@@ -281,15 +282,19 @@ def test_prompts_are_padded_and_must_fit_each_other_and_the_model():
         circuits.tokenize(prompts, tokenizer, 4)
 
 
+def run_with(words, folder, **changes):
+    """A run whose tokenizer has these words."""
+    make_data(folder / "data", pieces=[f" {word}" for word in words])
+    model = tiny_model(vocab_size=257 + len(words), n_layer=1, **changes)
+    run = make_run(folder / "run", folder / "data", model)
+    shutil.rmtree(folder / "data")
+    return run
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run folder, its data gone: circuits need none."""
-    meta = {"tokenizer": vocabulary(WORDS), "checksum": "abc"}
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
-    model = tiny_model(vocab_size=272, block_size=120, n_layer=1)
-    run = make_run(tmp_path / "run", tmp_path, model)
-    (tmp_path / "meta.json").unlink()
-    return run
+    return run_with(WORDS.split(), tmp_path, block_size=120)
 
 
 def found_in(run):
@@ -315,21 +320,14 @@ def test_the_command_as_a_user_types_it(typed, run):
     assert "tau=[0.0003, 0.2], not [0.5]: --force" in message
 
 
-def test_an_interrupted_command_continues_to_the_same_result(typed, run, monkeypatch):
+def test_an_interrupted_command_continues_to_the_same_result(typed, run, stop_at):
     words = (run, "--device=cpu", "--count=4", "--tau=0.0003,0.001")
     assert typed(circuits.main, *words)[0] is None
     whole = found_in(run)["circuits"]
     (run / "acdc.json").unlink()
-    save = circuits.Result.save
-
-    def interrupted(self, state):
-        save(self, state)
-        if len(state["circuits"]) == 1:  # in the second sweep
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(circuits.Result, "save", interrupted)
+    saves = stop_at(circuits.Result, "save", 6)
     assert typed(circuits.main, *words)[0] == "stopped" and not (run / "acdc.json").exists()
-    monkeypatch.undo()
+    assert len(saves[-1][1]["circuits"]) == len(saves[-2][1]["circuits"]) == 1  # second sweep
     assert typed(circuits.main, *words)[0] is None
     assert found_in(run)["circuits"] == whole and not (run / "acdc.resume.pt").exists()
 

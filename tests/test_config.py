@@ -1,7 +1,4 @@
-"""The knobs: defaults < config file < command line, the schedule, and how scripts end.
-
-    python -m pytest tests/test_config.py
-"""
+"""The knobs: defaults < config file < command line, the schedule, and how scripts end."""
 
 import re
 from dataclasses import asdict, replace
@@ -54,7 +51,6 @@ def test_the_command_line_beats_the_file_and_the_file_beats_the_defaults(mine):
 
 
 def test_every_knob_can_be_set_both_ways(mine):
-    """The text of a value that is not the default, and the same value out of a file."""
     others = {str: "a=b", bool: True, int: 1, float: 0.25, "n_embd": 256, "grad_accum": 2,
               "attention_layers": "global,local"}
     for name, field in knobs.FIELDS.items():
@@ -72,9 +68,6 @@ def test_every_knob_can_be_set_both_ways(mine):
     assert load(["--resume=False"]).resume is False
 
 
-# ---- the files that come with the project
-
-
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_config_files_load_and_say_no_more_than_their_name(path):
     config = load([str(path)])
@@ -83,9 +76,6 @@ def test_config_files_load_and_say_no_more_than_their_name(path):
         kind, k = row.groups()
         changes = dict(ablation=kind, k_attn=int(k), k_mlp=int(k)) if k else dict(ablation="none")
         assert config == Config(out=config.out, **changes)
-
-
-# ---- the schedule
 
 
 def test_the_schedule_at_points_computed_by_hand():

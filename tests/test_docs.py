@@ -1,7 +1,5 @@
 """README.md and docs/ are true: commands run, code is the code, Python examples run, links exist.
 
-    python -m pytest tests/test_docs.py
-
 Commands run in this process, in the order of the page, on tiny runs. Those of NOT_RUN need a GPU, a
 hub, minutes, or processes of their own; of these only the flags are checked.
 """
@@ -57,7 +55,6 @@ def program(command):
 def call(module, words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module, *words])
-        patch.setattr(config, "StopRequest", lambda: type("", (), {"requested": False}))
         config.cli(importlib.import_module(module).main)
 
 

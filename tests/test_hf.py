@@ -1,6 +1,6 @@
 """interp/hf.py against transformers, tiktoken and formulas by hand; round trips to the last bit.
 
-    python -m pytest tests/test_hf.py      test_lens.py has TransformerLens, SAELens, AutoCircuit
+test_lens.py has TransformerLens, SAELens and AutoCircuit.
 """
 
 import json

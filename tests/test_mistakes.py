@@ -1,13 +1,12 @@
 """First-hour mistakes: each gets one clear line and exit code 1, and leaves nothing behind.
 
-    python -m pytest tests/test_mistakes.py
-
 A row is typed in a folder that holds data/ (tokens), out/run (a finished tiny run) and config.py
 (its knobs): the command, a part of its one line and, where the mistake lies in the files, a
 function of the folder that makes it.
 """
 
 import contextlib
+import gzip
 import importlib
 import json
 import os
@@ -21,10 +20,10 @@ import pytest
 import torch
 
 from conftest import ROOT, contents, make_data
-from test_train import TINY
+from test_train import TINY, start
 
-import config as knobs
-import train
+import eval
+import sweep
 
 
 def flip(name):
@@ -44,16 +43,22 @@ def checkpoint(**changes):
     return damage
 
 
-def diverged(folder):
-    """Weights that are not finite."""
-    path = folder / "out" / "run" / "best.pt"
-    fields = torch.load(path, weights_only=True)
-    fields["model"]["transformer.ln_f.weight"].fill_(torch.nan)
-    torch.save(fields, path)
+def diverged(value):
+    """Weights of best.pt that are not finite."""
+    def damage(folder):
+        path = folder / "out" / "run" / "best.pt"
+        fields = torch.load(path, weights_only=True)
+        fields["model"][BROKEN].fill_(value)
+        torch.save(fields, path)
+    return damage
 
 
-def text(name, content):
-    return lambda folder: (folder / name).write_bytes(content.encode("utf-16"))
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
 
 
 def meta(**changes):
@@ -64,58 +69,84 @@ def meta(**changes):
 
 
 OTHER_WORDS = {"name": "words", "pieces": [f" other{i}" for i in range(2)]}
-RESUME = "train.py config.py --out=out/run --resume"
+AGAIN = "train.py config.py --out=out/run"
+RESUME = f"{AGAIN} --resume"
+PREPARE = "prepare.py --tokenizer=words --out=new --train"
 BROKEN = "transformer.ln_f.weight"
 
 CORE = [
     ("train.py nowhere.py", "there is no config file nowhere.py"),
     ("train.py config.py --data=nowhere", "no prepared data in nowhere"),
-    ("train.py config.py", "meta.json is damaged",
-     lambda folder: (folder / "data" / "meta.json").write_text("{")),
+    ("train.py config.py", "meta.json is damaged", write("data/meta.json", b"{")),
+    ("train.py config.py", "val.bin", flip("data/val.bin")),
     ("train.py config.py --batchsize=4", "did you mean --batch_size?"),
     ("train.py config.py --k_mlp=64", "k_mlp=64 must be from 1 to 63"),
     ("train.py config.py --grad_accum=3", "batch_size=4 must be a multiple of"),
-    ("train.py config.py --out=out/run", "already holds a run: --resume=True"),
+    (AGAIN, "already holds a run: --resume=True continues it, --out="),
+    (AGAIN, "out/run already holds a run", remove("out/run/last.pt")),
+    (f"{AGAIN} --init_from=out/run", "out/run already holds a run", remove("out/run/best.pt")),
     ("train.py config.py --resume", "out/config has no checkpoint"),
     ("train.py config.py --device=gpu", "--device=gpu"),
     ("train.py config.py --block_size=400", "too few tokens for block_size=400"),
     (f"{RESUME} --seed=1", "add --seed=1337"),
     (RESUME, "last.pt is damaged", flip("out/run/last.pt")),
     (RESUME, "train.bin", flip("data/train.bin")),
+    (RESUME, "data is not the data that", meta(checksum="0" * 16)),
     ("train.py config.py --init_from=out/none", "out/none"),
     ("train.py config.py --init_from=data", "data"),
     ("train.py config.py --init_from=out/run --n_layer=3", "add --n_layer=2"),
     ("train.py config.py --init_from=out/run --block_size=64", "add --block_size=16"),
     ("train.py config.py --init_from=out/run", "another tokenizer than data",
      checkpoint(tokenizer=OTHER_WORDS)),
-    ("train.py config.py --init_from=out/run", f"{BROKEN} holds", diverged),
+    ("train.py config.py --init_from=out/run", f"{BROKEN} holds", diverged(torch.inf)),
     ("train.py config.py --wandb", "pip install wandb"),
     ("eval.py out/nowhere", "no checkpoint at out/nowhere"),
     ("eval.py out/run --data=nowhere", "no prepared data in nowhere"),
     ("eval.py out/run", "best.pt is damaged", flip("out/run/best.pt")),
-    ("eval.py out/run", BROKEN, diverged),
+    ("eval.py out/run", BROKEN, diverged(torch.nan)),
     ("eval.py out/run", "val.bin", flip("data/val.bin")),
     ("eval.py out/run", "another tokenizer", meta(tokenizer=OTHER_WORDS)),
     ("eval.py out/run", "has changed since", meta(checksum="0" * 16)),
+    ("eval.py out/run out/run/best.pt --over_seeds", "best.pt are the same run with the same seed"),
     ("prepare.py toy --stories=20 --out=data", "already holds data: add --force"),
-    ("prepare.py --train nowhere.txt --out=new", "no file nowhere.txt"),
-    ("prepare.py --train a.txt --tokenizer=words --out=new", "not UTF-8", text("a.txt", "Once")),
+    ("prepare.py --tokenizer=words --out=data --force --train a.txt", "not UTF-8",
+     write("a.txt", b"fine\n<|endoftext|>\n\xff")),
+    (f"{PREPARE} a.txt --val nowhere.txt", "no file nowhere.txt", write("a.txt", b"one story")),
+    (f"{PREPARE} a.txt", "no story for val: give two", write("a.txt", b"one story")),
+    (f"{PREPARE} a.txt", "not UTF-8", write("a.txt", "Once".encode("utf-16"))),
+    (f"{PREPARE} a.jsonl", "cannot read a.jsonl", write("a.jsonl", b'{"text": \n')),
+    (f"{PREPARE} a.jsonl", "'text'): no such split or column, see --text_column",
+     write("a.jsonl", b'{"b": "x", "n": 1}')),
+    (f"{PREPARE} a.txt.gz", "cannot read a.txt.gz",
+     write("a.txt.gz", gzip.compress(b"cut off " * 999, mtime=0)[:-9])),
     ("speed.py --device=cpu --variants=locale", "--variants=locale must be"),
     ("check.py --device=cpu --compile=yes", "--compile=yes must be"),
     ("sweep.py", "config"),
+    ("sweep.py config.py --seeds=01,1", "config_seed1: give each config and seed once"),
+    ("sweep.py config.py --seeds=1,two", "--seeds=1,two must be whole numbers"),
+    ("sweep.py config.py --seed=5", "leave out --seed and --resume"),
+    ("sweep.py config.py --resume=True", "leave out --seed and --resume"),
+    ("sweep.py config.py --per_gpu=0", "--per_gpu=1 or more"),
+    ("sweep.py config.py --data=nowhere", "no prepared data in nowhere"),
 ]
 
-NEED_A_RUN = ["circuits", "unlearn", "sae", "n2g", "explain --window=1", "units", "browse",
-              "tables"]
+NEED_A_RUN = ["circuits {}", "unlearn {}", "sae {}", "n2g {}", "explain --window=1 {}", "units {}",
+              "browse {}", "tables {}", "hf export {} new"]
 INTERP = [
-    *((f"-m interp.{script} out/nowhere", "no checkpoint at out/nowhere") for script in NEED_A_RUN),
-    *((f"-m interp.{script} out/run", "best.pt is damaged", flip("out/run/best.pt"))
-      for script in NEED_A_RUN),
+    *((f"-m interp.{words}".format("out/nowhere"), "no checkpoint at out/nowhere")
+      for words in NEED_A_RUN),
+    *((f"-m interp.{words}".format("out/run"), "best.pt is damaged", flip("out/run/best.pt"))
+      for words in NEED_A_RUN),
     ("-m interp.circuits out/run", "names"),  # these data have none
     ("-m interp.circuits out/run --tau=a", "argument --tau"),
     ("-m interp.circuits out/run --prompts=pairs.json", "cannot read prompts from pairs.json"),
     ("-m interp.sae out/run --layer=9", "--layer=9: the blocks of this model are 0 to 1"),
     ("-m interp.sae out/run --batch_size=100000", "too few for batches of 100,000"),
+    ("-m interp.sae out/run --l1=abc", "--l1"),
+    *((f"-m interp.sae out/run {words}", "different numbers")
+      for words in ("--l1=2,2.0000001", "--l1=nan", "--seeds=01,1")),
+    ("-m interp.sae out/run --site=mlp", "must be of mlp_out, attn_out"),
+    ("-m interp.sae out/run --steps=40 --batch_size=32 --lr=1e30", "smaller --lr"),
     ("-m interp.n2g out/run --layer=9", "--layer=9: the blocks of this model are 0 to 1"),
     ("-m interp.n2g out/run", "train.bin", flip("data/train.bin")),
     ("-m interp.explain out/run", "--window=64: out/run reads at most 16 tokens"),
@@ -123,8 +154,6 @@ INTERP = [
     ("-m interp.units out/run --windows=0", "argument --windows: 0 is not at least 1"),
     ("-m interp.units out/run", "val.bin", flip("data/val.bin")),
     ("-m interp.browse out/run --data=nowhere", "no prepared data in nowhere"),
-    ("-m interp.hf export out/nowhere new", "no checkpoint at out/nowhere"),
-    ("-m interp.hf export out/run new", "best.pt is damaged", flip("out/run/best.pt")),
     ("-m interp.hf export out/run data", "data is there already"),
     ("-m interp.hf sae out/run new", "sae.pt"),
     ("-m interp.hf import out new", "out"),
@@ -138,34 +167,25 @@ def template(tmp_path_factory):
     lines = {**TINY, "max_iters": 4, "eval_interval": 2, "data": "data", "ablation": "local"}
     (folder / "config.py").write_text("".join(f"{name} = {value!r}\n"
                                               for name, value in lines.items()))
-    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw_losses", lambda *_: None)
-        assert typed("train.py config.py --out=out/run") is None
+    with contextlib.chdir(folder):
+        start("data", "out/run", max_iters=4, eval_interval=2)
     return folder
 
 
-def typed(command):
-    """What a script, called in this process, says as it leaves; None when all went well."""
-    script, *words = shlex.split(command.removeprefix("-m "))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *words])
-        patch.setitem(sys.modules, "wandb", None)  # whether or not it is installed here
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        try:
-            knobs.cli(importlib.import_module(script.removesuffix(".py")).main)
-        except SystemExit as ended:
-            return ended.code
-
-
 @pytest.mark.parametrize("row", [*CORE, *INTERP], ids=lambda row: row[0])
-def test_a_mistake_is_one_line_and_changes_nothing(row, template, tmp_path, monkeypatch):
+def test_a_mistake_is_one_line_and_changes_nothing(row, template, tmp_path, typed, monkeypatch):
     command, expected, *damage = row
     folder = shutil.copytree(template, tmp_path / "work")
     for spoil in damage:
         spoil(folder)
     before = contents(folder)
     monkeypatch.chdir(folder)
-    message = typed(command)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # whether or not it is installed here
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(eval, "measure_split", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(sweep, "start", lambda *_: pytest.fail("too late"))
+    script, *words = shlex.split(command.removeprefix("-m "))
+    message, _ = typed(importlib.import_module(script.removesuffix(".py")).main, *words)
     assert isinstance(message, str) and message.startswith("error: ")
     assert expected in message and "\n" not in message
     assert contents(folder) == before

@@ -1,7 +1,4 @@
-"""interp/n2g.py: oracles, brute force, and neurons with a known meaning.
-
-    python -m pytest tests/test_n2g.py
-"""
+"""interp/n2g.py: oracles, brute force, and neurons with a known meaning."""
 
 import json
 from collections import Counter
@@ -282,23 +279,15 @@ def test_neurons_of_known_meaning_get_the_right_graphs(run, typed, monkeypatch):
 # ------------------------------------------------------------------------------ the command line
 
 
-def test_an_interrupted_run_continues_to_the_same_result(run, typed, monkeypatch):
+def test_an_interrupted_run_continues_to_the_same_result(run, typed, stop_at, monkeypatch):
     other = make_run(run.parent / "other", run.parents[1] / "data", tiny_model())
     assert typed(n2g.main, run, "--device=cpu")[0] is None
-    work, search, layers, searches = n2g.graphs_of_layer, n2g.strongest, [], []
-
-    def interrupted(at_pivot, text, moments, *more):
-        layers.append(moments.layer)
-        if len(layers) == 2:
-            raise KeyboardInterrupt
-        return work(at_pivot, text, moments, *more)
-
-    monkeypatch.setattr(n2g, "graphs_of_layer", interrupted)
-    monkeypatch.setattr(n2g, "strongest", lambda *words: searches.append(1) or search(*words))
+    layers, searches = stop_at(n2g, "graphs_of_layer", 2), stop_at(n2g, "strongest")
     monkeypatch.setattr(n2g, "SCANNED", 1)  # each layer is read by itself
     assert typed(n2g.main, other, "--device=cpu")[0] == "stopped"
     assert typed(n2g.main, other, "--device=cpu")[0] is None
-    assert layers == [0, 1, 1, 2] and len(searches) == 3  # nothing is done again
+    assert [moments.layer for _, _, moments, *_ in layers] == [0, 1, 1, 2]
+    assert len(searches) == 3  # nothing is done again
     assert found_in(other) == found_in(run) and not (other / "n2g.resume.pt").exists()
     assert sum(entry["graph"] is not None for entry in found_in(run)[2]) > 30
 

@@ -1,11 +1,8 @@
 """bench/sweep.py: every config with every seed; stopped, continued, skipped; who runs where.
 
-    python -m pytest tests/test_sweep.py
-
 The runs of the first test are real; elsewhere a few lines stand in for train.py.
 """
 
-import json
 import os
 import re
 import subprocess
@@ -17,14 +14,13 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, make_data
+from test_train import TINY, metrics
 
 import config as knobs
 import sweep
 import train
 from model import load_checkpoint
 
-TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4,
-        "max_iters": 60, "eval_interval": 30, "eval_windows": 8, "log_interval": 4, "device": "cpu"}
 # in a config file: where the environment says so, every update of train.py takes its time
 CRAWL = """
 import os as _os, sys as _sys, time as _time
@@ -35,19 +31,14 @@ if _os.environ.get("CRAWL") and hasattr(_train, "batch_at"):
 """
 
 
-class Never:
-    """In place of knobs.StopRequest, which would keep pytest's Ctrl-C."""
-
-    requested = False
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A folder with data and two config files."""
     work = tmp_path_factory.mktemp("sweep")
     make_data(work / "data", 3000, 400)
     for name, ablation in (("plain", "none"), ("gated", "local")):
-        values = {**TINY, "ablation": ablation, "data": str(work / "data")}
+        values = {**TINY, "max_iters": 60, "eval_interval": 30, "ablation": ablation,
+                  "data": str(work / "data")}
         lines = [f"{key} = {value!r}\n" for key, value in values.items()]
         (work / f"{name}.py").write_text("".join(lines) + CRAWL)
     return work
@@ -57,15 +48,8 @@ def words(work, *more):
     return ["bench/sweep.py", str(work / "gated.py"), str(work / "plain.py"), *more]
 
 
-def metrics(folder):
-    """What a run measured, without the times."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{**line, "seconds": None} for line in lines]
-
-
 def test_a_sweep_stopped_by_sigterm_goes_on_where_it_was(work, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(knobs, "StopRequest", Never)
     out, command = work / "out", words(work, "--seeds=1", f"--out={work}/out")
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True,
                                env={**os.environ, "CRAWL": "1"}, stdout=subprocess.PIPE)
@@ -120,7 +104,6 @@ def test_two_gpus_are_shared_and_a_failing_run_stops_no_other(work, tmp_path, mo
     monkeypatch.setattr(sweep, "finished", lambda config: Path(f"{config.out}.done").exists())
     monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(sweep.torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(knobs, "StopRequest", Never)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(sys, "argv", words(work, "--seeds=1,2,3", "--device=auto",
                                            f"--out={tmp_path}", "--beta1=0.{seed}"))
@@ -134,15 +117,3 @@ def test_two_gpus_are_shared_and_a_failing_run_stops_no_other(work, tmp_path, mo
     assert set(re.findall("--device=cuda:(.)", logs)) == {"0", "1"}
     assert logs.count("4 --device=auto --beta1=0.") == 6  # half of the threads each
     assert "--beta1=0.3 --seed=3" in logs
-
-
-@pytest.mark.parametrize("more, message", [
-    (["--seeds=01,1"], "gated_seed1"), (["--seeds=1,two"], "--seeds"), (["--seed=5"], "--seed"),
-    (["--resume=True"], "--resume"), (["--per_gpu=0"], "--per_gpu"), (["--data=no"], "no"),
-    (["--max_itres=5"], "did you mean --max_iters"), (["nowhere.py"], "no config file")])
-def test_mistakes_are_one_line_before_anything_starts(work, tmp_path, monkeypatch, more, message):
-    monkeypatch.setattr(sweep, "start", lambda *_: pytest.fail("started a run"))
-    monkeypatch.setattr(sys, "argv", words(work, f"--out={tmp_path / 'out'}", *more))
-    with pytest.raises(SystemExit, match=f"^error: [^\n]*{message}[^\n]*$"):
-        knobs.cli(sweep.main)
-    assert not (tmp_path / "out").exists()

@@ -1,7 +1,5 @@
 """train.py: updates, batches, validation; runs stopped, killed, resumed, spread and refused.
 
-    python -m pytest tests/test_train.py
-
 Models are tiny. Most runs are calls of train.main() in this process. Where a process has to die or
 to talk to another, it is forked from this one (`fork`). Runs compared up to the order of a
 summation are in float64 (`double`): in float32 rounding can pick another winner of a near-tie.
@@ -31,7 +29,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from conftest import ROOT, V, make_data
+from conftest import ROOT, V, identical, make_data
 
 import config as knobs
 import train
@@ -46,9 +44,6 @@ PATIENCE = 300  # seconds to wait for another process before calling it hung
 STOPS = (signal.SIGINT, signal.SIGTERM)
 CPU = torch.device("cpu")
 draw_losses = train.draw_losses
-
-
-# ---- tools
 
 
 def words(data, out, **changes):
@@ -79,16 +74,6 @@ def metrics(out):
     lines = [json.loads(line, parse_constant=pytest.fail)
              for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
-
-
-def identical(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(identical(a[name], b[name]) for name in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(identical, a, b))
-    return a == b
 
 
 def state(out, name="last.pt"):
@@ -266,16 +251,6 @@ def test_a_run_is_the_textbooks_updates(data, tmp_path, double, changes):
     for line, part in zip(lines[1:], (rows[:5], rows[5:10], rows[10:])):
         found = (line["loss"], line["loss_clean"], line["grad_norm"])
         assert found == pytest.approx(np.mean(part, 0), rel=1e-7)
-
-
-@pytest.mark.parametrize("max_iters, eval_interval", [(10, 5), (3, 100), (1, 1)])
-def test_there_are_exactly_max_iters_updates(data, tmp_path, max_iters, eval_interval):
-    out = start(data, tmp_path / "run", max_iters=max_iters, eval_interval=eval_interval)
-    evaluated = sorted({*range(0, max_iters, eval_interval), max_iters})
-    assert [line["step"] for line in metrics(out)] == evaluated
-    last = load_checkpoint(out / "last.pt")
-    adams = {entry["step"].item() for entry in last["optimizer"]["state"].values()}
-    assert adams == {last["step"]} == {max_iters}
 
 
 def test_a_compiled_run_is_the_same_and_compiled_once(data, tmp_path, monkeypatch):
@@ -588,18 +563,6 @@ def test_a_run_begins_with_a_model_of_hugging_face(data, tmp_path):
 # ---- refused, in one line
 
 
-def test_any_checkpoint_in_a_folder_is_a_run_that_is_not_overwritten(data, tmp_path, whole):
-    for name in ("last.pt", "best.pt"):
-        out = tmp_path / name
-        out.mkdir()
-        shutil.copy(whole / name, out)
-        for changes in ({}, {"init_from": out / name}):
-            message = refused(data, out, **changes)
-            assert str(out) in message and "--resume=True" in message and "--out=" in message
-        assert [*out.iterdir()] == [out / name]
-        assert (out / name).read_bytes() == (whole / name).read_bytes()
-
-
 def test_a_run_goes_on_with_its_own_knobs_only(data, tmp_path, whole):
     """A new knob may not change on the way, unless it is named here."""
     free = knobs.FIELDS.keys() - knobs.decisive(knobs.FIELDS).keys()
@@ -612,17 +575,6 @@ def test_a_run_goes_on_with_its_own_knobs_only(data, tmp_path, whole):
     advice = dict(word[2:].split("=") for word in message.split() if word.startswith("--"))
     start(data, out, resume=True, **{"learning_rate": 0.5, "k_mlp": 3, **advice})
     assert_same_run(out, whole)
-
-
-def test_what_cannot_be_resumed_is_refused(data, tmp_path, whole):
-    assert "no checkpoint" in refused(data, tmp_path / "none", resume=True)
-    assert not (tmp_path / "none").exists()
-    make_data(tmp_path / "other", 3000, 401)
-    message = refused(tmp_path / "other", whole, resume=True)
-    assert str(tmp_path / "other") in message and "--data=" in message
-    out, content = shutil.copytree(whole, tmp_path / "run"), (whole / "last.pt").read_bytes()
-    (out / "last.pt").write_bytes(content[:-1000])
-    assert "last.pt is damaged" in refused(data, out, resume=True)
 
 
 @pytest.mark.parametrize("update, stop_at", [(1, None), (6, 6), (12, 11)])
@@ -649,13 +601,6 @@ def test_weights_that_broke_in_a_finite_update_are_not_saved(data, tmp_path, int
     assert len(metrics(tmp_path / "run")) == 1
 
 
-@pytest.mark.parametrize("losses", [[math.nan, 5.0], [5.0, math.inf]], ids=str)
-def test_a_validation_loss_that_is_not_finite_is_not_saved(data, tmp_path, monkeypatch, losses):
-    monkeypatch.setattr(train, "validate", lambda *_: losses)
-    assert "finite" in refused(data, tmp_path / "run")
-    assert not has_checkpoint(tmp_path / "run")
-
-
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes")], ids=str)
@@ -665,10 +610,7 @@ def test_too_little_memory_is_one_line(data, tmp_path, monkeypatch, error):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_data_that_changed_or_do_not_fill_a_window_are_refused(data, tmp_path, split):
-    damaged = shutil.copytree(data, tmp_path / "damaged")
-    (damaged / f"{split}.bin").write_bytes((data / f"{split}.bin").read_bytes()[:-1] + b"\x07")
-    assert f"{split}.bin" in refused(damaged, tmp_path / "run")
+def test_data_must_fill_a_window(tmp_path, split):
     make_data(tmp_path / "short", **{"train": 17, "val": 17, split: 16})
     assert "has too few tokens for block_size=16" in refused(tmp_path / "short", tmp_path / "run")
     assert not (tmp_path / "run").exists()

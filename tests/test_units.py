@@ -1,7 +1,4 @@
-"""interp/units.py: every number against brute force, and against distributions that are known.
-
-    python -m pytest tests/test_units.py
-"""
+"""interp/units.py: every number against brute force, and against distributions that are known."""
 
 import itertools
 import json
@@ -42,9 +39,6 @@ def random_choices(rng, n, N, k):
     """(n, k) different units below N, the small numbers more often."""
     weights = 1 / np.arange(1, N + 1)
     return np.array([rng.choice(N, k, replace=False, p=weights / weights.sum()) for _ in range(n)])
-
-
-# ---- what the gate chooses
 
 
 @pytest.mark.parametrize("changes", [{}, {"ablation": "global"}, {"attn_unit": "head", "k_attn": 1},
@@ -201,17 +195,9 @@ def test_a_result_is_written_once_and_printed(run, typed):
     assert "has ablation=none" in typed(units.main, plain)[0]
 
 
-def test_a_stopped_call_continues(run, typed, monkeypatch):
+def test_a_stopped_call_continues(run, typed, stop_at, monkeypatch):
     monkeypatch.setattr(units, "draw_units", lambda path, results: path.write_bytes(b""))
-    read, calls = units.read_kept, []
-
-    def stop_in_second(*words):
-        calls.append(words)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return read(*words)
-
-    monkeypatch.setattr(units, "read_kept", stop_in_second)
+    calls = stop_at(units, "read_kept", 2)
     assert typed(units.main, run)[0] == "stopped" and not (run / "units.json").exists()
     assert typed(units.main, run)[0] is None and len(calls) == 3  # the trained model is read once
     continued = json.loads((run / "units.json").read_text())

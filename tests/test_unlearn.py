@@ -1,16 +1,13 @@
-"""interp/unlearn.py: a model in which one unit writes one word, and brute force.
+"""interp/unlearn.py: a model in which one unit writes one word, and brute force."""
 
-    python -m pytest tests/test_unlearn.py
-"""
-
-import hashlib
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import T, contents, make_run, tiny_model
+from conftest import T, contents, make_data, make_run, tiny_model
 
 import eval
 from interp import hf, unlearn
@@ -27,23 +24,14 @@ RANKINGS = ["fisher", "contrast", "direct", "activation", "gate"]
 @pytest.fixture
 def data(tmp_path):
     """Every second story has "the dog", two of three have "far", all have "a cat", "my bird"."""
-    meta = {"tokenizer": {"name": "words", "pieces": [f" {word}" for word in WORDS]},
-            "vocab_size": EOT + 1, "eot": EOT, "checksum": "stories", "source": {}}
-    rng, folder = np.random.default_rng(0), tmp_path / "data"
-    folder.mkdir()
-    for split in ("train", "val"):
-        tokens = []
-        for number in range(120):
-            pieces = ["a cat", "my bird", "we run"] * 2 + ["the dog"] * 2 * (number % 2)
-            pieces += ["far"] * (number % 3)
-            words = " ".join(rng.permutation(pieces)).split()
-            tokens += [*map(ID.get, words), EOT]
-        content = np.array(tokens, "<u2").tobytes()
-        (folder / f"{split}.bin").write_bytes(content)
-        meta[split] = {"tokens": len(tokens), "stories": 120, "bytes": 4 * len(tokens),
-                       "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "meta.json").write_text(json.dumps(meta))
-    return folder
+    rng, splits = np.random.default_rng(0), ([], [])
+    for tokens, number in itertools.product(splits, range(120)):
+        pieces = ["a cat", "my bird", "we run"] * 2 + ["the dog"] * 2 * (number % 2)
+        pieces += ["far"] * (number % 3)
+        words = " ".join(rng.permutation(pieces)).split()
+        tokens += [*map(ID.get, words), EOT]
+    make_data(tmp_path / "data", *splits, pieces=[f" {word}" for word in WORDS])
+    return tmp_path / "data"
 
 
 def hand_set(ablation="local"):
@@ -96,9 +84,6 @@ def columns(model):
         for layer in (block.attn["attention"].out_proj, block.mlp.c_proj):
             for column in range(layer.in_features):
                 yield layer.weight.data, column
-
-
-# ---- a model in which one unit writes one word
 
 
 @pytest.mark.parametrize("ablation", ["local", "none"])
@@ -257,18 +242,10 @@ def test_relearning_is_compared_with_the_same_training(run, monkeypatch):
 # ---- the command line
 
 
-def test_a_stopped_call_continues_and_its_model_is_a_run(run, typed, monkeypatch):
+def test_a_stopped_call_continues_and_its_model_is_a_run(run, typed, stop_at):
     path, folder = eval.Path(run.path), run.folder.parent / "no_dog"
     words = path, "--concept", "dog dogs", "cat bird", "--concept", "far", "bird"
-    measure, calls = unlearn.measure_concept, []
-
-    def stop_in_second(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return measure(*args)
-
-    monkeypatch.setattr(unlearn, "measure_concept", stop_in_second)
+    calls = stop_at(unlearn, "measure_concept", 2)
     assert typed(unlearn.main, *words)[0] == "stopped" and not (path / "unlearn.json").exists()
     message, out = typed(unlearn.main, *words, "--save", "dog", folder)
     assert message is None and len(calls) == 3  # the first concept is measured once

@@ -371,6 +371,9 @@ def main():
     add("--top_k", type=knobs.positive, help="sample from the k likeliest tokens only")
     add("--seed", type=int, default=1337, help="of the samples")
     args = parser.parse_args()
+    for name in ("max_new_tokens", "temperature", "top_k", "seed"):
+        if args.sample is None and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} needs --sample")
     device = knobs.pick_device(args.device)
     runs = open_runs(args.runs, args.data)
     if args.over_seeds:

@@ -389,10 +389,10 @@ class GPTNeo(nn.Module):
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint(checkpoint)
         model = cls(GPTNeoConfig(**checkpoint["config"]))
+        for name, weight in checkpoint["model"].items():
+            if not (weight.is_floating_point() and weight.isfinite().all()):
+                raise ModelError(f"damaged weights: {name} holds values that are not finite floats")
         model.load_state_dict(checkpoint["model"])
-        for name, weight in model.state_dict().items():
-            if not weight.isfinite().all():
-                raise ModelError(f"damaged weights: {name} holds values that are not finite")
         return model
 
     @classmethod
@@ -414,8 +414,9 @@ class GPTNeo(nn.Module):
             for file in (*Path(name).glob("*.safetensors"), *Path(name).glob("pytorch_model*.bin")):
                 read = load_torch(file) if file.suffix == ".bin" else load_file(file)  # checks CRCs
                 for key, weight in read.items():
-                    if not (weight.is_floating_point() or "attention.bias" in key):
-                        raise ValueError(f"{key} in {file} is not floating point")
+                    floating = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+                    if not (floating or "attention.bias" in key):
+                        raise ValueError(f"{key} in {file} is not a floating-point tensor")
             if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
                 raise ValueError("its lm_head is not its token embedding")
             if info["missing_keys"]:  # transformers fills them with random numbers

@@ -181,7 +181,7 @@ def texts_of(args):
     except Exception as error:  # datasets and the readers of files have many
         hints = {KeyError: "no such split or column, see --text_column",
                  AttributeError: "the column does not hold text, see --text_column",
-                 UnicodeDecodeError: "not UTF-8",
+                 UnicodeDecodeError: "convert it: iconv -f UTF-16 -t UTF-8",
                  ConnectionError: "without a network try --train FILE or toy"}
         reason = " ".join(f"{source} ({type(error).__name__}: {error.__cause__ or error})".split())
         raise UserError(f"cannot read {reason}: {hints.get(type(error), 'see --help')}")

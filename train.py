@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 import config as knobs
 from model import GPTNeo, ModelError, load_checkpoint, replace_file, save_checkpoint
-from prepare import UserError, load_meta, load_tokens, locked
+from prepare import UserError, load_meta, load_tokenizer, load_tokens, locked
 
 # ------------------------------------------------------------------------------------------- data
 
@@ -63,14 +63,14 @@ def build_model(config, meta):
     model, source = GPTNeo(config.model), config.init_from
     if not source:
         return model
-    tokenizer = meta["tokenizer"]
     foreign = Path(source, "config.json").is_file() or not os.path.exists(source)  # of transformers
     if source.endswith(".pt") or not foreign:
         checkpoint = load_checkpoint(source)
-        theirs, tokenizer = GPTNeo.from_checkpoint(checkpoint), checkpoint["tokenizer"]
+        theirs = GPTNeo.from_checkpoint(checkpoint)
+        same_tokens = checkpoint["tokenizer"] == meta["tokenizer"]
     else:
-        theirs = GPTNeo.from_pretrained(source)
-    if tokenizer != meta["tokenizer"] or theirs.config.vocab_size != config.vocab_size:
+        theirs, same_tokens = GPTNeo.from_pretrained(source), tokenizes_as(source, config.data)
+    if not same_tokens or theirs.config.vocab_size != config.vocab_size:
         raise UserError(f"{source} has another tokenizer than {config.data}: prepare the data with "
                         f"that tokenizer")
     wanted = {name: getattr(theirs.config, name) for name in (
@@ -82,6 +82,16 @@ def build_model(config, meta):
     fitting = {name: w for name, w in weights.items() if shapes.get(name) == w.shape}
     model.load_state_dict(fitting, strict=False)  # gates of another kind are left out
     return model
+
+
+def tokenizes_as(name, data):
+    """Whether a model of Hugging Face gives the data's ids to a text, or has no tokenizer."""
+    from transformers import AutoTokenizer
+
+    theirs, ours = AutoTokenizer.from_pretrained(name), load_tokenizer(load_meta(data)["tokenizer"])
+    text = ours.decode(load_tokens(data, "val")[:10_000].tolist())
+    ids = theirs.encode(text, verbose=False)
+    return len(theirs) < 2 or ids == ours.encode(text, allowed_special="all")
 
 
 def require_knobs(wanted, config, reason):

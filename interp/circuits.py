@@ -181,7 +181,7 @@ def logit_difference(model, residual, tokens):
 def accuracy(circuit, tokens):
     """The share of prompts in which the right answer is the likeliest token, and in which it is
     likelier than the wrong one."""
-    model, residual = circuit.model, circuit.input_of(circuit.graph.end_input)  # (B, 1, C)
+    model, residual = circuit.model, circuit.input_of(circuit.end_input)  # (B, 1, C)
     logits = model.read_out(residual) @ model.unembed  # (B, V)
     exact = logits.argmax(-1) == tokens.answers.to(logits.device)  # (B)
     right = logit_difference(model, residual, tokens) > 0  # (B)
@@ -247,16 +247,15 @@ def discover(circuit, edges, tau, state=None, save=lambda state: None, title="AC
         smallest = largest = 2 * WINDOW
     with tqdm(total=len(edges), initial=len(decided), unit=" edges",
               desc=f"{title} tau {tau:g}", mininterval=1) as bar:
-        for _, ours in stages:
+        for _, stage in stages:
             # from scratch for every stage: continued on such a device, a sweep is bit-equal
             circuit.set_removed([edge for edge, (kept, _) in zip(edges, decided) if not kept])
-            ours = [*ours]
             # All edges out of these nodes are decided. A node that keeps none has no effect, so
             # removing an edge into it raises KL by exactly 0 and need not be tried.
-            decisions = {edge: [not 0.0 < tau, 0.0] for edge in ours}
-            untried = [edge for edge in ours if edge.dest.node in circuit.live]
+            decisions = {edge: [not 0.0 < tau, 0.0] for edge in stage}
+            untried = [edge for edge in decisions if edge.dest.node in circuit.live]
             size = smallest
-            bar.update(len(ours) - len(untried))
+            bar.update(len(decisions) - len(untried))
             while untried:
                 found, state["kl"] = decide(circuit, untried[:size], state["kl"], tau)
                 decisions.update(zip(untried, found))
@@ -321,7 +320,7 @@ def edge_circuits(model):
 
     def residual_of(kept):
         circuit.set_removed([edge for edge in edges if edge not in kept])
-        return circuit.input_of(circuit.graph.end_input)
+        return circuit.input_of(circuit.end_input)
     return residual_of
 
 

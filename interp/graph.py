@@ -36,7 +36,6 @@ class Graph:
     def __init__(self, n_layer, n_head):
         self.n_layer, self.n_head = n_layer, n_head
         self.end = 1 + n_layer * (n_head + 1)
-        self.end_input = Dest(self.end, "")
         self.stages = []  # in forward order; the nodes of one cannot feed each other
         for first in range(1, self.end, n_head + 1):
             mlp = first + n_head
@@ -138,17 +137,18 @@ class PatchedModel:
             heads[part] = matrix.unflatten(0, split).mT.contiguous()
         return heads
 
+    def weight_and_bias(self, name):
+        return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+
     def norm(self, name, x):
-        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
-        return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
+        return F.layer_norm(x, x.shape[-1:], *self.weight_and_bias(name), 1e-5)
 
     def read_out(self, residual):
         """What Resid End reads, (..., B, T or 1, C) -> the output of ln_f at the last position."""
         return self.norm("ln_f", residual[..., -1, :])  # (..., B, C)
 
     def linear(self, name, x):
-        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
-        return F.linear(x, weight, bias)
+        return F.linear(x, *self.weight_and_bias(name))
 
     def output(self, node, inputs, edit=unchanged):
         """The output of a node, (..., B, T or 1, C), from its inputs, a list of such tensors.
@@ -188,19 +188,20 @@ class PatchedModel:
             block, head = self.graph.block_and_head(stage[0])
             if head is not None:
                 x = x + self.weights[f"h.{block}.attn.attention.out_proj.bias"]
-        residual.append(read(self.graph.end_input, x))
+        residual.append(read(Dest(self.graph.end, ""), x))
         return torch.stack(outputs), residual
 
-    def divergence(self, outs):
+    def divergence(self, residuals):
         """KL(clean model || circuit) in nats at the last position, mean over prompts, of K
-        circuits: what ln_f gives in each, (K, B, C) -> (K) float64.
+        circuits: what Resid End reads in each, (K, B, T or 1, C) -> (K) float64.
 
         With p the clean model's distribution, E_p the mean over the vocabulary by it, and d the
         change of the logits, the circuit's log q is log p + d - log E_p[exp d], and so
             KL = E_p[log p - log q] = log E_p[exp d] - E_p[d]
         Nothing large cancels here, so fp32 keeps the digits of a small KL; only sums need float64.
         """
-        change = outs - self.clean_out  # (K, B, C)
+        outs = self.read_out(residuals)  # (K, B, C)
+        change = outs - self.clean_out
         mean = (change.double() * self.p_unembed).sum(-1)  # (K, B), E_p[d]
         buffer = torch.empty_like(self.log_p)  # one circuit at a time: K x B x V is too large
         log_mean_exp = []
@@ -222,6 +223,7 @@ class Circuit:
 
     def __init__(self, model):
         self.model, self.graph = model, model.graph
+        self.end_input = Dest(self.graph.end, "")
         self.set_removed([])
 
     def set_removed(self, removed):
@@ -309,8 +311,7 @@ class Circuit:
                     inputs[dest] = self.input_of(dest) + sum(changes)
             if node != self.graph.end and inputs.keys() & dests:
                 outputs[node] = self.output_of(node, inputs)
-        outs = self.model.read_out(inputs[self.graph.end_input])  # (K, B, C)
-        kls = self.model.divergence(outs).tolist()
+        kls = self.model.divergence(inputs[self.end_input]).tolist()
         return kls, inputs, outputs
 
     def commit(self, edges, inputs, outputs):
@@ -330,5 +331,4 @@ class Circuit:
     def kl_without(self, removed):
         """KL(clean model || circuit) once exactly these edges are removed, a float."""
         self.set_removed(removed)
-        out = self.model.read_out(self.input_of(self.graph.end_input))  # (B, C)
-        return self.model.divergence(out[None]).item()
+        return self.model.divergence(self.input_of(self.end_input)[None]).item()

@@ -161,6 +161,8 @@ def test_a_model_that_does_not_know_a_task_gets_no_numbers(typed, run):
     assert not (run / "eap.png").exists()
     message, _ = typed(circuits.main, run, "--method=eap", "--tau=0.1")
     assert "--tau and --orders are for acdc" in message
+    message, _ = typed(circuits.main, run, "--level=units")
+    assert "--level and --title are for eap: add --method eap" in message
 
 
 @pytest.fixture

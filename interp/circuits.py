@@ -37,7 +37,7 @@ import random
 import statistics
 from collections import defaultdict
 from functools import partial
-from itertools import cycle, islice, product
+from itertools import cycle, groupby, islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -178,10 +178,10 @@ def logit_difference(model, residual, tokens):
     return (model.read_out(residual) * direction).sum(-1)
 
 
-def answers(circuit, tokens):
+def accuracy(circuit, tokens):
     """The share of prompts in which the right answer is the likeliest token, and in which it is
     likelier than the wrong one."""
-    model, residual = circuit.model, circuit.input_of(circuit.end)  # (B, 1, C)
+    model, residual = circuit.model, circuit.input_of(circuit.end_input)  # (B, 1, C)
     logits = model.read_out(residual) @ model.unembed  # (B, V)
     exact = logits.argmax(-1) == tokens.answers.to(logits.device)  # (B)
     right = logit_difference(model, residual, tokens) > 0  # (B)
@@ -241,23 +241,21 @@ def discover(circuit, edges, tau, state=None, save=lambda state: None, title="AC
     """
     state = state or {"decided": [], "kl": 0.0, "margin": math.inf}
     decided = state["decided"]
-    stages = [circuit.graph.stage[edge.dest.node] for edge in edges]
+    stages = groupby(edges[len(decided) :], lambda edge: circuit.graph.stage[edge.dest.node])
     smallest, largest = 1, WINDOW
     if circuit.current.device.type == "cuda":  # where a batch takes as long as one edge
         smallest = largest = 2 * WINDOW
     with tqdm(total=len(edges), initial=len(decided), unit=" edges",
               desc=f"{title} tau {tau:g}", mininterval=1) as bar:
-        while len(decided) < len(edges):
+        for _, stage in stages:
             # from scratch for every stage: continued on such a device, a sweep is bit-equal
             circuit.set_removed([edge for edge, (kept, _) in zip(edges, decided) if not kept])
-            stage = stages[len(decided)]
-            ours = [edge for edge, its_stage in zip(edges, stages) if its_stage == stage]
             # All edges out of these nodes are decided. A node that keeps none has no effect, so
             # removing an edge into it raises KL by exactly 0 and need not be tried.
-            decisions = {edge: [not 0.0 < tau, 0.0] for edge in ours}
-            untried = [edge for edge in ours if edge.dest.node in circuit.live]
+            decisions = {edge: [not 0.0 < tau, 0.0] for edge in stage}
+            untried = [edge for edge in decisions if edge.dest.node in circuit.live]
             size = smallest
-            bar.update(len(ours) - len(untried))
+            bar.update(len(decisions) - len(untried))
             while untried:
                 found, state["kl"] = decide(circuit, untried[:size], state["kl"], tau)
                 decisions.update(zip(untried, found))
@@ -279,44 +277,39 @@ def record(model, x):
     units, (B, T, D or 4C)}."""
     found = {}
 
-    def note(place, value):
-        found[place] = value.view_as(value)  # no copy, but a tensor of its own for autograd
-        return found[place]
+    def note(site, value):
+        found[site] = value.view_as(value)  # no copy, but a tensor of its own for autograd
+        return found[site]
 
-    model.run(x, note, note)
+    model.forward(x, note, note)
     return found
-
-
-def gradients(model, tokens, path):
-    """The gradient of the mean logit difference at every place of record: its mean over a path
-    between the embeddings of both prompts (integrated gradients)."""
-    mean = defaultdict(float)
-    for share in path:
-        x = torch.lerp(model.corrupt[0], model.clean[0], share)
-        places = record(model, x.requires_grad_())
-        values = [*places.values()]  # the last one is what Resid End reads
-        metric = logit_difference(model, values[-1], tokens).mean()
-        for place, slope in zip(places, torch.autograd.grad(metric, values)):
-            mean[place] = mean[place] + slope / len(path)
-    return mean
 
 
 def attribute(model, tokens, path=PATH):
     """{level: {Edge or (node, unit): score}}: to first order, by how much the logit difference
-    rises when this edge or unit carries the corrupt prompt's value: the sum over prompts and
-    positions of its source's (its own) change . the gradient there (Hanna et al. 2024)."""
+    rises when this edge or unit carries the corrupt prompt's value. Each score is the sum over
+    prompts and positions of its source's (its own) change . the gradient there: its mean over a
+    path between the embeddings of both prompts (integrated gradients, Hanna et al. 2024)."""
+    slopes = defaultdict(float)  # {site, as in record: this gradient}
+    for share in path:
+        x = torch.lerp(model.corrupt[0], model.clean[0], share)
+        sites = record(model, x.requires_grad_())
+        values = [*sites.values()]  # the last one is what Resid End reads
+        metric = logit_difference(model, values[-1], tokens).mean()
+        for site, slope in zip(sites, torch.autograd.grad(metric, values)):
+            slopes[site] = slopes[site] + slope / len(path)
     scores = {"edges": {}, "units": {}}
     clean = record(model, model.clean[0])
     corrupt = record(model, model.corrupt[0])
-    for place, slope in gradients(model, tokens, path).items():
-        if isinstance(place, Dest):
-            sources = model.graph.sources(place.node)  # the first so many of all
+    for site, slope in slopes.items():
+        if isinstance(site, Dest):
+            sources = model.graph.sources(site.node)  # the first so many of all
             products = model.change[: len(sources)].flatten(1) @ slope.flatten()  # (sources)
-            names = [Edge(source, place) for source in sources]
+            names = [Edge(source, site) for source in sources]
             scores["edges"] |= zip(names, products.tolist())
         else:
-            products = ((corrupt[place] - clean[place]) * slope).sum((0, 1))  # (D or 4C)
-            names = [(place, unit) for unit in range(len(products))]
+            products = ((corrupt[site] - clean[site]) * slope).sum((0, 1))  # (D or 4C)
+            names = [(site, unit) for unit in range(len(products))]
             scores["units"] |= zip(names, products.tolist())
     return scores
 
@@ -325,26 +318,23 @@ def edge_circuits(model):
     """A function that maps a set of edges to what Resid End reads in their circuit, (B, 1, C)."""
     circuit, edges = Circuit(model), sweep_order(model.graph)
 
-    def run(kept):
+    def residual_of(kept):
         circuit.set_removed([edge for edge in edges if edge not in kept])
-        return circuit.input_of(circuit.end)
-    return run
+        return circuit.input_of(circuit.end_input)
+    return residual_of
 
 
 def unit_circuits(model):
     """The same for a set of units (node, unit): all others have the corrupt prompt's values."""
     corrupt = record(model, model.corrupt[0])
 
-    def run(kept):
-        masks = {place: torch.zeros_like(value[0, 0], dtype=torch.bool)
-                 for place, value in corrupt.items()}
-        for node, unit in kept:
-            masks[node][unit] = True
-
+    def residual_of(kept):
         def edit(node, units):
-            return torch.where(masks[node], units, corrupt[node])
-        return model.run(model.clean[0], edit=edit)[1][-1]
-    return run
+            mask = [(node, unit) in kept for unit in range(units.size(-1))]
+            mask = torch.tensor(mask, device=units.device)  # (D or 4C)
+            return torch.where(mask, units, corrupt[node])
+        return model.forward(model.clean[0], edit=edit)[1][-1]
+    return residual_of
 
 
 CIRCUITS = {"edges": edge_circuits, "units": unit_circuits}
@@ -360,12 +350,12 @@ def faithfulness(f, total):
             "cmd": torch.trapezoid((1 - curve).abs(), shares).item(), "curve": [sizes, heights]}
 
 
-def smallest(f, total):
-    """The first n of a fine grid with f(n) >= FAITHFUL. f(total) is 1."""
-    n = 1
-    while n < total and f(n) < FAITHFUL:
-        n = min(total, max(n + 1, round(1.1 * n)))
-    return n
+def sufficient_size(f, total):
+    """The first size of a fine grid with f(size) >= FAITHFUL. f(total) is 1."""
+    size = 1
+    while size < total and f(size) < FAITHFUL:
+        size = min(total, max(size + 1, round(1.1 * size)))
+    return size
 
 
 def overlap(first, second):
@@ -376,7 +366,7 @@ def overlap(first, second):
     return len(first & second) / len(first | second)
 
 
-def rank(scores):
+def best_first(scores):
     """The edges or units, those with the largest absolute score first."""
     return sorted(scores, key=lambda name: -abs(scores[name]))
 
@@ -385,7 +375,7 @@ def measure_level(model, tokens, level, halves, rng):
     """A dict: circuits of edges or units on prompts that were not scored. halves: {edge or unit:
     score} of each half of the scored ones."""
     first, second = halves
-    run_circuit = CIRCUITS[level](model)
+    residual_of = CIRCUITS[level](model)
     total = len(first)
 
     def metric(residual):
@@ -393,16 +383,15 @@ def measure_level(model, tokens, level, halves, rng):
     corrupt, clean = metric(model.corrupt_residual[-1]), metric(model.clean_residual[-1])
 
     def f_of(order):
-        return lambda n: (metric(run_circuit(set(order[:n]))) - corrupt) / (clean - corrupt)
+        return lambda size: (metric(residual_of({*order[:size]})) - corrupt) / (clean - corrupt)
     both = {name: first[name] + second[name] for name in first}
-    best = f_of(rank(both))
+    best = f_of(best_first(both))
     chance = f_of(rng.sample([*both], total))
-    size = smallest(best, total)
-    by_chance = faithfulness(chance, total)
+    size = sufficient_size(best, total)
     return faithfulness(best, total) | {
         "total": total, "size": size, "f_random": chance(size),
-        "jaccard": overlap(rank(first), rank(second)),
-        **{f"{name}_random": by_chance[name] for name in ("cpr", "cmd", "curve")}}
+        "jaccard": overlap(best_first(first), best_first(second)),
+        **{f"{name}_random": value for name, value in faithfulness(chance, total).items()}}
 
 
 # --------------------------------------------------------------------------------------- the result
@@ -415,18 +404,18 @@ def describe_circuit(circuits, edges, decided, tokens, seed):
     for edge, (put_back, rise) in zip(edges, decided):
         (kept if put_back else removed)[edge] = rise
     connected = graph.connected(kept)
-    heads = {edge.source for edge in connected if graph.place(edge.source)[1] is not None}
+    heads = {edge.source for edge in connected if graph.block_and_head(edge.source)[1] is not None}
     facts = {"connected": len(connected), "heads": len(heads)}
-    for ending, circuit in circuits.items():
-        facts[f"kl{ending}"] = circuit.kl_without(removed)
+    for suffix, circuit in circuits.items():
+        facts[f"kl{suffix}"] = circuit.kl_without(removed)
         kls, rng = [], random.Random(seed)  # of random circuits of the same size
         for _ in range(RANDOM):
             chosen = set(rng.sample(edges, len(kept)))
             kls.append(circuit.kl_without([edge for edge in edges if edge not in chosen]))
-        facts[f"kl_random{ending}"] = statistics.mean(kls)
-        facts[f"kl_random{ending}_sd"] = statistics.stdev(kls)
+        facts[f"kl_random{suffix}"] = statistics.mean(kls)
+        facts[f"kl_random{suffix}_sd"] = statistics.stdev(kls)
     circuits[""].set_removed(removed)
-    facts["circuit_exact"], facts["circuit_right"] = answers(circuits[""], tokens)
+    facts["circuit_exact"], facts["circuit_right"] = accuracy(circuits[""], tokens)
     for name, rises in (("circuit", kept), ("removed", removed)):
         facts[name] = {graph.edge_name(edge): rise for edge, rise in rises.items()}
     return facts
@@ -489,17 +478,17 @@ def find_circuits(result, title, args, device):
     model = result.run.model.to(device)
     tokens, = load_prompts(result.run, args.task[0], args)
     found_on = tokens.rows(0, args.count)
-    circuits = {}  # {ending of names: Circuit}
-    for ending, part in {"": found_on, "_heldout": tokens.rows(args.count, None)}.items():
+    circuits = {}  # {suffix of names: Circuit}
+    for suffix, part in {"": found_on, "_heldout": tokens.rows(args.count, None)}.items():
         if len(part.clean):
-            circuits[ending] = Circuit(patch(model, part, args.dtype))
+            circuits[suffix] = Circuit(patch(model, part, args.dtype))
     graph = circuits[""].graph
     everything = sweep_order(graph)
-    exact, right = answers(circuits[""], found_on)
+    exact, right = accuracy(circuits[""], found_on)
     facts = {"total": len(everything), "exact": exact, "right": right,
              "verdict": "does not know" if right < KNOWS else ""}
-    for ending, circuit in circuits.items():
-        facts[f"kl_corrupt{ending}"] = circuit.kl_without(everything)
+    for suffix, circuit in circuits.items():
+        facts[f"kl_corrupt{suffix}"] = circuit.kl_without(everything)
     state = result.state or {"circuits": [], "sweep": None}  # finished ones, the one in progress
     rows, sweep = state["circuits"], state["sweep"]
     orders = ["descending", *range(args.orders)]  # a number is that of a random order
@@ -550,9 +539,9 @@ def attribute_run(result, title, args, device):
         for level in args.level:
             row = {"task": task, "level": level, "right": right, "effect": effect,
                    "verdict": verdict}
-            numbers = pd.DataFrame(found[level])
-            for name in numbers:  # a mean over the sets; of a list, entry by entry
-                row[name] = torch.tensor([*numbers[name]], dtype=torch.float64).mean(0).tolist()
+            measured = pd.DataFrame(found[level])
+            for name in measured:  # a mean over the sets; of a list, entry by entry
+                row[name] = torch.tensor([*measured[name]], dtype=torch.float64).mean(0).tolist()
             rows.append(row)
         result.save(rows)
     return {"rows": rows}
@@ -574,11 +563,11 @@ def edges_for_kl(points, kl):
 def edges_at_kl(facts, rows):
     """{"0.1": edges_for_kl, ...} for every AT_KL, on held-out prompts if there are any. None for a
     single tau, and for a model that does not know the task."""
-    ending = "_heldout" if "kl_corrupt_heldout" in facts else ""
-    points = [(0, facts[f"kl_corrupt{ending}"])]  # without edges, then of every tau
+    suffix = "_heldout" if "kl_corrupt_heldout" in facts else ""
+    points = [(0, facts[f"kl_corrupt{suffix}"])]  # without edges, then of every tau
     for row in rows:
         if row["order"] == "descending":
-            points.append((row["edges"], max(row[f"kl{ending}"], LEAST_KL)))
+            points.append((row["edges"], max(row[f"kl{suffix}"], LEAST_KL)))
     if len(points) < 3 or facts["verdict"]:
         return dict.fromkeys(AT_KL)
     return {kl: edges_for_kl(points, float(kl)) for kl in AT_KL}
@@ -594,7 +583,7 @@ def spot(graph, node, part=""):
     """Where a node or its input is drawn, (x, y): blocks bottom to top, heads left, MLPs right."""
     if node in (0, graph.end):
         return graph.n_head / 2, 2 * graph.n_layer + 1.5 if node else -0.5
-    block, head = graph.place(node)
+    block, head = graph.block_and_head(node)
     if head is None:
         return graph.n_head + 0.5, 2 * block + 1.4
     shift = {"Q": -0.15, "V": 0.15}.get(part, 0)  # a head's three inputs are side by side
@@ -706,7 +695,7 @@ def print_attribution(results, title):
     draw_attribution(common_folder(one["run"] for one in results) / "eap.png", rows, title)
 
 
-def numbers(text):
+def taus(text):
     """For argparse: 0.03,0.1 -> [0.03, 0.1]."""
     found = [float(word) for word in text.split(",")]
     if not all(0 <= number < math.inf for number in found):
@@ -729,16 +718,17 @@ def main():
     add("--seed", type=int, default=0, help="of prompts and of everything random (0)")
     add("--dtype", choices=("float32", "float64"), default="float32")
     add("--force", action="store_true", help="replace a result of other settings")
-    add("--tau", type=numbers, help="acdc: an edge stays removed if that raises KL by less, nats "
+    add("--tau", type=taus, help="acdc: an edge stays removed if that raises KL by less, nats "
         "(0.03); a list: 0.03,0.1")
     add("--orders", type=knobs.positive, default=0, help="acdc: how many random orders to add (0)")
     add("--level", choices=CIRCUITS, help="eap: edges or units only (default: both)")
     add("--title", default="", help="eap: of eap.png")
     args = parser.parse_args()
     acdc = args.method == "acdc"
-    misplaced = (args.level or args.title) if acdc else (args.tau or args.orders)
-    if misplaced:
-        parser.error("--tau and --orders are for acdc, --level and --title for eap")
+    if acdc and (args.level or args.title):
+        parser.error("--level and --title are for eap: add --method eap")
+    if not acdc and (args.tau or args.orders):
+        parser.error("--tau and --orders are for acdc: omit --method eap")
     if args.count % 2 and not acdc:
         parser.error("--count must be even for eap: prompts are scored in two halves")
     args.tau = args.tau or [0.03]

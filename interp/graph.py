@@ -44,7 +44,7 @@ class Graph:
         # the number of a node's stage, which is also that of its input in the residual stream
         self.stage = {node: at for at, nodes in enumerate(self.stages) for node in nodes}
 
-    def place(self, node):
+    def block_and_head(self, node):
         """Block and head of a head; block and None of another node."""
         block, number = divmod(node - 1, self.n_head + 1)
         is_head = node < self.end and number < self.n_head
@@ -52,7 +52,7 @@ class Graph:
 
     def dests(self, node):
         """The inputs of a node."""
-        parts = [""] if self.place(node)[1] is None else "QKV"
+        parts = [""] if self.block_and_head(node)[1] is None else "QKV"
         return [Dest(node, part) for part in parts]
 
     def sources(self, node):
@@ -65,7 +65,7 @@ class Graph:
             return "Resid Start"
         if node == self.end:
             return "Resid End"
-        block, head = self.place(node)
+        block, head = self.block_and_head(node)
         if head is None:
             return f"MLP {block}"
         return f"A{block}.{head}.{part}".removesuffix(".")
@@ -86,7 +86,7 @@ class Graph:
         return [edge for edge in kept if edge.source in reached and edge.dest.node in reaching]
 
 
-def unchanged(place, value):
+def unchanged(site, value):
     return value
 
 
@@ -118,11 +118,11 @@ class PatchedModel:
         wte = self.weights["wte.weight"]
         positions = self.weights["wpe.weight"][position.clamp_min(0)]  # (B, T, C)
         # the output of every source, (S, B, T, C), and the input of every stage, [(B, T, C), ...]
-        self.clean, self.clean_residual = self.run(wte[clean] + positions)
-        self.corrupt, self.corrupt_residual = self.run(wte[corrupt] + positions)
+        self.clean, self.clean_residual = self.forward(wte[clean] + positions)
+        self.corrupt, self.corrupt_residual = self.forward(wte[corrupt] + positions)
         self.change = self.corrupt - self.clean  # (S, B, T, C)
-        self.end = self.read_out(self.clean_residual[-1])  # (B, C)
-        p = (self.end @ self.unembed).double().softmax(-1)  # (B, V)
+        self.clean_out = self.read_out(self.clean_residual[-1])  # (B, C)
+        p = (self.clean_out @ self.unembed).double().softmax(-1)  # (B, V)
         self.log_p = p.log().to(dtype)  # (B, V)
         self.p_unembed = p @ self.unembed.double().T  # (B, C), for E_p[d] without logits
 
@@ -155,7 +155,7 @@ class PatchedModel:
 
         edit: node, its units -> its units: a head's channels, (..., D), an MLP's neurons, (..., 4C)
         """
-        block, head = self.graph.place(node)
+        block, head = self.graph.block_and_head(node)
         if head is None:
             x = self.norm(f"h.{block}.ln_2", inputs[0])
             hidden = self.linear(f"h.{block}.mlp.c_fc", x)  # (..., B, T or 1, 4C)
@@ -171,7 +171,7 @@ class PatchedModel:
         channels = edit(node, scores.softmax(-1) @ v)  # (..., B, T or 1, D)
         return channels @ self.heads[block]["O"][head]
 
-    def run(self, x, read=unchanged, edit=unchanged):
+    def forward(self, x, read=unchanged, edit=unchanged):
         """Embeddings x (B, T, C) -> all sources' outputs (S, B, T, C), all stages' inputs.
 
         read: Dest, the residual stream (B, T, C) -> what this input reads. edit: see output
@@ -185,22 +185,23 @@ class PatchedModel:
                 given.append(self.output(node, inputs, edit))
             outputs += given
             x = x + sum(given)
-            block, head = self.graph.place(stage[0])
+            block, head = self.graph.block_and_head(stage[0])
             if head is not None:
                 x = x + self.weights[f"h.{block}.attn.attention.out_proj.bias"]
         residual.append(read(Dest(self.graph.end, ""), x))
         return torch.stack(outputs), residual
 
-    def divergence(self, ends):
+    def divergence(self, residuals):
         """KL(clean model || circuit) in nats at the last position, mean over prompts, of K
-        circuits: what ln_f gives in each, (K, B, C) -> (K) float64.
+        circuits: what Resid End reads in each, (K, B, T or 1, C) -> (K) float64.
 
         With p the clean model's distribution, E_p the mean over the vocabulary by it, and d the
         change of the logits, the circuit's log q is log p + d - log E_p[exp d], and so
             KL = E_p[log p - log q] = log E_p[exp d] - E_p[d]
         Nothing large cancels here, so fp32 keeps the digits of a small KL; only sums need float64.
         """
-        change = ends - self.end  # (K, B, C)
+        outs = self.read_out(residuals)  # (K, B, C)
+        change = outs - self.clean_out
         mean = (change.double() * self.p_unembed).sum(-1)  # (K, B), E_p[d]
         buffer = torch.empty_like(self.log_p)  # one circuit at a time: K x B x V is too large
         log_mean_exp = []
@@ -222,7 +223,7 @@ class Circuit:
 
     def __init__(self, model):
         self.model, self.graph = model, model.graph
-        self.end = Dest(self.graph.end, "")
+        self.end_input = Dest(self.graph.end, "")
         self.set_removed([])
 
     def set_removed(self, removed):
@@ -310,8 +311,7 @@ class Circuit:
                     inputs[dest] = self.input_of(dest) + sum(changes)
             if node != self.graph.end and inputs.keys() & dests:
                 outputs[node] = self.output_of(node, inputs)
-        end = self.model.read_out(inputs[self.end])  # (K, B, C)
-        kls = self.model.divergence(end).tolist()
+        kls = self.model.divergence(inputs[self.end_input]).tolist()
         return kls, inputs, outputs
 
     def commit(self, edges, inputs, outputs):
@@ -331,5 +331,4 @@ class Circuit:
     def kl_without(self, removed):
         """KL(clean model || circuit) once exactly these edges are removed, a float."""
         self.set_removed(removed)
-        end = self.model.read_out(self.input_of(self.end))  # (B, C)
-        return self.model.divergence(end[None]).item()
+        return self.model.divergence(self.input_of(self.end_input)[None]).item()

@@ -133,12 +133,12 @@ def test_areas_sizes_and_overlaps_by_hand():
     assert found["curve"] == [[1, 2, 5, 10], [0.5, 0.5, 0.9, 1.0]]
     assert found["cpr"] == pytest.approx(0.1 * 0.25 + 0.1 * 0.5 + 0.3 * 0.7 + 0.5 * 0.95)
     assert found["cmd"] == pytest.approx(0.1 * 0.75 + 0.1 * 0.5 + 0.3 * 0.3 + 0.5 * 0.05)
-    assert circuits.smallest(lambda n: n / 100, 100) == 82  # ... 68, 75, 82: steps of 10 %
-    assert circuits.smallest(lambda n: 0, 20) == 20
+    assert circuits.sufficient_size(lambda n: n / 100, 100) == 82  # ... 68, 75, 82: steps of 10 %
+    assert circuits.sufficient_size(lambda n: 0, 20) == 20
     ranking = [*range(30)]
     assert circuits.overlap(ranking, [1, 2, 0, *ranking[3:]]) == 1
     assert circuits.overlap(ranking, [1, 9, 0, *ranking[3:]]) == 2 / 4
-    assert circuits.rank({"a": -3, "b": 1, "c": 2}) == ["a", "c", "b"]
+    assert circuits.best_first({"a": -3, "b": 1, "c": 2}) == ["a", "c", "b"]
 
 
 @pytest.fixture
@@ -158,6 +158,8 @@ def test_a_model_that_does_not_know_a_task_gets_no_numbers(typed, run):
     assert not (run / "eap.png").exists()
     message, _ = typed(circuits.main, run, "--method=eap", "--tau=0.1")
     assert "--tau and --orders are for acdc" in message
+    message, _ = typed(circuits.main, run, "--level=units")
+    assert "--level and --title are for eap: add --method eap" in message
 
 
 @pytest.fixture

@@ -194,7 +194,7 @@ def test_answers_are_those_of_each_prompt_alone():
     wrong[6:9] = logits[6:9].argmax(-1)
     right = [row[answer] > row[other] for row, answer, other in zip(logits, answers, wrong)]
     tokens = circuits.Tokens(clean, corrupt, lengths, answers, wrong)
-    found = circuits.answers(circuit_of(model, tokens[:3]), tokens)
+    found = circuits.accuracy(circuit_of(model, tokens[:3]), tokens)
     exact = (logits.argmax(-1) == answers).double().mean().item()
     assert found == [exact, sum(right) / 20] and 0.3 <= exact < found[1] < 1
 

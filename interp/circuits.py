@@ -281,7 +281,7 @@ def record(model, x):
         found[site] = value.view_as(value)  # no copy, but a tensor of its own for autograd
         return found[site]
 
-    model.forward(x, note, note)
+    model.run(x, note, note)
     return found
 
 
@@ -333,7 +333,7 @@ def unit_circuits(model):
             mask = [(node, unit) in kept for unit in range(units.size(-1))]
             mask = torch.tensor(mask, device=units.device)  # (D or 4C)
             return torch.where(mask, units, corrupt[node])
-        return model.forward(model.clean[0], edit=edit)[1][-1]
+        return model.run(model.clean[0], edit=edit)[1][-1]
     return residual_of
 
 

@@ -118,8 +118,8 @@ class PatchedModel:
         wte = self.weights["wte.weight"]
         positions = self.weights["wpe.weight"][position.clamp_min(0)]  # (B, T, C)
         # the output of every source, (S, B, T, C), and the input of every stage, [(B, T, C), ...]
-        self.clean, self.clean_residual = self.forward(wte[clean] + positions)
-        self.corrupt, self.corrupt_residual = self.forward(wte[corrupt] + positions)
+        self.clean, self.clean_residual = self.run(wte[clean] + positions)
+        self.corrupt, self.corrupt_residual = self.run(wte[corrupt] + positions)
         self.change = self.corrupt - self.clean  # (S, B, T, C)
         self.clean_out = self.read_out(self.clean_residual[-1])  # (B, C)
         p = (self.clean_out @ self.unembed).double().softmax(-1)  # (B, V)
@@ -171,7 +171,7 @@ class PatchedModel:
         channels = edit(node, scores.softmax(-1) @ v)  # (..., B, T or 1, D)
         return channels @ self.heads[block]["O"][head]
 
-    def forward(self, x, read=unchanged, edit=unchanged):
+    def run(self, x, read=unchanged, edit=unchanged):
         """Embeddings x (B, T, C) -> all sources' outputs (S, B, T, C), all stages' inputs.
 
         read: Dest, the residual stream (B, T, C) -> what this input reads. edit: see output

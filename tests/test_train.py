@@ -29,12 +29,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from conftest import ROOT, V, identical, make_data
+from conftest import PIECES, ROOT, V, identical, make_data
 
 import config as knobs
 import train
+from interp import hf
 from model import GPTNeo, Losses, load_checkpoint
-from prepare import UserError, load_tokens
+from prepare import UserError, load_tokenizer, load_tokens
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, max_iters=12,
             eval_interval=5, eval_windows=8, log_interval=4, device="cpu")
@@ -558,6 +559,11 @@ def test_a_run_begins_with_a_model_of_hugging_face(data, tmp_path):
     ours, theirs = first_weights(data, tmp_path / "run", **changes), theirs.state_dict()
     for name, weight in theirs.items():
         assert torch.equal(ours[name], weight[: len(ours[name])]), name
+    same, other = (load_tokenizer({"name": "words", "pieces": p}) for p in (PIECES, PIECES[::-1]))
+    hf.write_tokenizer(tmp_path / "theirs", same, block_size=32)
+    start(data, tmp_path / "same", **changes)
+    hf.write_tokenizer(tmp_path / "theirs", other, block_size=32)
+    assert "another tokenizer" in refused(data, tmp_path / "other", **changes)
 
 
 # ---- refused, in one line

@@ -619,7 +619,8 @@ def draw_circuit(path, title, facts, graph):
 
 
 def draw_attribution(path, rows, title):
-    """f over the share that is kept: a panel for each level and task, a line for each row."""
+    """f over the share that is kept: a panel for each level and task, for each run name the mean
+    and the range over seeds."""
     from matplotlib.figure import Figure
     known = rows[rows["verdict"] == ""]
     if known.empty:
@@ -631,13 +632,16 @@ def draw_attribution(path, rows, title):
     panels = figure.subplots(len(levels), len(tasks), squeeze=False, sharey=True)
     lines = {}  # {name: what its legend shows}
     for axes, (level, task) in zip(panels.flat, product(levels, tasks)):
-        for row in known.query("level == @level and task == @task").to_dict("records"):
-            sizes, heights = row["curve"]
-            shares = [size / row["total"] for size in sizes]
-            name = row["run"]
-            chance, = axes.plot(shares, row["curve_random"][1], ":", color="0.7", lw=1)
-            line, = axes.plot(shares, heights, color=f"C{names.index(name)}", lw=1)
-            lines |= {"random order": chance, plain(name): line}
+        here = known.query("level == @level and task == @task")
+        for name, seeds in here.groupby("run", sort=False):
+            color, label = f"C{names.index(name)}", plain("/".join(Path(name).parts[-2:]))
+            sizes, f = torch.tensor([*seeds["curve"]]).unbind(1)  # (seeds, sizes) each
+            _, f_random = torch.tensor([*seeds["curve_random"]]).unbind(1)
+            shares = sizes[0] / seeds["total"].iloc[0]
+            chance, = axes.plot(shares, f_random.mean(0), ":", color="0.6", lw=1)
+            line, = axes.plot(shares, f.mean(0), color=color)
+            axes.fill_between(shares, f.amin(0), f.amax(0), color=color, alpha=0.15, lw=0)
+            lines |= {"random order": chance, label: line}
         axes.axhline(FAITHFUL, color="0.8", lw=0.8)
         axes.set(title=task, xlabel=f"share of {level}", xscale="log", ylim=(-0.25, 1.25))
     shown = [*lines][:6]  # more are hard to distinguish

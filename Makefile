@@ -12,7 +12,7 @@ export MALLOC_TRIM_THRESHOLD_ := 20000000000
 
 demo: .venv/core.stamp  # two small models, what they write, their circuits, a page of neurons: 5 minutes on 2 CPU cores
 	$(if $(wildcard data/toy/meta.json),,$(BIN)/python prepare.py toy)
-	$(BIN)/python bench/sweep.py config/demo_baseline.py config/demo.py --seeds=2 --per_gpu=2 --out=out/demo
+	$(BIN)/python -m bench.sweep config/demo_baseline.py config/demo.py --seeds=2 --per_gpu=2 --out=out/demo
 	$(BIN)/python -m interp.circuits $(DEMO)
 	$(BIN)/python -m interp.circuits $(DEMO) --method eap --level units
 	$(BIN)/python eval.py out/demo/demo_seed2 --sample "Once upon a time" --plot out/demo/units.png

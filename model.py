@@ -422,8 +422,8 @@ class GPTNeo(nn.Module):
             if info["missing_keys"]:  # transformers fills them with random numbers
                 raise ValueError(f"it lacks weights: {', '.join(info['missing_keys'])}")
         except Exception as error:  # a damaged file can raise almost any exception
-            place = "" if os.path.exists(name) else ", which is not a folder here, from the hub"
-            raise ModelError(f"cannot load {name}{place}: {' '.join(str(error).split())}") from None
+            reason = " ".join(str(error).split())
+            raise ModelError(f"cannot load {name}, as a folder or from the hub: {reason}") from None
         kinds = theirs.attention_layers  # one for each layer
         pattern = kinds[0] if len(set(kinds)) == 1 else ",".join(kinds)
         config = GPTNeoConfig(

@@ -1,7 +1,7 @@
 """Does a training step on this device compute what float64 on the CPU computes?
 
-    python bench/check.py                     on the GPU if there is one
-    python bench/check.py --device=cpu --compile=False
+    python -m bench.check                     on the GPU if there is one
+    python -m bench.check --device=cpu --compile=False
 
 Loss and gradients of a two-layer model, eager and compiled, against eager float64 on the CPU, for
 two coefficients of the ablated loss; a compiled model must be one graph for both. Each case prints
@@ -12,13 +12,10 @@ a case fails.
 """
 
 import itertools
-import sys
-from pathlib import Path
 from unittest import mock
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python puts bench/ there
 import config as knobs
 import model as model_file
 from model import GPTNeo, GPTNeoConfig

@@ -52,7 +52,7 @@ if [ "$device" = cpu ]; then
     few=(--vocab_size=500 --rounds=2) graphs=(--dtype=bfloat16) compiled=(--dtype=float32)
 fi
 train=(train.py config/local_k2.py --device="$device" --data="$DATA" "${size[@]}")
-speed=("$PYTHON" bench/speed.py --device="$device" "${size[@]}" "${few[@]}")
+speed=("$PYTHON" -m bench.speed --device="$device" "${size[@]}" "${few[@]}")
 half=("$PYTHON" "${train[@]}" --out="$OUT/stopped" --max_iters=1000 --eval_interval=500
       --log_interval=20)
 # sends SIGTERM to the run whose output is the file $0, once it has taken 20 updates
@@ -61,7 +61,7 @@ until grep -q "^step 20:" "$0"; do kill -0 $! || exit 1; sleep 0.2; done
 kill $!
 wait $!'
 
-part check 180 "$PYTHON" bench/check.py --device="$device" "${check[@]}"
+part check 180 "$PYTHON" -m bench.check --device="$device" "${check[@]}"
 part speed_graphs 200 "${speed[@]}" "${graphs[@]}"
 part train 120 "$PYTHON" "${train[@]}" --out="$OUT/local_k2" --max_iters="$updates"
 part eval 30 "$PYTHON" eval.py "$OUT/local_k2" --device="$device"

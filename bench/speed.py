@@ -1,9 +1,9 @@
 """Time a training step as train.py takes it: batch, forward, backward, clipping, optimizer.
 
-    python bench/speed.py                           the paper's model and batch, GPT-2's vocabulary
-    python bench/speed.py --batch_size=4            1,024 tokens per step
-    python bench/speed.py --dtype=float32,bfloat16 --compile=False,True,reduce-overhead
-    python bench/speed.py config/demo.py --vocab_size=580         any knob of train.py
+    python -m bench.speed                           the paper's model and batch, GPT-2's vocabulary
+    python -m bench.speed --batch_size=4            1,024 tokens per step
+    python -m bench.speed --dtype=float32,bfloat16 --compile=False,True,reduce-overhead
+    python -m bench.speed config/demo.py --vocab_size=580         any knob of train.py
 
 Commas make lists of --dtype, --compile, --batch_size and --vocab_size. Every combination is timed
 for the plain GPT-Neo (baseline) and the local and the global variant. All take turns, round after
@@ -29,7 +29,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python puts bench/ there
 import config as knobs
 from model import GPTNeo
 from prepare import UserError

@@ -21,7 +21,7 @@ sweep() {  # FOLDER CONFIG... --knob=value...: config/CONFIG.py with each of the
     local folder=$1; shift
     local words=()
     for word in "$@"; do [[ $word == --* ]] && words+=("$word") || words+=("config/$word.py"); done
-    $PYTHON bench/sweep.py "${words[@]}" --seeds=$SEEDS --device=cpu --out="$folder"
+    $PYTHON -m bench.sweep "${words[@]}" --seeds=$SEEDS --device=cpu --out="$folder"
 }
 
 RAMP="--ramp_start=0.3 --ramp_end=0.8"

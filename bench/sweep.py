@@ -1,7 +1,7 @@
 """Train every config with every seed: a process per run, as many at a time on each GPU as fit.
 
-    python bench/sweep.py config/baseline.py config/local_k2.py --seeds=1,2,3 --per_gpu=2
-    python bench/sweep.py config/demo.py --seeds=1,2 --per_gpu=2 --device=cpu   sharing its cores
+    python -m bench.sweep config/baseline.py config/local_k2.py --seeds=1,2,3 --per_gpu=2
+    python -m bench.sweep config/demo.py --seeds=1,2 --per_gpu=2 --device=cpu   sharing its cores
 
 Other --name=value words are knobs of train.py and apply to every run; {seed} in them is the run's
 own seed, as in --init_from=out/sweep/baseline_seed{seed}. CONFIG with seed S is trained in
@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # python puts bench/ there
 import config as knobs
 from model import ModelError
 from prepare import UserError, load_meta
 from train import read_resumable
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def plan(argv):

@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import config as knobs
 from model import GPTNeo, GPTNeoConfig, save_checkpoint
 
+ROOT = Path(__file__).resolve().parent.parent
 ORACLES = ROOT.parent / "shared" / "oracles" / "interp"  # may not exist
 PIECES = ["ab", "<b>"]
 EOT, V, T = 258, 259, 8  # of the tokenizer: two pieces, 256 bytes, end-of-text

@@ -4,16 +4,15 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-import check
+from conftest import ROOT
+
 import config as knobs
 import model as model_file
-import speed
+from bench import check, speed
 
 CPU = torch.device("cpu")
 GATE, K_LARGEST = model_file.gate, model_file.k_largest
@@ -95,7 +94,7 @@ def test_the_gpu_script_goes_on_after_a_failure(tmp_path):
     """A stand-in for python fails in check.py, and prints what the script waits for."""
     (tmp_path / "python").write_text(
         f"#!/bin/sh\necho $* >> {tmp_path}/calls\necho step 20: finished\n"
-        f"case $* in *check.py*) exit 3;; *resume*) echo finished: 1,000 updates;;\n"
+        f"case $* in *bench.check*) exit 3;; *resume*) echo finished: 1,000 updates;;\n"
         f"*stopped*) trap 'exit 0' TERM; sleep 2 & wait;; esac\n")
     (tmp_path / "python").chmod(0o700)
     environment = {"PATH": os.environ["PATH"], "PYTHON": str(tmp_path / "python"),
@@ -111,8 +110,9 @@ def test_the_gpu_script_goes_on_after_a_failure(tmp_path):
     failures = [line for line in ended.stdout.splitlines() if line.startswith("!!!")]
     assert ended.returncode == 1 and len(failures) == 1 and "check: exit code 3" in failures[0]
     calls = (tmp_path / "calls").read_text().splitlines()[1:]  # the first: is there a GPU?
-    assert [re.search(r"(\w+)\.py", call)[1] for call in calls] == [
-        "check", "speed", "train", "eval", *["train"] * 4, "speed", "speed"]
+    assert [re.search(r"-m bench.(\w+)|(\w+).py", call)[0] for call in calls] == [
+        "-m bench.check", "-m bench.speed", "train.py", "eval.py", *["train.py"] * 4,
+        "-m bench.speed", "-m bench.speed"]
     assert all("--device=cuda" in call for call in calls)
     (tmp_path / "out" / "local_k2").mkdir()
     assert "already holds results" in gpu().stderr  # they are never overwritten

@@ -23,7 +23,7 @@ from conftest import ROOT, contents, make_data
 from test_train import TINY, start
 
 import eval
-import sweep
+from bench import sweep
 
 
 def flip(name):

@@ -17,8 +17,8 @@ from conftest import ROOT, make_data
 from test_train import TINY, metrics
 
 import config as knobs
-import sweep
 import train
+from bench import sweep
 from model import load_checkpoint
 
 # in a config file: where the environment says so, every update of train.py takes its time
@@ -45,7 +45,7 @@ def work(tmp_path_factory):
 
 
 def words(work, *more):
-    return ["bench/sweep.py", str(work / "gated.py"), str(work / "plain.py"), *more]
+    return ["-m", "bench.sweep", str(work / "gated.py"), str(work / "plain.py"), *more]
 
 
 def test_a_sweep_stopped_by_sigterm_goes_on_where_it_was(work, monkeypatch, capsys):

@@ -1,0 +1,1 @@
+"""Programs around training: python -m bench.speed. See README."""

@@ -312,9 +312,15 @@ class Answers:
     """The answers of a language model. Each is paid for once, and saved when it arrives."""
 
     def __init__(self, args):
+        from openai import AsyncOpenAI  # not needed for tables
+
+        if not re.fullmatch("[!-~]+", api_key()):
+            raise UserError("OPENAI_API_KEY has characters that no key has")
+        self.connect = partial(
+            AsyncOpenAI, api_key=api_key(), base_url=args.base_url, timeout=args.timeout,
+            max_retries=RETRIES)
         self.args, self.kept = args, {}  # hash of a request: what is kept of its answer
         self.calls = self.tokens = 0  # of questions in a dry run
-        self.connect()  # an error in the environment is reported before any work
 
     def open(self, path):
         """Keep answers in this file of JSON lines, and read those that are in it."""
@@ -322,29 +328,6 @@ class Answers:
         for line in path.read_text().split("\n") if path.exists() else ():
             with contextlib.suppress(ValueError):  # a line that a kill cut off
                 self.kept |= json.loads(line)
-
-    def connect(self):
-        """An openai.AsyncOpenAI. It retries automatically, and shows retries on the bar."""
-        import openai
-
-        if not re.fullmatch("[!-~]+", api_key()):
-            raise UserError("OPENAI_API_KEY has characters that no key has")
-
-        async def on_request(request):
-            self.bar.set_postfix(retry=request.headers.get("x-stainless-retry-count"))
-
-        async def on_response(response):
-            self.bar.set_postfix(status=response.status_code)
-
-        try:
-            http = openai.DefaultAsyncHttpxClient(
-                event_hooks={"request": [on_request], "response": [on_response]})
-            return openai.AsyncOpenAI(api_key=api_key(), base_url=self.args.base_url,
-                                      timeout=self.args.timeout, max_retries=RETRIES,
-                                      http_client=http)
-        except Exception as error:  # many kinds: wrong proxy or certificates
-            raise UserError(f"no connection can be opened, see the proxy and certificate variables "
-                            f"of the environment: {without_secrets(error)}") from None
 
     async def explain_all(self, neurons, word, title):
         """The entries of these Neurons."""
@@ -377,7 +360,7 @@ class Answers:
         if args.simulation == "full":
             request |= {"logprobs": True, "top_logprobs": 15}
         key = hashlib.sha256(json.dumps([args.base_url, request]).encode()).hexdigest()
-        async with self.locks[key], self.free:  # of two equal questions only one is asked
+        async with self.locks[key]:  # of two equal questions only one is asked
             new = key not in self.kept
             if new and args.dry_run:
                 self.calls += 1
@@ -395,6 +378,7 @@ class Answers:
     async def pay(self, request, read):
         """Ask the server. -> what is kept of the answer: {"text", "value", "used": counts}."""
         limit = self.args.timeout * (RETRIES + 1)
+        await self.free.acquire()
         try:
             async with asyncio.timeout(limit):  # the client's own does not end if bytes trickle
                 response = await self.client.chat.completions.with_raw_response.create(**request)
@@ -407,6 +391,7 @@ class Answers:
             kind, said = type(error).__name__, without_secrets(error.__cause__ or error)
             raise UserError(f"no answer from {self.args.server} ({kind} {said}): the same command "
                             f"continues, and keeps all answers so far") from None
+        self.free.release()  # not after an error, which ends the others: none begins to connect
         value = None if choice.get("finish_reason") == "length" else value
         return {"text": text, "value": value, "used": {
             "prompt_tokens": usage.get("prompt_tokens") or 0,
@@ -596,6 +581,8 @@ def parse_arguments():
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} needs --model")
         setattr(args, name, None)
+    if args.model and not re.match("https?://", args.base_url):
+        parser.error("--base_url begins with http:// or https://")
     args.server = args.base_url and without_secrets(args.base_url)
     return args
 

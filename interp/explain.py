@@ -8,14 +8,14 @@
 
 The method is that of Bills et al. 2023, on the clean stream. A record is a window of 64 tokens
 within one story, read alone. The score is the Pearson correlation of true and simulated activations
-over 5 of a neuron's 20 strongest records and 5 random ones, of the validation split. The score of
-the random ones alone is reported too. An undefined score is null with its reason, never 0. Means
-and their standard errors are over neurons with a score.
+over 5 of a neuron's 20 strongest records and 5 random ones, of the validation split. An undefined
+score is null with its reason, never 0. Means are over neurons with a score.
 
 The explanation is a table of the neuron's mean activation at each token of the training split. With
 --model it is a sentence by a language model behind any API like OpenAI's, from 5 other strong
-records; the key is in OPENAI_API_KEY. The table's score on the same text is reported too. The
-control is a model with random weights, because much of a score needs no learning.
+records; the key is in OPENAI_API_KEY. OPENAI_LOG=info shows retries. The table's score on the same
+text is reported too. The control is a model with random weights, as much of a score needs no
+learning.
 
 Writes explain.json, explain_neurons.json and explain.png beside the checkpoint; with --model, the
 same with explain_openai in place of explain. Answers are added to explain_openai_answers.jsonl as
@@ -69,10 +69,10 @@ in_quotes = partial(json.dumps, ensure_ascii=False)  # a token with its spaces, 
 # -------------------------------------------------------------------------------------- the records
 
 
-def story_windows(tokens, eot, T, device):
+def story_windows(tokens, eot, T):
     """Windows of T tokens that each lie within one story and do not overlap: where they begin, and
     the numbers of their stories, both rising."""
-    ends = Text(tokens, eot, T, device).ends
+    ends = np.flatnonzero(tokens == eot)
     begins = np.concatenate(([0], ends + 1))[:-1]
     counts, rest = np.divmod(ends + 1 - begins, T)  # an end-of-text belongs to its story
     stories = np.arange(len(ends))
@@ -86,27 +86,23 @@ def story_windows(tokens, eot, T, device):
 def choose_texts(train, val, eot, settings, device):
     """What is read for every neuron: the Text for the table; the Text that is searched for the
     strongest records; where the random records, from other stories, begin. Raises UserError."""
-    T, tokens = settings["window"], settings["tokens"]
+    T = settings["window"]
 
     def text_of(split, starts):
-        """These windows as a Text: at most `tokens` tokens, evenly spread."""
-        count = min(max(TOP, tokens // T), len(starts))
+        """A Text of evenly spread windows, at most settings["tokens"] tokens."""
+        count = min(max(TOP, settings["tokens"] // T), len(starts))
         places = np.linspace(0, len(starts), count, endpoint=False)
         return Text(split, eot, T, device, starts=starts[places.astype(np.int64)])
 
-    starts, stories = story_windows(val, eot, T, device)
+    starts, stories = story_windows(val, eot, T)
     rng, there = np.random.default_rng(settings["seed"]), np.unique(stories)
-    too_few = UserError(f"fewer than {TOP + RANDOM} stories of {T} tokens: choose other --data, a "
-                        f"smaller --window or more --tokens")
-    if len(there) < TOP + RANDOM:
-        raise too_few
-    chosen = rng.choice(there, RANDOM, replace=False)
+    chosen = rng.choice(there, min(RANDOM, len(there)), replace=False)
     windows = [rng.choice(starts[stories == story]) for story in chosen]
     search = text_of(val, starts[~np.isin(stories, chosen)])
     if len(np.unique(search.stories(search.starts))) < TOP:
-        raise too_few
-    starts, _ = story_windows(train, eot, T, device)
-    return text_of(train, starts), search, windows[RANDOM_VALID]
+        raise UserError(f"fewer than {TOP + RANDOM} stories of {T} tokens: choose other --data, a "
+                        f"smaller --window or more --tokens")
+    return text_of(train, story_windows(train, eot, T)[0]), search, windows[RANDOM_VALID]
 
 
 def find_records(activate, units, search, random_starts, title):
@@ -148,9 +144,8 @@ def correlation(real, simulated):
 
 
 def entry_of(neuron, explanation, simulated, unreadable=0):
-    """The entry of a Neuron in explain_neurons.json. simulated: a sequence for each of its scored
-    records. If some answers are unreadable, there is no score: that of the others would not be
-    comparable. A score that is None has a "reason"."""
+    """The entry of a Neuron in explain_neurons.json. simulated: a sequence for each scored record.
+    Unreadable answers leave it without a score: that of the others would not be comparable."""
     score = random_score = None
     if unreadable:
         reason = f"{unreadable} answers about it could not be read"
@@ -252,8 +247,7 @@ def read_explanation(text, logprobs):
 def read_simulation(text, logprobs, T, form):
     """-> (simulated activations, a list of T, or None if most lines are unclear; how many lines
     with digits, or in the full form how many tokens, are unclear)."""
-    thoughts, written, levels = THOUGHTS.match(text), {}, {}
-    begin = thoughts.end() if thoughts else 0
+    written, levels, begin = {}, {}, len(text) - len(THOUGHTS.sub("", text))
     unclear = len(re.findall(r"^.*\d.*$", text[begin:], re.MULTILINE))
     for match in LINE.finditer(text, begin):
         place, level = int(match[1]), int(match[2])
@@ -302,8 +296,7 @@ def api_key():
 
 
 def without_secrets(text):
-    """A text on one line, without the key; addresses without user, password (which may hold any
-    character) and query."""
+    """A text on one line, without the key; addresses without user, password and query."""
     text = re.sub(r"(?<=//)\S*@|\?\S*", "", str(text).replace(api_key(), "KEY"))
     return " ".join(text.split())[:200]
 
@@ -330,7 +323,6 @@ class Answers:
                 self.kept |= json.loads(line)
 
     async def explain_all(self, neurons, word, title):
-        """The entries of these Neurons."""
         self.free, self.locks = asyncio.Semaphore(self.args.concurrency), defaultdict(asyncio.Lock)
         with tqdm(total=len(neurons), desc=f"{title}: asking", leave=False) as self.bar:
             async with self.connect() as self.client:
@@ -351,8 +343,8 @@ class Answers:
         return entry | {"answers": dict(used)}
 
     async def ask(self, question, read, used):
-        """The value of read(text, logprobs) of a question's answer; None if it is unreadable. What
-        it cost is added to the Counter used. Raises UserError."""
+        """What read(text, logprobs) finds in the answer to a question; None if it is unreadable.
+        What it cost is added to the Counter used."""
         args, (system, user) = self.args, question
         request = {"model": args.model, "temperature": args.temperature, "messages": [
             {"role": "system", "content": system}, {"role": "user", "content": user}],
@@ -404,8 +396,7 @@ class Answers:
 
 
 def sample_units(config, settings):
-    """The (layer, neuron) pairs to measure, sorted: settings["neurons"] of every layer, the same
-    for every model of this size."""
+    """The (layer, neuron) pairs to measure, sorted: settings["neurons"] of every layer."""
     M, rng = 4 * config.n_embd, np.random.default_rng(settings["seed"])
     count = min(settings["neurons"] or M, M)
     return [(layer, neuron) for layer in range(config.n_layer)
@@ -428,18 +419,16 @@ def explain_units(model, units, texts, word, answers, title):
                for x, positions, _ in corpus.read(activate, f"{title}: means by token"))
     values, counts = lookup_table(batches, model.config.vocab_size, len(units))
     neurons = [*find_records(activate, units, search, random_starts, title)]
-    entries = [explain_by_table(neuron, of_unit, counts, word)
-               for neuron, of_unit in zip(neurons, values.T)]
-    if answers:
-        tables, entries = entries, asyncio.run(answers.explain_all(neurons, word, title))
-        for entry, table in zip(entries, tables):
-            entry["lookup"] = table
-    return entries
+    tables = [explain_by_table(neuron, of_unit, counts, word)
+              for neuron, of_unit in zip(neurons, values.T)]
+    if not answers:
+        return tables
+    entries = asyncio.run(answers.explain_all(neurons, word, title))
+    return [entry | {"lookup": table} for entry, table in zip(entries, tables)]
 
 
 def explain_run(result, title, results, answers, device):
-    """The facts of a Result; a dry run only counts the questions. results: all of them; those with
-    the same geometry share a control."""
+    """The facts of a Result. Of all results, those with the same geometry share a control."""
     run, settings = result.run, result.key["settings"]
     state = result.state or {"model": [], "control": []}
     train, val = load_tokens(run.folder, "train"), load_tokens(run.folder, "val")
@@ -464,9 +453,9 @@ def explain_run(result, title, results, answers, device):
 
     facts = explain(run.model, "model", title) | {"control": None}
     geometry = {name: getattr(run.model.config, name) for name in GEOMETRY}
-    for other in [other.facts for other in results if other.facts and settings["control"]]:
-        if other["control"]["geometry"] == geometry:
-            facts["control"] = other["control"]
+    if settings["control"]:
+        controls = [other.facts["control"] for other in results if other.facts]
+        facts["control"] = next((one for one in controls if one["geometry"] == geometry), None)
     if settings["control"] and not facts["control"]:
         model = untrained(GPTNeoConfig(**geometry, ablation="none"), settings["seed"])
         control = explain(model, "control", f"{title}, random weights")
@@ -481,8 +470,8 @@ def summary(entries):
     """{name: number or list} of dicts with "score", "random_score" and, with None, "reason"."""
     row = {"neurons": len(entries)}
     for name in ("random_", ""):
-        values = [entry[f"{name}score"] for entry in entries]
-        values = [value for value in values if value is not None]
+        scores = [entry[f"{name}score"] for entry in entries]
+        values = [score for score in scores if score is not None]
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
         mean = statistics.fmean(values) if values else None
         row |= {f"{name}scored": len(values), f"{name}mean": mean, f"{name}se": error}
@@ -526,11 +515,11 @@ def draw_scores(path, results):
     scores, layers = figure.subplots(1, 2)
     total = np.zeros(len(BINS) - 1)
     for place, (name, facts) in enumerate(models_of(results)):
-        of_all, columns = facts["all"], ["layer", "mean", "se"]
-        table = pd.DataFrame(facts["layers"])[columns].astype(float)  # None is NaN
+        of_all = facts["all"]
+        table = pd.DataFrame(facts["layers"])[["layer", "mean", "se"]].astype(float)  # None is NaN
         look = {"color": f"C{place}", "ls": "-" if place < len(results) else "--"}
         shares = np.array(of_all["histogram"]) / max(1, of_all["scored"])
-        total = total + shares
+        total += shares
         scores.stairs(shares, BINS, label=plain(name), **look)
         scores.axvline(of_all["mean"] or 0, **look)
         layers.errorbar(table["layer"], table["mean"], table["se"], marker="o", **look)
@@ -561,8 +550,7 @@ MODEL_FLAGS = {  # which need --model
     "dry_run": dict(action="store_true", help="ask nothing, print the calls and tokens")}
 
 
-def parse_arguments():
-    """The command line. Raises UserError."""
+def main():
     parser = run_parser(__doc__)
     add = parser.add_argument
     add("--tokens", type=knobs.positive, default=500_000, help="read from each split (500000)")
@@ -584,14 +572,11 @@ def parse_arguments():
     if args.model and not re.match("https?://", args.base_url):
         parser.error("--base_url begins with http:// or https://")
     args.server = args.base_url and without_secrets(args.base_url)
-    return args
 
-
-def main():
-    args, results = parse_arguments(), []
     device, runs = knobs.pick_device(args.device), open_runs(args.runs, args.data)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"prompts": PROMPTS if args.model else None, "base_url": args.server}
+    results = []
     for run in runs:
         block_size = run.model.config.block_size
         if args.window > block_size:

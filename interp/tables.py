@@ -144,9 +144,8 @@ def graph_numbers(result, layer):
     found, pool = part_of(result, layer), Counter()
     if not found:
         return {}
-    for row in result["layers"]:
-        if layer in (None, row["layer"]):
-            pool.update(row["pool"])
+    for row in result["layers"] if layer is None else [found]:
+        pool.update(row["pool"])
     numbers = {name: found.get(name) for name in GRAPHS}
     return numbers | {"with_graph": found["non_empty"] / found["neurons"], "pool": pool}
 
@@ -215,11 +214,7 @@ def numbers_of(runs, found, layer=None):
     """A DataFrame with a row of numbers for each run. found: what read_experiments returned."""
     numbers = [{} for _ in runs]
     for place, name, result in found:
-        try:
-            numbers[place] |= EXPERIMENTS[name](result, layer)
-        except KeyError as error:  # a file that an older version wrote
-            raise UserError(f"{result_path(runs[place].path, name)}.json has no {error}: make it "
-                            f"again with --force") from None
+        numbers[place] |= EXPERIMENTS[name](result, layer)
     pooled = [one for one in numbers if "pool" in one]
     size = min((one["pool"].total() for one in pooled), default=0)
     for one in pooled:  # entropy and diversity of equally many tokens
@@ -252,30 +247,24 @@ def publish(folder, name, frame, parts, notes):
     table = over_seeds(frame)
     table["differs"] = differences(table)
     table = table.join(pd.DataFrame([paper_numbers(row) for row in table.to_dict("records")]))
-    texts, columns, entries = [], [], [one for one in HEAD if one in table]
+    texts, columns = [], [*HEAD]
     for part in parts:
         known = {one: form for one, form in part.items() if one in table}
         if known:
             print_table(table, HEAD | known)
             print()
             texts.append(markdown(text_table(table, HEAD | known)))
-            columns += known
-    if not columns:
+            columns += [one + end for one in known for end in ("", "_sd", "_n")]
+    if not texts:
         print(f"no results for {name}: --help lists the commands that make them")
         return table
-    entries += [one + end for one in columns for end in ("", "_sd", "_n") if one + end in table]
     print(*notes, "", sep="\n")
     write_text(folder / f"{name}.md", "\n\n".join([*texts, *notes]) + "\n")
-    write_text(folder / f"{name}.csv", table[entries].to_csv(index=False))
+    write_text(folder / f"{name}.csv", table.filter(columns).to_csv(index=False))
     return table
 
 
 # -------------------------------------------------------------------- the picture, command line
-
-
-def rows_of(frame):
-    """For each row of frame its place in over_seeds(frame)."""
-    return frame.groupby([*frame.filter(RECIPE)], sort=False).ngroup()
 
 
 def draw_tradeoff(path, frame, table, title):
@@ -285,10 +274,11 @@ def draw_tradeoff(path, frame, table, title):
         return
     figure = Figure(figsize=(4.2 * len(shown) + 0.5, 4.2), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    groups = frame.groupby([*frame.filter(RECIPE)], sort=False)  # the rows of the table
     for name, axes in zip(shown, panels):
-        for place, run in enumerate(table["run"][:6]):  # more are hard to distinguish
+        rows = zip(table["run"][:6], groups[["ppl_clean", name]])  # more are hard to distinguish
+        for place, (run, (_, seeds)) in enumerate(rows):
             label = plain(Path(run).name.removesuffix("_seed*"))
-            seeds = frame.loc[rows_of(frame) == place, ["ppl_clean", name]]
             (x, y), (x_sd, y_sd) = seeds.dropna().mean(), seeds.dropna().std()
             filled = "none" if seeds[name].isna().any() else f"C{place}"
             axes.plot(seeds["ppl_clean"], seeds[name], ".", color=f"C{place}")

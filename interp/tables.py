@@ -103,9 +103,8 @@ def circuit_numbers(result, layer):
     """Of acdc.json: its first circuit, edges at equal KL, how often the answers are right."""
     first = result["circuits"][0]
     numbers = {f"edges for KL <= {kl}": edges for kl, edges in result["edges_at_kl"].items()}
-    return numbers | {
-        "edges": first["edges"], "connected edges": first["connected"],
-        "answers exact": result["exact"]}
+    return numbers | {"edges": first["edges"], "connected edges": first["connected"],
+                      "answers exact": result["exact"]}
 
 
 def unit_numbers(result, layer):
@@ -116,18 +115,15 @@ def unit_numbers(result, layer):
 
 def unlearning_numbers(result, layer):
     """Of unlearn.json: what removing a concept costs, by the ranking fisher and by its control."""
-    numbers = {}
-    for name, ranking in (("unlearning", "fisher"), ("logits edit", "logits")):
-        for cost in ("retain", "siblings"):
-            numbers[f"{name}, {cost}"] = result["mean"][ranking][cost]
-    return numbers
+    fisher, logits = result["mean"]["fisher"], result["mean"]["logits"]
+    return {"unlearning, retain": fisher["retain"], "unlearning, siblings": fisher["siblings"],
+            "logits edit, retain": logits["retain"], "logits edit, siblings": logits["siblings"]}
 
 
 def sae_numbers(result, layer):
     """Of sae.json: means over seeds at its first place, at one L0 and for the first coefficient."""
     at_l0, saes = result["at_l0"]["places"][0], pd.DataFrame(result["saes"])
-    kind = ["layer", "site", "l1"]
-    alike = saes[(saes[kind] == saes.loc[0, kind]).all(axis=1)]  # one for each seed
+    *_, alike = next(iter(saes.groupby(["layer", "site", "l1"], sort=False)))  # one for each seed
     l0, score = alike[["l0", "ce_score"]].astype(float).mean(skipna=False)
     return {"nats lost at L0 = 3": at_l0["nats_lost"], "CE score at L0 = 3": at_l0["ce_score"],
             "SAE L0": l0, "CE score": score}
@@ -190,10 +186,9 @@ def read_experiments(runs):
 
 
 def subsampled(counts, size):
-    """The expected entropy, in bits, and number of types of `size` tokens that are drawn without
-    replacement from a pool with these counts: exact (rarefaction, Hurlbert 1971). k of a type's c
-    tokens are drawn with the hypergeometric probability C(c, k) C(N - c, size - k) / C(N, size).
-    """
+    """The expected entropy, in bits, and number of types of `size` tokens drawn without replacement
+    from a pool with these counts: exact (rarefaction, Hurlbert 1971). Of a type's c tokens, k are
+    drawn with the hypergeometric probability C(c, k) C(N - c, size - k) / C(N, size)."""
     N = sum(counts)
     log_factorial = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, N + 1)))))
 
@@ -308,8 +303,7 @@ def main():
     if args.layers:
         layers = range(max(run.model.config.n_layer for run in runs))
         frames = [rows.join(numbers_of(runs, found, layer)).assign(layer=layer) for layer in layers]
-        publish(folder, "table2_layers", pd.concat(frames), TABLE2, notes2)
-        return
+        return publish(folder, "table2_layers", pd.concat(frames), TABLE2, notes2)
     measured = pd.DataFrame([measure_run(run, 8, device) for run in runs])
     frame = measured.join(numbers_of(runs, found))
     table = publish(folder, "table1", frame, TABLE1, notes1)

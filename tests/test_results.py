@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -17,7 +16,6 @@ import torch
 from conftest import ROOT, contents, make_run, tiny_model
 
 from eval import open_run
-from interp import results
 from interp.results import Result, digests, frame, measure_all, result_path, run_of
 from model import load_checkpoint
 from prepare import UserError
@@ -133,15 +131,6 @@ def test_results_of_other_settings_or_weights_are_refused_and_force_replaces_the
 def test_a_damaged_result_is_refused(run):
     (run / "toy.json").write_text('{"found": ')
     refused(run, "toy.json is damaged: delete it and measure again")
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    results.write_json(tmp_path / "a.json", {"a": 1})
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", lambda *_: signal.raise_signal(signal.SIGINT))
-        results.write_json(tmp_path / "a.json", {"a": 2})
-    assert os.listdir(tmp_path) == ["a.json"]
-    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
 
 
 # ---- several results

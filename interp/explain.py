@@ -3,8 +3,7 @@
     python -m interp.explain out/baseline out/local_k2     every MLP neuron, explained by a table
     python -m interp.explain out/* --plot scores.png       histograms of all runs, means by layer
     python -m interp.explain out/local_k2 --model NAME --base_url http://localhost:8000/v1 \\
-        --neurons 50 --dry_run                             calls and tokens of a language model
-    (the same without --dry_run)                           its explanations and their scores
+        --neurons 50 --dry_run      the cost of a language model; without --dry_run, its scores
 
 The method is that of Bills et al. 2023, on the clean stream. A record is a window of 64 tokens
 within one story, read alone. The score is the Pearson correlation of true and simulated activations
@@ -34,11 +33,11 @@ import statistics
 from collections import Counter, defaultdict, namedtuple
 from functools import cache, partial
 from itertools import groupby
-from operator import itemgetter
 
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import config as knobs
@@ -88,21 +87,22 @@ def choose_texts(train, val, eot, settings, device):
     strongest records; where the random records, from other stories, begin. Raises UserError."""
     T = settings["window"]
 
-    def text_of(split, starts):
-        """A Text of evenly spread windows, at most settings["tokens"] tokens."""
-        count = min(max(TOP, settings["tokens"] // T), len(starts))
-        places = np.linspace(0, len(starts), count, endpoint=False)
-        return Text(split, eot, T, device, starts=starts[places.astype(np.int64)])
+    def spread(windows):
+        """Evenly spread ones of these, at most settings["tokens"] tokens."""
+        count = min(max(TOP, settings["tokens"] // T), len(windows))
+        return windows[np.linspace(0, len(windows), count, endpoint=False).astype(np.int64)]
 
     starts, stories = story_windows(val, eot, T)
     rng, there = np.random.default_rng(settings["seed"]), np.unique(stories)
     chosen = rng.choice(there, min(RANDOM, len(there)), replace=False)
-    windows = [rng.choice(starts[stories == story]) for story in chosen]
-    search = text_of(val, starts[~np.isin(stories, chosen)])
-    if len(np.unique(search.stories(search.starts))) < TOP:
+    at_random = [rng.choice(starts[stories == story]) for story in chosen]
+    others = spread(np.flatnonzero(~np.isin(stories, chosen)))
+    if len(np.unique(stories[others])) < TOP:
         raise UserError(f"fewer than {TOP + RANDOM} stories of {T} tokens: choose other --data, a "
                         f"smaller --window or more --tokens")
-    return text_of(train, story_windows(train, eot, T)[0]), search, windows[RANDOM_VALID]
+    search = Text(val, eot, T, device, starts=starts[others])
+    corpus = Text(train, eot, T, device, starts=spread(story_windows(train, eot, T)[0]))
+    return corpus, search, at_random[RANDOM_VALID]
 
 
 def find_records(activate, units, search, random_starts, title):
@@ -215,7 +215,6 @@ GAP = r"(?:[ \t:,|=]|-+>|=>|→)+"
 LINE = re.compile(rf'^[ \t]*(?:[-*|] *)?(\d{{1,6}}){GAP}(?:"(?:\\.|[^"\\\n])*"{GAP})?'
                   r"(\d{1,2})(?:\.0*)?[ \t\r|]*$", re.MULTILINE)
 THOUGHTS = re.compile(r"\A.*</think>", re.DOTALL)
-WORD = re.compile(r"\w+|[^\w ]")  # about a token
 
 
 def explain_question(neuron, word):
@@ -343,8 +342,7 @@ class Answers:
         return entry | {"answers": dict(used)}
 
     async def ask(self, question, read, used):
-        """What read(text, logprobs) finds in the answer to a question; None if it is unreadable.
-        What it cost is added to the Counter used."""
+        """What read(text, logprobs) finds in an answer, or None. Its cost is added to `used`."""
         args, (system, user) = self.args, question
         request = {"model": args.model, "temperature": args.temperature, "messages": [
             {"role": "system", "content": system}, {"role": "user", "content": user}],
@@ -356,14 +354,13 @@ class Answers:
             new = key not in self.kept
             if new and args.dry_run:
                 self.calls += 1
-                self.tokens += len(WORD.findall(system + user))
+                self.tokens += len(re.findall(r"\w+|[^\w ]", system + user))  # about
                 used.update(unreadable=1)  # so that nothing is scored
                 return read("1\t0", None)[0]
             if new:
-                kept = await self.pay(request, read)
+                self.kept[key] = await self.pay(request, read)
                 with open(self.path, "a") as file:
-                    file.write("\n" + json.dumps({key: kept}))
-                self.kept[key] = kept
+                    file.write("\n" + json.dumps({key: self.kept[key]}))
         used.update(self.kept[key]["used"])
         return self.kept[key]["value"]
 
@@ -451,15 +448,14 @@ def explain_run(result, title, results, answers, device):
             facts["answers"] = pd.DataFrame([entry["answers"] for entry in entries]).sum().to_dict()
         return facts
 
-    facts = explain(run.model, "model", title) | {"control": None}
+    facts = explain(run.model, "model", title)
     geometry = {name: getattr(run.model.config, name) for name in GEOMETRY}
-    if settings["control"]:
-        controls = [other.facts["control"] for other in results if other.facts]
-        facts["control"] = next((one for one in controls if one["geometry"] == geometry), None)
-    if settings["control"] and not facts["control"]:
+    controls = [other.facts["control"] for other in results if other.facts]
+    controls = [control for control in controls if control and control["geometry"] == geometry]
+    if settings["control"] and not controls:
         model = untrained(GPTNeoConfig(**geometry, ablation="none"), settings["seed"])
-        control = explain(model, "control", f"{title}, random weights")
-        facts["control"] = control | {"geometry": geometry}
+        controls = [explain(model, "control", f"{title}, random weights") | {"geometry": geometry}]
+    facts["control"] = controls[0] if controls else None
     if not dry_run:
         result.write("_neurons.json", neurons=state["model"])
         draw_scores(result.path(".png"), [{"run": run.path, **facts}])
@@ -482,7 +478,7 @@ def summary(entries):
 
 def facts_of(entries):
     """{"layers": a summary of every layer, "all": of all}."""
-    groups = groupby(entries, itemgetter("layer"))
+    groups = groupby(entries, lambda entry: entry["layer"])
     layers = [{"layer": layer, **summary([*group])} for layer, group in groups]
     return {"layers": layers, "all": summary(entries)}
 
@@ -509,8 +505,6 @@ def print_scores(results):
 
 def draw_scores(path, results):
     """Figure 2, right: histograms of scores over each other with their means; means by layer."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     scores, layers = figure.subplots(1, 2)
     total = np.zeros(len(BINS) - 1)

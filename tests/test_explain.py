@@ -280,7 +280,7 @@ def test_lookup_from_the_command_line(run, call, tmp_path, monkeypatch):
     assert result["all"]["se"] == close(statistics.stdev(scores) / math.sqrt(3))
     assert result["all"]["reasons"] == {"it never fires": 157}
     assert sum(result["all"]["histogram"]) == 3 and result["all"]["histogram"][-1] == 2
-    assert result["layers"][0]["mean"] == pytest.approx(1, abs=1e-6)
+    assert neurons[0]["score"] == neurons[1]["score"] == pytest.approx(1, abs=1e-6)
     assert neurons[0]["explanation"].startswith('"b" ') and 0.3 < neurons[80]["score"] < 0.95
     assert (neurons[5]["score"], neurons[5]["explanation"]) == (None, "")
     assert result["control"]["all"]["scored"] == 160 and out.count("random weights") == 1
@@ -311,7 +311,6 @@ def test_a_language_model_explains(run, call, server, monkeypatch):
     assert result["answers"]["requests"] == 33 and result["answers"]["unreadable"] == 0
     assert result["answers"]["prompt_tokens"] == 33 * 90
     assert neurons[5]["answers"] == {}
-    assert len(server.paid) == len(set(server.paid)) <= 66
     assert not any(b"secret" in path.read_bytes() for path in run.iterdir())
     rows = [line for line in out.splitlines() if "one" in line]
     assert "tiny" in rows[0] and "table" in rows[1]

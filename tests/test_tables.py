@@ -165,8 +165,7 @@ def test_the_tradeoff_has_dots_for_seeds_and_hollow_marks_where_some_lack_it(mon
     marks = [bars.lines[0] for bars in axes.containers]
     assert [mark.get_xydata().tolist() for mark in marks] == [[[6, 1.5]], [[5, 4]]]
     assert [mark.get_markerfacecolor() for mark in marks] == ["C0", "none"]
-    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
-    assert labels == [r"\$a\$", "b"]
+    assert figures[0].legends[0].get_texts()[0].get_text() == r"\$a\$"
 
 
 # ---- Table 2
@@ -219,14 +218,13 @@ def test_entropy_and_diversity_are_means_over_all_subsets_of_a_pool():
 
 def test_pools_are_compared_at_equal_size(make):
     runs = open_runs(map(str, make(seeds=(1,)) + make("plain", (1,), "none")))
-    pools = ({" a": 10, "c": 5}, {"c": 3, "d": 2}), ({" a": 4, "b": 2}, {"b": 1, "c": 1})
+    found_graphs(runs[0].path, 1.0, ({" a": 10, "c": 5}, {"c": 3, "d": 2}))
+    found_graphs(runs[1].path, 1.0)
+    found, _ = tables.read_experiments(runs)
     for layer, counts in ((0, ([10, 5], [4, 2])), (None, ([10, 8, 2], [4, 3, 1]))):
-        for run, pool in zip(runs, pools):
-            found_graphs(run.path, 1.0, pool)
-        size = sum(counts[1])  # the smaller pool
-        numbers = tables.numbers_of(runs, tables.read_experiments(runs)[0], layer)
-        expected = [tables.subsampled(one, size) for one in counts]
-        assert numbers[["entropy", "diversity"]].values == pytest.approx(np.array(expected))
+        expected = [tables.subsampled(one, sum(counts[1])) for one in counts]  # the smaller pool
+        numbers = tables.numbers_of(runs, found, layer)[["entropy", "diversity"]]
+        assert numbers.values == pytest.approx(np.array(expected))
     found_graphs(runs[1].path, 1.0, ({}, {}))  # no neuron has a graph
     numbers = tables.numbers_of(runs, tables.read_experiments(runs)[0])
     assert "entropy" not in numbers and numbers["f1"].tolist() == [17, 17]
@@ -238,12 +236,10 @@ def test_pools_are_compared_at_equal_size(make):
 def test_what_does_not_belong_together_is_refused_before_it_is_measured(
         make, typed, monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "measure_run", lambda *_: pytest.fail("too late"))
-    first, second, plain = make(seeds=(1, 2)) + make("plain", (1,), "none")
+    first, second = make(seeds=(1, 2))
     found_circuit(first, 1)
     found_circuit(second, 1, knob=3)
     assert "was made with knob=0, not 3" in typed(tables.main, first, second)[0]
-    (first / "acdc.json").rename(plain / "acdc.json")
-    assert "of other weights" in typed(tables.main, plain)[0]
     shutil.copytree(first, tmp_path / "again")
     assert "same run with the same seed" in typed(tables.main, first, tmp_path / "again")[0]
     make_data(tmp_path / "other", train=400)

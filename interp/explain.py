@@ -535,8 +535,7 @@ COLUMNS = {"run": "", "explained by": "", "neurons": ",", "scored": ",", "score"
            "without_logprobs", "prompt_tokens", "answer_tokens"), ",.0f")}
 MODEL_FLAGS = {  # which need --model
     "base_url": dict(default="https://api.openai.com/v1", help="address of the API"),
-    "simulation": dict(choices=[*FORMS], default="sparse",
-                       help="full: a level for every token, its mean if there are logprobs"),
+    "simulation": dict(choices=[*FORMS], default="sparse", help="full: all tokens, by logprobs"),
     "temperature": dict(type=float, default=0.0, help="some models take only 1"),
     "answer_tokens": dict(type=knobs.positive, default=1000, help="longer answers are unreadable"),
     "concurrency": dict(type=knobs.positive, default=4, help="requests at a time"),

@@ -218,7 +218,7 @@ def numbers_of(runs, found, layer=None):
     return pd.DataFrame(numbers).astype(float).dropna(axis=1, how="all")
 
 
-# ------------------------------------------------------------------------------------------- tables
+# -------------------------------------------------------------------- tables, picture, command line
 
 
 def paper_numbers(row):
@@ -257,9 +257,6 @@ def publish(folder, name, frame, parts, notes):
     write_text(folder / f"{name}.md", "\n\n".join([*texts, *notes]) + "\n")
     write_text(folder / f"{name}.csv", table.filter(columns).to_csv(index=False))
     return table
-
-
-# -------------------------------------------------------------------- the picture, command line
 
 
 def draw_tradeoff(path, frame, table, title):

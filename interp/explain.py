@@ -3,19 +3,18 @@
     python -m interp.explain out/baseline out/local_k2     every MLP neuron, explained by a table
     python -m interp.explain out/* --plot scores.png       histograms of all runs, means by layer
     python -m interp.explain out/local_k2 --model NAME --base_url http://localhost:8000/v1 \\
-        --neurons 50 --dry_run                             calls and tokens of a language model
-    (the same without --dry_run)                           its explanations and their scores
+        --neurons 50 --dry_run      the cost of a language model; without --dry_run, its scores
 
 The method is that of Bills et al. 2023, on the clean stream. A record is a window of 64 tokens
 within one story, read alone. The score is the Pearson correlation of true and simulated activations
-over 5 of a neuron's 20 strongest records and 5 random ones, of the validation split. The score of
-the random ones alone is reported too. An undefined score is null with its reason, never 0. Means
-and their standard errors are over neurons with a score.
+over 5 of a neuron's 20 strongest records and 5 random ones, of the validation split. An undefined
+score is null with its reason, never 0. Means are over neurons with a score.
 
 The explanation is a table of the neuron's mean activation at each token of the training split. With
 --model it is a sentence by a language model behind any API like OpenAI's, from 5 other strong
-records; the key is in OPENAI_API_KEY. The table's score on the same text is reported too. The
-control is a model with random weights, because much of a score needs no learning.
+records; the key is in OPENAI_API_KEY. OPENAI_LOG=info shows retries. The table's score on the same
+text is reported too. The control is a model with random weights, as much of a score needs no
+learning.
 
 Writes explain.json, explain_neurons.json and explain.png beside the checkpoint; with --model, the
 same with explain_openai in place of explain. Answers are added to explain_openai_answers.jsonl as
@@ -34,11 +33,11 @@ import statistics
 from collections import Counter, defaultdict, namedtuple
 from functools import cache, partial
 from itertools import groupby
-from operator import itemgetter
 
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import config as knobs
@@ -69,10 +68,10 @@ in_quotes = partial(json.dumps, ensure_ascii=False)  # a token with its spaces, 
 # -------------------------------------------------------------------------------------- the records
 
 
-def story_windows(tokens, eot, T, device):
+def story_windows(tokens, eot, T):
     """Windows of T tokens that each lie within one story and do not overlap: where they begin, and
     the numbers of their stories, both rising."""
-    ends = Text(tokens, eot, T, device).ends
+    ends = np.flatnonzero(tokens == eot)
     begins = np.concatenate(([0], ends + 1))[:-1]
     counts, rest = np.divmod(ends + 1 - begins, T)  # an end-of-text belongs to its story
     stories = np.arange(len(ends))
@@ -86,27 +85,24 @@ def story_windows(tokens, eot, T, device):
 def choose_texts(train, val, eot, settings, device):
     """What is read for every neuron: the Text for the table; the Text that is searched for the
     strongest records; where the random records, from other stories, begin. Raises UserError."""
-    T, tokens = settings["window"], settings["tokens"]
+    T = settings["window"]
 
-    def text_of(split, starts):
-        """These windows as a Text: at most `tokens` tokens, evenly spread."""
-        count = min(max(TOP, tokens // T), len(starts))
-        places = np.linspace(0, len(starts), count, endpoint=False)
-        return Text(split, eot, T, device, starts=starts[places.astype(np.int64)])
+    def spread(windows):
+        """Evenly spread ones of these, at most settings["tokens"] tokens."""
+        count = min(max(TOP, settings["tokens"] // T), len(windows))
+        return windows[np.linspace(0, len(windows), count, endpoint=False).astype(np.int64)]
 
-    starts, stories = story_windows(val, eot, T, device)
+    starts, stories = story_windows(val, eot, T)
     rng, there = np.random.default_rng(settings["seed"]), np.unique(stories)
-    too_few = UserError(f"fewer than {TOP + RANDOM} stories of {T} tokens: choose other --data, a "
+    chosen = rng.choice(there, min(RANDOM, len(there)), replace=False)
+    at_random = [rng.choice(starts[stories == story]) for story in chosen]
+    others = spread(np.flatnonzero(~np.isin(stories, chosen)))
+    if len(np.unique(stories[others])) < TOP:
+        raise UserError(f"fewer than {TOP + RANDOM} stories of {T} tokens: choose other --data, a "
                         f"smaller --window or more --tokens")
-    if len(there) < TOP + RANDOM:
-        raise too_few
-    chosen = rng.choice(there, RANDOM, replace=False)
-    windows = [rng.choice(starts[stories == story]) for story in chosen]
-    search = text_of(val, starts[~np.isin(stories, chosen)])
-    if len(np.unique(search.stories(search.starts))) < TOP:
-        raise too_few
-    starts, _ = story_windows(train, eot, T, device)
-    return text_of(train, starts), search, windows[RANDOM_VALID]
+    search = Text(val, eot, T, device, starts=starts[others])
+    corpus = Text(train, eot, T, device, starts=spread(story_windows(train, eot, T)[0]))
+    return corpus, search, at_random[RANDOM_VALID]
 
 
 def find_records(activate, units, search, random_starts, title):
@@ -148,9 +144,8 @@ def correlation(real, simulated):
 
 
 def entry_of(neuron, explanation, simulated, unreadable=0):
-    """The entry of a Neuron in explain_neurons.json. simulated: a sequence for each of its scored
-    records. If some answers are unreadable, there is no score: that of the others would not be
-    comparable. A score that is None has a "reason"."""
+    """The entry of a Neuron in explain_neurons.json. simulated: a sequence for each scored record.
+    Unreadable answers leave it without a score: that of the others would not be comparable."""
     score = random_score = None
     if unreadable:
         reason = f"{unreadable} answers about it could not be read"
@@ -220,7 +215,6 @@ GAP = r"(?:[ \t:,|=]|-+>|=>|→)+"
 LINE = re.compile(rf'^[ \t]*(?:[-*|] *)?(\d{{1,6}}){GAP}(?:"(?:\\.|[^"\\\n])*"{GAP})?'
                   r"(\d{1,2})(?:\.0*)?[ \t\r|]*$", re.MULTILINE)
 THOUGHTS = re.compile(r"\A.*</think>", re.DOTALL)
-WORD = re.compile(r"\w+|[^\w ]")  # about a token
 
 
 def explain_question(neuron, word):
@@ -252,8 +246,7 @@ def read_explanation(text, logprobs):
 def read_simulation(text, logprobs, T, form):
     """-> (simulated activations, a list of T, or None if most lines are unclear; how many lines
     with digits, or in the full form how many tokens, are unclear)."""
-    thoughts, written, levels = THOUGHTS.match(text), {}, {}
-    begin = thoughts.end() if thoughts else 0
+    written, levels, begin = {}, {}, len(text) - len(THOUGHTS.sub("", text))
     unclear = len(re.findall(r"^.*\d.*$", text[begin:], re.MULTILINE))
     for match in LINE.finditer(text, begin):
         place, level = int(match[1]), int(match[2])
@@ -302,8 +295,7 @@ def api_key():
 
 
 def without_secrets(text):
-    """A text on one line, without the key; addresses without user, password (which may hold any
-    character) and query."""
+    """A text on one line, without the key; addresses without user, password and query."""
     text = re.sub(r"(?<=//)\S*@|\?\S*", "", str(text).replace(api_key(), "KEY"))
     return " ".join(text.split())[:200]
 
@@ -312,9 +304,15 @@ class Answers:
     """The answers of a language model. Each is paid for once, and saved when it arrives."""
 
     def __init__(self, args):
+        from openai import AsyncOpenAI  # not needed for tables
+
+        if not re.fullmatch("[!-~]+", api_key()):
+            raise UserError("OPENAI_API_KEY has characters that no key has")
+        self.connect = partial(
+            AsyncOpenAI, api_key=api_key(), base_url=args.base_url, timeout=args.timeout,
+            max_retries=RETRIES)
         self.args, self.kept = args, {}  # hash of a request: what is kept of its answer
         self.calls = self.tokens = 0  # of questions in a dry run
-        self.connect()  # an error in the environment is reported before any work
 
     def open(self, path):
         """Keep answers in this file of JSON lines, and read those that are in it."""
@@ -323,31 +321,7 @@ class Answers:
             with contextlib.suppress(ValueError):  # a line that a kill cut off
                 self.kept |= json.loads(line)
 
-    def connect(self):
-        """An openai.AsyncOpenAI. It retries automatically, and shows retries on the bar."""
-        import openai
-
-        if not re.fullmatch("[!-~]+", api_key()):
-            raise UserError("OPENAI_API_KEY has characters that no key has")
-
-        async def on_request(request):
-            self.bar.set_postfix(retry=request.headers.get("x-stainless-retry-count"))
-
-        async def on_response(response):
-            self.bar.set_postfix(status=response.status_code)
-
-        try:
-            http = openai.DefaultAsyncHttpxClient(
-                event_hooks={"request": [on_request], "response": [on_response]})
-            return openai.AsyncOpenAI(api_key=api_key(), base_url=self.args.base_url,
-                                      timeout=self.args.timeout, max_retries=RETRIES,
-                                      http_client=http)
-        except Exception as error:  # many kinds: wrong proxy or certificates
-            raise UserError(f"no connection can be opened, see the proxy and certificate variables "
-                            f"of the environment: {without_secrets(error)}") from None
-
     async def explain_all(self, neurons, word, title):
-        """The entries of these Neurons."""
         self.free, self.locks = asyncio.Semaphore(self.args.concurrency), defaultdict(asyncio.Lock)
         with tqdm(total=len(neurons), desc=f"{title}: asking", leave=False) as self.bar:
             async with self.connect() as self.client:
@@ -368,8 +342,7 @@ class Answers:
         return entry | {"answers": dict(used)}
 
     async def ask(self, question, read, used):
-        """The value of read(text, logprobs) of a question's answer; None if it is unreadable. What
-        it cost is added to the Counter used. Raises UserError."""
+        """What read(text, logprobs) finds in an answer, or None. Its cost is added to `used`."""
         args, (system, user) = self.args, question
         request = {"model": args.model, "temperature": args.temperature, "messages": [
             {"role": "system", "content": system}, {"role": "user", "content": user}],
@@ -377,24 +350,24 @@ class Answers:
         if args.simulation == "full":
             request |= {"logprobs": True, "top_logprobs": 15}
         key = hashlib.sha256(json.dumps([args.base_url, request]).encode()).hexdigest()
-        async with self.locks[key], self.free:  # of two equal questions only one is asked
+        async with self.locks[key]:  # of two equal questions only one is asked
             new = key not in self.kept
             if new and args.dry_run:
                 self.calls += 1
-                self.tokens += len(WORD.findall(system + user))
+                self.tokens += len(re.findall(r"\w+|[^\w ]", system + user))  # about
                 used.update(unreadable=1)  # so that nothing is scored
                 return read("1\t0", None)[0]
             if new:
-                kept = await self.pay(request, read)
+                self.kept[key] = await self.pay(request, read)
                 with open(self.path, "a") as file:
-                    file.write("\n" + json.dumps({key: kept}))
-                self.kept[key] = kept
+                    file.write("\n" + json.dumps({key: self.kept[key]}))
         used.update(self.kept[key]["used"])
         return self.kept[key]["value"]
 
     async def pay(self, request, read):
         """Ask the server. -> what is kept of the answer: {"text", "value", "used": counts}."""
         limit = self.args.timeout * (RETRIES + 1)
+        await self.free.acquire()
         try:
             async with asyncio.timeout(limit):  # the client's own does not end if bytes trickle
                 response = await self.client.chat.completions.with_raw_response.create(**request)
@@ -407,6 +380,7 @@ class Answers:
             kind, said = type(error).__name__, without_secrets(error.__cause__ or error)
             raise UserError(f"no answer from {self.args.server} ({kind} {said}): the same command "
                             f"continues, and keeps all answers so far") from None
+        self.free.release()  # not after an error, which ends the others: none begins to connect
         value = None if choice.get("finish_reason") == "length" else value
         return {"text": text, "value": value, "used": {
             "prompt_tokens": usage.get("prompt_tokens") or 0,
@@ -419,8 +393,7 @@ class Answers:
 
 
 def sample_units(config, settings):
-    """The (layer, neuron) pairs to measure, sorted: settings["neurons"] of every layer, the same
-    for every model of this size."""
+    """The (layer, neuron) pairs to measure, sorted: settings["neurons"] of every layer."""
     M, rng = 4 * config.n_embd, np.random.default_rng(settings["seed"])
     count = min(settings["neurons"] or M, M)
     return [(layer, neuron) for layer in range(config.n_layer)
@@ -443,18 +416,16 @@ def explain_units(model, units, texts, word, answers, title):
                for x, positions, _ in corpus.read(activate, f"{title}: means by token"))
     values, counts = lookup_table(batches, model.config.vocab_size, len(units))
     neurons = [*find_records(activate, units, search, random_starts, title)]
-    entries = [explain_by_table(neuron, of_unit, counts, word)
-               for neuron, of_unit in zip(neurons, values.T)]
-    if answers:
-        tables, entries = entries, asyncio.run(answers.explain_all(neurons, word, title))
-        for entry, table in zip(entries, tables):
-            entry["lookup"] = table
-    return entries
+    tables = [explain_by_table(neuron, of_unit, counts, word)
+              for neuron, of_unit in zip(neurons, values.T)]
+    if not answers:
+        return tables
+    entries = asyncio.run(answers.explain_all(neurons, word, title))
+    return [entry | {"lookup": table} for entry, table in zip(entries, tables)]
 
 
 def explain_run(result, title, results, answers, device):
-    """The facts of a Result; a dry run only counts the questions. results: all of them; those with
-    the same geometry share a control."""
+    """The facts of a Result. Of all results, those with the same geometry share a control."""
     run, settings = result.run, result.key["settings"]
     state = result.state or {"model": [], "control": []}
     train, val = load_tokens(run.folder, "train"), load_tokens(run.folder, "val")
@@ -477,15 +448,14 @@ def explain_run(result, title, results, answers, device):
             facts["answers"] = pd.DataFrame([entry["answers"] for entry in entries]).sum().to_dict()
         return facts
 
-    facts = explain(run.model, "model", title) | {"control": None}
+    facts = explain(run.model, "model", title)
     geometry = {name: getattr(run.model.config, name) for name in GEOMETRY}
-    for other in [other.facts for other in results if other.facts and settings["control"]]:
-        if other["control"]["geometry"] == geometry:
-            facts["control"] = other["control"]
-    if settings["control"] and not facts["control"]:
+    controls = [other.facts["control"] for other in results if other.facts]
+    controls = [control for control in controls if control and control["geometry"] == geometry]
+    if settings["control"] and not controls:
         model = untrained(GPTNeoConfig(**geometry, ablation="none"), settings["seed"])
-        control = explain(model, "control", f"{title}, random weights")
-        facts["control"] = control | {"geometry": geometry}
+        controls = [explain(model, "control", f"{title}, random weights") | {"geometry": geometry}]
+    facts["control"] = controls[0] if controls else None
     if not dry_run:
         result.write("_neurons.json", neurons=state["model"])
         draw_scores(result.path(".png"), [{"run": run.path, **facts}])
@@ -496,8 +466,8 @@ def summary(entries):
     """{name: number or list} of dicts with "score", "random_score" and, with None, "reason"."""
     row = {"neurons": len(entries)}
     for name in ("random_", ""):
-        values = [entry[f"{name}score"] for entry in entries]
-        values = [value for value in values if value is not None]
+        scores = [entry[f"{name}score"] for entry in entries]
+        values = [score for score in scores if score is not None]
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
         mean = statistics.fmean(values) if values else None
         row |= {f"{name}scored": len(values), f"{name}mean": mean, f"{name}se": error}
@@ -508,7 +478,7 @@ def summary(entries):
 
 def facts_of(entries):
     """{"layers": a summary of every layer, "all": of all}."""
-    groups = groupby(entries, itemgetter("layer"))
+    groups = groupby(entries, lambda entry: entry["layer"])
     layers = [{"layer": layer, **summary([*group])} for layer, group in groups]
     return {"layers": layers, "all": summary(entries)}
 
@@ -535,17 +505,15 @@ def print_scores(results):
 
 def draw_scores(path, results):
     """Figure 2, right: histograms of scores over each other with their means; means by layer."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     scores, layers = figure.subplots(1, 2)
     total = np.zeros(len(BINS) - 1)
     for place, (name, facts) in enumerate(models_of(results)):
-        of_all, columns = facts["all"], ["layer", "mean", "se"]
-        table = pd.DataFrame(facts["layers"])[columns].astype(float)  # None is NaN
+        of_all = facts["all"]
+        table = pd.DataFrame(facts["layers"])[["layer", "mean", "se"]].astype(float)  # None is NaN
         look = {"color": f"C{place}", "ls": "-" if place < len(results) else "--"}
         shares = np.array(of_all["histogram"]) / max(1, of_all["scored"])
-        total = total + shares
+        total += shares
         scores.stairs(shares, BINS, label=plain(name), **look)
         scores.axvline(of_all["mean"] or 0, **look)
         layers.errorbar(table["layer"], table["mean"], table["se"], marker="o", **look)
@@ -567,8 +535,7 @@ COLUMNS = {"run": "", "explained by": "", "neurons": ",", "scored": ",", "score"
            "without_logprobs", "prompt_tokens", "answer_tokens"), ",.0f")}
 MODEL_FLAGS = {  # which need --model
     "base_url": dict(default="https://api.openai.com/v1", help="address of the API"),
-    "simulation": dict(choices=[*FORMS], default="sparse",
-                       help="full: a level for every token, its mean if there are logprobs"),
+    "simulation": dict(choices=[*FORMS], default="sparse", help="full: all tokens, by logprobs"),
     "temperature": dict(type=float, default=0.0, help="some models take only 1"),
     "answer_tokens": dict(type=knobs.positive, default=1000, help="longer answers are unreadable"),
     "concurrency": dict(type=knobs.positive, default=4, help="requests at a time"),
@@ -576,8 +543,7 @@ MODEL_FLAGS = {  # which need --model
     "dry_run": dict(action="store_true", help="ask nothing, print the calls and tokens")}
 
 
-def parse_arguments():
-    """The command line. Raises UserError."""
+def main():
     parser = run_parser(__doc__)
     add = parser.add_argument
     add("--tokens", type=knobs.positive, default=500_000, help="read from each split (500000)")
@@ -596,15 +562,14 @@ def parse_arguments():
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} needs --model")
         setattr(args, name, None)
+    if args.model and not re.match("https?://", args.base_url):
+        parser.error("--base_url begins with http:// or https://")
     args.server = args.base_url and without_secrets(args.base_url)
-    return args
 
-
-def main():
-    args, results = parse_arguments(), []
     device, runs = knobs.pick_device(args.device), open_runs(args.runs, args.data)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"prompts": PROMPTS if args.model else None, "base_url": args.server}
+    results = []
     for run in runs:
         block_size = run.model.config.block_size
         if args.window > block_size:

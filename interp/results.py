@@ -49,24 +49,14 @@ def digests(weights):
     return {"checkpoint": digest(clean), "gates": digest(gates)}
 
 
-def git(*words):
-    """What a git command prints in this project; nothing without git."""
-    try:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return done.stdout.strip()
-
-
 def environment(device):
     """{name: text}: the device, torch and commit that a result was made with."""
     name = f"{torch.get_num_threads()} CPU threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    commit = git("rev-parse", "--short", "HEAD") or "unknown"
-    if git("status", "--porcelain", "--untracked-files=no"):
-        commit += "+changes"
-    return {"device": name, "torch": torch.__version__, "commit": commit}
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+changes"]
+    failed, commit = subprocess.getstatusoutput(shlex.join(git))
+    return {"device": name, "torch": torch.__version__, "commit": "unknown" if failed else commit}
 
 
 def difference(ours, theirs):
@@ -112,9 +102,8 @@ def write_json(path, content, **options):
 def read_json(path):
     """What Result.finish or Result.write wrote: a dict. Raises UserError if it is damaged."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        return found | {"settings": dict(found["settings"])}
-    except (ValueError, KeyError, TypeError):
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
         raise UserError(f"{path} is damaged: delete it and measure again") from None
 
 
@@ -125,7 +114,7 @@ class Result:
     the checksum of the data if they are read. files: endings of the other files of a finished
     result, such as ".pt" or "_neurons.json"; measure writes them. facts: the finished result, a
     dict, or None. state: what an interrupted call saved, or None. force: measure again, and replace
-    damaged files and results of other settings or weights; without it these raise UserError.
+    results of other settings or weights; without it these raise UserError.
     """
 
     def __init__(self, run, name, settings, force=False, files=()):
@@ -146,15 +135,9 @@ class Result:
         path = self.path(ending)
         if not path.exists() or ending.endswith(".png"):
             return path.exists()
-        try:
-            found = load_torch(path) if ending.endswith(".pt") else read_json(path)
-        except ValueError:  # damaged
-            if not self.force:
-                raise
-            return None
-        theirs = {name: found.get(name) for name in self.key}
-        other = difference(self.key["settings"], theirs["settings"])
-        other = other or difference(self.key, theirs)
+        found = load_torch(path) if ending.endswith(".pt") else read_json(path)
+        other = difference(self.key["settings"], found["settings"])
+        other = other or difference(self.key, {name: found.get(name) for name in self.key})
         if other and not self.force:
             raise UserError(f"{path} was made with {other}: --force replaces it")
         return None if other else found

@@ -103,9 +103,8 @@ def circuit_numbers(result, layer):
     """Of acdc.json: its first circuit, edges at equal KL, how often the answers are right."""
     first = result["circuits"][0]
     numbers = {f"edges for KL <= {kl}": edges for kl, edges in result["edges_at_kl"].items()}
-    return numbers | {
-        "edges": first["edges"], "connected edges": first["connected"],
-        "answers exact": result["exact"]}
+    return numbers | {"edges": first["edges"], "connected edges": first["connected"],
+                      "answers exact": result["exact"]}
 
 
 def unit_numbers(result, layer):
@@ -116,18 +115,15 @@ def unit_numbers(result, layer):
 
 def unlearning_numbers(result, layer):
     """Of unlearn.json: what removing a concept costs, by the ranking fisher and by its control."""
-    numbers = {}
-    for name, ranking in (("unlearning", "fisher"), ("logits edit", "logits")):
-        for cost in ("retain", "siblings"):
-            numbers[f"{name}, {cost}"] = result["mean"][ranking][cost]
-    return numbers
+    fisher, logits = result["mean"]["fisher"], result["mean"]["logits"]
+    return {"unlearning, retain": fisher["retain"], "unlearning, siblings": fisher["siblings"],
+            "logits edit, retain": logits["retain"], "logits edit, siblings": logits["siblings"]}
 
 
 def sae_numbers(result, layer):
     """Of sae.json: means over seeds at its first place, at one L0 and for the first coefficient."""
     at_l0, saes = result["at_l0"]["places"][0], pd.DataFrame(result["saes"])
-    kind = ["layer", "site", "l1"]
-    alike = saes[(saes[kind] == saes.loc[0, kind]).all(axis=1)]  # one for each seed
+    *_, alike = next(iter(saes.groupby(["layer", "site", "l1"], sort=False)))  # one for each seed
     l0, score = alike[["l0", "ce_score"]].astype(float).mean(skipna=False)
     return {"nats lost at L0 = 3": at_l0["nats_lost"], "CE score at L0 = 3": at_l0["ce_score"],
             "SAE L0": l0, "CE score": score}
@@ -144,9 +140,8 @@ def graph_numbers(result, layer):
     found, pool = part_of(result, layer), Counter()
     if not found:
         return {}
-    for row in result["layers"]:
-        if layer in (None, row["layer"]):
-            pool.update(row["pool"])
+    for row in result["layers"] if layer is None else [found]:
+        pool.update(row["pool"])
     numbers = {name: found.get(name) for name in GRAPHS}
     return numbers | {"with_graph": found["non_empty"] / found["neurons"], "pool": pool}
 
@@ -191,10 +186,9 @@ def read_experiments(runs):
 
 
 def subsampled(counts, size):
-    """The expected entropy, in bits, and number of types of `size` tokens that are drawn without
-    replacement from a pool with these counts: exact (rarefaction, Hurlbert 1971). k of a type's c
-    tokens are drawn with the hypergeometric probability C(c, k) C(N - c, size - k) / C(N, size).
-    """
+    """The expected entropy, in bits, and number of types of `size` tokens drawn without replacement
+    from a pool with these counts: exact (rarefaction, Hurlbert 1971). Of a type's c tokens, k are
+    drawn with the hypergeometric probability C(c, k) C(N - c, size - k) / C(N, size)."""
     N = sum(counts)
     log_factorial = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, N + 1)))))
 
@@ -215,11 +209,7 @@ def numbers_of(runs, found, layer=None):
     """A DataFrame with a row of numbers for each run. found: what read_experiments returned."""
     numbers = [{} for _ in runs]
     for place, name, result in found:
-        try:
-            numbers[place] |= EXPERIMENTS[name](result, layer)
-        except KeyError as error:  # a file that an older version wrote
-            raise UserError(f"{result_path(runs[place].path, name)}.json has no {error}: make it "
-                            f"again with --force") from None
+        numbers[place] |= EXPERIMENTS[name](result, layer)
     pooled = [one for one in numbers if "pool" in one]
     size = min((one["pool"].total() for one in pooled), default=0)
     for one in pooled:  # entropy and diversity of equally many tokens
@@ -228,7 +218,7 @@ def numbers_of(runs, found, layer=None):
     return pd.DataFrame(numbers).astype(float).dropna(axis=1, how="all")
 
 
-# ------------------------------------------------------------------------------------------- tables
+# -------------------------------------------------------------------- tables, picture, command line
 
 
 def paper_numbers(row):
@@ -252,30 +242,21 @@ def publish(folder, name, frame, parts, notes):
     table = over_seeds(frame)
     table["differs"] = differences(table)
     table = table.join(pd.DataFrame([paper_numbers(row) for row in table.to_dict("records")]))
-    texts, columns, entries = [], [], [one for one in HEAD if one in table]
+    texts, columns = [], [*HEAD]
     for part in parts:
         known = {one: form for one, form in part.items() if one in table}
         if known:
             print_table(table, HEAD | known)
             print()
             texts.append(markdown(text_table(table, HEAD | known)))
-            columns += known
-    if not columns:
+            columns += [one + end for one in known for end in ("", "_sd", "_n")]
+    if not texts:
         print(f"no results for {name}: --help lists the commands that make them")
         return table
-    entries += [one + end for one in columns for end in ("", "_sd", "_n") if one + end in table]
     print(*notes, "", sep="\n")
     write_text(folder / f"{name}.md", "\n\n".join([*texts, *notes]) + "\n")
-    write_text(folder / f"{name}.csv", table[entries].to_csv(index=False))
+    write_text(folder / f"{name}.csv", table.filter(columns).to_csv(index=False))
     return table
-
-
-# -------------------------------------------------------------------- the picture, command line
-
-
-def rows_of(frame):
-    """For each row of frame its place in over_seeds(frame)."""
-    return frame.groupby([*frame.filter(RECIPE)], sort=False).ngroup()
 
 
 def draw_tradeoff(path, frame, table, title):
@@ -285,10 +266,11 @@ def draw_tradeoff(path, frame, table, title):
         return
     figure = Figure(figsize=(4.2 * len(shown) + 0.5, 4.2), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    groups = frame.groupby([*frame.filter(RECIPE)], sort=False)  # the rows of the table
     for name, axes in zip(shown, panels):
-        for place, run in enumerate(table["run"][:6]):  # more are hard to distinguish
+        rows = zip(table["run"][:6], groups[["ppl_clean", name]])  # more are hard to distinguish
+        for place, (run, (_, seeds)) in enumerate(rows):
             label = plain(Path(run).name.removesuffix("_seed*"))
-            seeds = frame.loc[rows_of(frame) == place, ["ppl_clean", name]]
             (x, y), (x_sd, y_sd) = seeds.dropna().mean(), seeds.dropna().std()
             filled = "none" if seeds[name].isna().any() else f"C{place}"
             axes.plot(seeds["ppl_clean"], seeds[name], ".", color=f"C{place}")
@@ -318,8 +300,7 @@ def main():
     if args.layers:
         layers = range(max(run.model.config.n_layer for run in runs))
         frames = [rows.join(numbers_of(runs, found, layer)).assign(layer=layer) for layer in layers]
-        publish(folder, "table2_layers", pd.concat(frames), TABLE2, notes2)
-        return
+        return publish(folder, "table2_layers", pd.concat(frames), TABLE2, notes2)
     measured = pd.DataFrame([measure_run(run, 8, device) for run in runs])
     frame = measured.join(numbers_of(runs, found))
     table = publish(folder, "table1", frame, TABLE1, notes1)

@@ -7,16 +7,13 @@ import math
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 from collections import Counter
-from importlib.util import find_spec
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, make_data, make_run, tiny_model
+from conftest import make_data, make_run, tiny_model
 
 from eval import measure_run, open_runs
 from interp import tables
@@ -45,9 +42,9 @@ def found(run, experiment, knob=0, **facts):
         "settings": {"knob": knob}, **digests(load_checkpoint(run)["model"]), **facts})
 
 
-def found_circuit(run, edges, edges_at_kl=(None, None, None), exact=0.5, **more):
-    found(run, "acdc", circuits=[{"edges": edges, "connected": edges - 2}, {"edges": 999}],
-          edges_at_kl=dict(zip(("0.1", "0.3", "1"), edges_at_kl)), exact=exact, **more)
+def found_circuit(run, edges, edges_at_kl=(None, None, None), exact=0.5, knob=0):
+    found(run, "acdc", knob, circuits=[{"edges": edges, "connected": edges - 2}, {"edges": 999}],
+          edges_at_kl=dict(zip(("0.1", "0.3", "1"), edges_at_kl)), exact=exact)
 
 
 def found_saes(run, saes, nats=None, score=None, **more):
@@ -86,14 +83,14 @@ def found_graphs(run, value, pools=({" a": 4, "b": 2}, {"b": 1, "c": 1})):
 
 
 def found_scores(run, mean, name="explain", control=None):
-    layers = [{"layer": layer, "mean": mean + layer, "random_mean": None} for layer in range(2)]
+    layers = [{"layer": layer, "mean": mean + layer} for layer in range(2)]
     found(run, name, layers=layers, control=control, **{"all": {"mean": mean, "random_mean": 0.2}})
 
 
-def found_use(run, value, **more):
+def found_use(run, value):
     kind = {"dead": [3, 4], "entropy": [value, value + 1], "token_share": [0.25, 0.75],
             "stability": [0.5, None]}
-    found(run, "units", kinds={"attn": kind, "mlp": kind | {"entropy": [1.0, 1.0]}}, **more)
+    found(run, "units", kinds={"attn": kind, "mlp": kind | {"entropy": [1.0, 1.0]}})
 
 
 @pytest.fixture
@@ -139,11 +136,8 @@ def test_table_1_joins_experiments_over_seeds(make, call, tmp_path):
     assert local["ppl_clean"] == pytest.approx(measured["ppl_clean"])
     assert (local["paper edges"], base["paper CE score"], base["paper l1"]) == (54, 0.63, 0.44)
 
-    head, line, base_line, *notes = out.splitlines()
-    assert re.search("edges.*nats lost at L0 = 3.*SAE L0.*CE score.*ppl_clean.*l1", head)
-    assert "11.5 ± 2.1 " in line and "9.0 (1 of 2)" in line and "1.250 (1 of 2)" in line
-    assert " - " in base_line and f"warning: {plain}: do not believe it" in notes
-    assert "settings of acdc: {'knob': 0}" in notes
+    assert f"warning: {plain}: do not believe it\n" in out
+    assert "settings of acdc: {'knob': 0}\n" in out
     assert "| 11.5 ± 2.1 | 54 |" in (tmp_path / "out" / "table1.md").read_text()
     assert "no results for table2" in out and not list(tmp_path.glob("out/table2*"))
     call(*(tmp_path / "out").iterdir())  # out/* finds the tables of the last call, too
@@ -171,8 +165,7 @@ def test_the_tradeoff_has_dots_for_seeds_and_hollow_marks_where_some_lack_it(mon
     marks = [bars.lines[0] for bars in axes.containers]
     assert [mark.get_xydata().tolist() for mark in marks] == [[[6, 1.5]], [[5, 4]]]
     assert [mark.get_markerfacecolor() for mark in marks] == ["C0", "none"]
-    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
-    assert labels == [r"\$a\$", "b"]
+    assert figures[0].legends[0].get_texts()[0].get_text() == r"\$a\$"
 
 
 # ---- Table 2
@@ -185,8 +178,8 @@ def test_table_2_has_three_parts(make, call):
     found_scores(first, 0.5, control={"layers": [], "all": {"mean": 0.1}})
     found_scores(second, 0.25, "explain_openai")
     found_use(first, 2.0)
-    found_use(second, 4.0, warnings=["the text is short"])
-    out, files = call(first, second, plain)
+    found_use(second, 4.0)
+    _, files = call(first, second, plain)
     local, base = files["table2"].to_dict("records")
     assert (local["density_mean_non_empty"], base["f1"]) == (1.5 + 1, 3 + 16)
     assert (local["with_graph"], local["density_mean_all_sd"]) == (0.75, statistics.stdev([1, 2]))
@@ -194,10 +187,6 @@ def test_table_2_has_three_parts(make, call):
     assert local["llm_score"] == 0.25 and math.isnan(base["score"])
     assert (local["attn_entropy"], local["mlp_dead"], local["mlp_stability"]) == (3.5, 3.5, 0.5)
     assert "llm_score_control" not in local and math.isnan(base["attn_dead"])
-    heads = [line for line in out.splitlines() if re.match("run .*ablation", line)]
-    parts = [set(re.findall(r" (with_graph|score|attn_dead)\b", head)) for head in heads]
-    assert parts == [set(), {"with_graph"}, {"score"}, {"attn_dead"}]  # the first: Table 1
-    assert f"warning: {second}: the text is short" in out.splitlines()
 
 
 def test_layers_are_rows_and_nothing_is_measured(make, call, monkeypatch):
@@ -227,34 +216,30 @@ def test_entropy_and_diversity_are_means_over_all_subsets_of_a_pool():
     assert tables.subsampled([4, 2, 1], size) == pytest.approx(expected)
 
 
-def test_pools_are_compared_at_equal_size(make, call):
-    first, second = make(seeds=(1,)) + make("plain", (1,), "none")
-    found_graphs(first, 1.0, ({" a": 10, "c": 5}, {"c": 3, "d": 2}))
-    found_graphs(second, 1.0)
-    _, files = call(first, second, "--layers")
-    table = files["table2_layers"][["entropy", "diversity"]].values
-    expected = [tables.subsampled(counts, 6) for counts in ([10, 5], [4, 2])]
-    assert table[:2] == pytest.approx(np.array(expected))
-    _, files = call(first, second)
-    expected = [tables.subsampled(counts, 8) for counts in ([10, 8, 2], [4, 3, 1])]
-    assert files["table2"][["entropy", "diversity"]].values == pytest.approx(np.array(expected))
-    found_graphs(second, 1.0, ({}, {}))  # no neuron has a graph
-    _, files = call(first, second)
-    assert "entropy" not in files["table2"] and files["table2"]["f1"].tolist() == [17, 17]
+def test_pools_are_compared_at_equal_size(make):
+    runs = open_runs(map(str, make(seeds=(1,)) + make("plain", (1,), "none")))
+    found_graphs(runs[0].path, 1.0, ({" a": 10, "c": 5}, {"c": 3, "d": 2}))
+    found_graphs(runs[1].path, 1.0)
+    found, _ = tables.read_experiments(runs)
+    for layer, counts in ((0, ([10, 5], [4, 2])), (None, ([10, 8, 2], [4, 3, 1]))):
+        expected = [tables.subsampled(one, sum(counts[1])) for one in counts]  # the smaller pool
+        numbers = tables.numbers_of(runs, found, layer)[["entropy", "diversity"]]
+        assert numbers.values == pytest.approx(np.array(expected))
+    found_graphs(runs[1].path, 1.0, ({}, {}))  # no neuron has a graph
+    numbers = tables.numbers_of(runs, tables.read_experiments(runs)[0])
+    assert "entropy" not in numbers and numbers["f1"].tolist() == [17, 17]
 
 
-# ---- what is refused, and the command line
+# ---- what is refused, names of runs
 
 
 def test_what_does_not_belong_together_is_refused_before_it_is_measured(
         make, typed, monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "measure_run", lambda *_: pytest.fail("too late"))
-    first, second, plain = make(seeds=(1, 2)) + make("plain", (1,), "none")
+    first, second = make(seeds=(1, 2))
     found_circuit(first, 1)
     found_circuit(second, 1, knob=3)
     assert "was made with knob=0, not 3" in typed(tables.main, first, second)[0]
-    (first / "acdc.json").rename(plain / "acdc.json")
-    assert "of other weights" in typed(tables.main, plain)[0]
     shutil.copytree(first, tmp_path / "again")
     assert "same run with the same seed" in typed(tables.main, first, tmp_path / "again")[0]
     make_data(tmp_path / "other", train=400)
@@ -263,16 +248,9 @@ def test_what_does_not_belong_together_is_refused_before_it_is_measured(
     assert not list(tmp_path.glob("*/table*"))
 
 
-def test_it_works_as_its_help_says(make, tmp_path):
-    """As a user types it, with a name that Markdown and matplotlib would read."""
+def test_names_that_markdown_and_matplotlib_would_read(make, call, tmp_path):
     (run,) = make("_a|b$x$", (1,))
-    found_graphs(run, 1.0)
-    command = [sys.executable, "-m", "interp.tables", run]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "paper ppl_clean" in done.stdout, done.stderr
-    for name in ("table1", "table2"):
-        line = (tmp_path / "out" / f"{name}.md").read_text().splitlines()[2]
-        (cell,) = re.findall(r"^\| (.*?) \| local", line)
-        assert cell == str(run).replace("|", r"\|").replace("$", r"\$")
-    programs = set(re.findall(r"python -m (interp\.\w+) out/\*", tables.__doc__))
-    assert len(programs) == 7 and all(map(find_spec, programs))
+    call(run)
+    line = (tmp_path / "out" / "table1.md").read_text().splitlines()[2]
+    (cell,) = re.findall(r"^\| (.*?) \| local", line)
+    assert cell == str(run).replace("|", r"\|").replace("$", r"\$")

@@ -12,7 +12,7 @@ score is null with its reason, never 0. Means are over neurons with a score.
 
 The explanation is a table of the neuron's mean activation at each token of the training split. With
 --model it is a sentence by a language model behind any API like OpenAI's, from 5 other strong
-records; the key is in OPENAI_API_KEY. OPENAI_LOG=info shows retries. The table's score on the same
+records; the key is in OPENAI_API_KEY. The table's score on the same
 text is reported too. The control is a model with random weights, as much of a score needs no
 learning.
 
@@ -304,15 +304,29 @@ class Answers:
     """The answers of a language model. Each is paid for once, and saved when it arrives."""
 
     def __init__(self, args):
-        from openai import AsyncOpenAI  # not needed for tables
-
-        if not re.fullmatch("[!-~]+", api_key()):
-            raise UserError("OPENAI_API_KEY has characters that no key has")
-        self.connect = partial(
-            AsyncOpenAI, api_key=api_key(), base_url=args.base_url, timeout=args.timeout,
-            max_retries=RETRIES)
         self.args, self.kept = args, {}  # hash of a request: what is kept of its answer
         self.calls = self.tokens = 0  # of questions in a dry run
+        if not re.fullmatch("[!-~]+", api_key()):
+            raise UserError("OPENAI_API_KEY has characters that no key has")
+        try:
+            self.connect()  # before any work
+        except Exception as error:  # many kinds: wrong proxy or certificates
+            raise UserError(f"no connection can be opened, see the proxy and certificate variables "
+                            f"of the environment: {without_secrets(error)}") from None
+
+    def connect(self):
+        """An openai.AsyncOpenAI. It retries automatically, and the bar shows why it waits."""
+        import openai  # not needed for tables
+
+        async def show(message):  # a request, or its response
+            request = getattr(message, "request", message)
+            self.bar.set_postfix(retry=request.headers.get("x-stainless-retry-count"),
+                                 status=getattr(message, "status_code", "waiting"))
+
+        http = openai.DefaultAsyncHttpxClient(
+            event_hooks={"request": [show], "response": [show]})
+        return openai.AsyncOpenAI(api_key=api_key(), base_url=self.args.base_url, http_client=http,
+                                  timeout=self.args.timeout, max_retries=RETRIES)
 
     def open(self, path):
         """Keep answers in this file of JSON lines, and read those that are in it."""
@@ -539,7 +553,8 @@ MODEL_FLAGS = {  # which need --model
     "temperature": dict(type=float, default=0.0, help="some models take only 1"),
     "answer_tokens": dict(type=knobs.positive, default=1000, help="longer answers are unreadable"),
     "concurrency": dict(type=knobs.positive, default=4, help="requests at a time"),
-    "timeout": dict(type=knobs.positive, default=120, help="seconds of silence before a retry"),
+    "timeout": dict(type=knobs.positive, default=120,
+                    help="seconds of silence before a retry; nine times this end a question"),
     "dry_run": dict(action="store_true", help="ask nothing, print the calls and tokens")}
 
 

@@ -260,7 +260,7 @@ def publish(folder, name, frame, parts, notes):
 
 
 def draw_tradeoff(path, frame, table, title):
-    """Clean perplexity against each of TRADEOFFS: dots for seeds, circles ± deviation for rows."""
+    """Clean perplexity against each of TRADEOFFS: a circle ± deviation for each row."""
     shown = [name for name in TRADEOFFS if name in table]
     if not shown:
         return
@@ -273,7 +273,6 @@ def draw_tradeoff(path, frame, table, title):
             label = plain(Path(run).name.removesuffix("_seed*"))
             (x, y), (x_sd, y_sd) = seeds.dropna().mean(), seeds.dropna().std()
             filled = "none" if seeds[name].isna().any() else f"C{place}"
-            axes.plot(seeds["ppl_clean"], seeds[name], ".", color=f"C{place}")
             axes.errorbar(x, y, y_sd, x_sd, "o", color=f"C{place}", mfc=filled, label=label)
         axes.set(xlabel="clean perplexity", ylabel=TRADEOFFS[name])
         axes.locator_params(nbins=5)

@@ -117,13 +117,13 @@ tradeoff)
     ;;
 tasks)
     SEEDS=1,2,3,4,5,6,7,8,9
-    sweep out/tasks/plain demo_baseline
-    sweep out/tasks/k2 demo
-    sweep out/tasks/k8 demo --k_attn=8 --k_mlp=8
+    sweep out/tasks/baseline demo_baseline
+    sweep out/tasks/local_k2 demo
+    sweep out/tasks/local_k8 demo --k_attn=8 --k_mlp=8
     sweep out/tasks/global_k8 demo --ablation=global --k_attn=8 --k_mlp=8
     SEEDS=1,2,3
     sweep out/tasks/paper demo --gate=softmax --ramp_start=0 --ramp_end=0
-    $PYTHON -m interp.circuits out/tasks/{plain,k2,k8,global_k8}/*_seed? --method eap \
+    $PYTHON -m interp.circuits out/tasks/{baseline,local_k2,local_k8,global_k8}/*_seed? --method eap \
         --title "Self-ablated models do not need fewer edges or units than the baseline"
     $PYTHON -m interp.circuits out/tasks/paper/*_seed? --method eap
     ;;

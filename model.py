@@ -94,7 +94,7 @@ def gate(scores, k, form="softmax"):
     "constant" is softmax(scores), T = 1: gradients through a T that each token sets grow as 1 / T,
     and models learn less (RESULTS.md).
     """
-    floor = max(MIN_GAP, torch.finfo(scores.dtype).eps)  # 1 / MIN_GAP overflows in fp16
+    floor = max(MIN_GAP, torch.finfo(scores.dtype).eps)  # fp16 gradients of 1 / MIN_GAP overflow
     scores = at_least_fp32(scores)  # in bf16 a few per cent of rows tie at the k-th place
     hard, s_k, s_next = k_largest(scores, k)
     if form == "constant":
@@ -390,7 +390,7 @@ class GPTNeo(nn.Module):
             checkpoint = load_checkpoint(checkpoint)
         model = cls(GPTNeoConfig(**checkpoint["config"]))
         for name, weight in checkpoint["model"].items():
-            if not (weight.is_floating_point() and weight.isfinite().all()):
+            if not (weight.is_floating_point() and weight.float().isfinite().all()):
                 raise ModelError(f"damaged weights: {name} holds values that are not finite floats")
         model.load_state_dict(checkpoint["model"])
         return model

@@ -180,8 +180,8 @@ def texts_of(args):
                     yield split, text.strip()
     except Exception as error:  # datasets and the readers of files have many
         hints = {KeyError: "no such split or column, see --text_column",
-                 AttributeError: "the column does not hold text, see --text_column",
-                 UnicodeDecodeError: "convert it: iconv -f UTF-16 -t UTF-8",
+                 AttributeError: "a row holds no text, see --text_column",
+                 UnicodeDecodeError: "not UTF-8, convert it with iconv",
                  ConnectionError: "without a network try --train FILE or toy"}
         reason = " ".join(f"{source} ({type(error).__name__}: {error.__cause__ or error})".split())
         raise UserError(f"cannot read {reason}: {hints.get(type(error), 'see --help')}")

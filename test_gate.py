@@ -93,7 +93,7 @@ def test_scores_that_are_not_numbers_are_not_hidden(form):
 
 
 @pytest.mark.parametrize("k", [1, 3, 15])
-def test_maxima_on_a_gpu_and_topk_on_a_cpu_are_the_same_function(k):
+def test_maxima_in_compiled_code_and_topk_elsewhere_are_the_same_function(k):
     """Mask, the two scores at the threshold, and the gradient of these."""
     results = []
     for largest in (k_largest, k_largest_by_maxima):

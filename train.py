@@ -63,16 +63,16 @@ def build_model(config, meta):
     model, source = GPTNeo(config.model), config.init_from
     if not source:
         return model
-    foreign = Path(source, "config.json").is_file() or not os.path.exists(source)  # of transformers
-    if source.endswith(".pt") or not foreign:
+    ours = source.endswith(".pt") or Path(source, "best.pt").is_file()
+    if ours or (os.path.isdir(source) and not Path(source, "config.json").is_file()):
         checkpoint = load_checkpoint(source)
         theirs = GPTNeo.from_checkpoint(checkpoint)
         same_tokens = checkpoint["tokenizer"] == meta["tokenizer"]
     else:
         theirs, same_tokens = GPTNeo.from_pretrained(source), tokenizes_as(source, config.data)
     if not same_tokens or theirs.config.vocab_size != config.vocab_size:
-        raise UserError(f"{source} has another tokenizer than {config.data}: prepare the data with "
-                        f"that tokenizer")
+        raise UserError(f"{source} has no tokenizer, or another one than {config.data}: prepare "
+                        f"data with its tokenizer")
     wanted = {name: getattr(theirs.config, name) for name in (
         "n_layer", "n_head", "n_embd", "attention_layers", "window_size")}
     wanted["block_size"] = min(config.block_size, theirs.config.block_size)
@@ -85,13 +85,16 @@ def build_model(config, meta):
 
 
 def tokenizes_as(name, data):
-    """Whether a model of Hugging Face gives the data's ids to a text, or has no tokenizer."""
+    """Whether a Hugging Face model's tokenizer encodes validation text as the data have it."""
     from transformers import AutoTokenizer
 
-    theirs, ours = AutoTokenizer.from_pretrained(name), load_tokenizer(load_meta(data)["tokenizer"])
+    ours = load_tokenizer(load_meta(data)["tokenizer"])
     text = ours.decode(load_tokens(data, "val")[:10_000].tolist())
-    ids = theirs.encode(text, verbose=False)
-    return len(theirs) < 2 or ids == ours.encode(text, allowed_special="all")
+    try:
+        theirs = AutoTokenizer.from_pretrained(name).encode(text, verbose=False)
+    except Exception as error:  # a damaged file can raise almost any exception
+        raise UserError(f"cannot load the tokenizer of {name}: {error}") from None
+    return theirs == ours.encode(text, allowed_special="all")
 
 
 def require_knobs(wanted, config, reason):
@@ -203,7 +206,8 @@ def read_resumable(config, data_checksum):
     try:
         checkpoint = load_checkpoint(path if path.is_file() else config.out)
     except ModelError as error:
-        raise UserError(f"{error}; without last.pt a run continues from best.pt") from None
+        advice = f": delete {path} to continue from best.pt" if path.is_file() else ""
+        raise UserError(f"{error}{advice}") from None
     if "optimizer" not in checkpoint:  # written by interp.hf or interp.unlearn
         raise UserError(f"{config.out} has weights only: start from them with "
                         f"--init_from={config.out} and another --out")

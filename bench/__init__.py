@@ -1,1 +1,1 @@
-"""Programs around training: python -m bench.speed. See README."""
+"""Trains many runs, times and checks a step: python -m bench.sweep, bench.speed, bench.check."""

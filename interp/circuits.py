@@ -287,9 +287,10 @@ def record(model, x):
 
 def attribute(model, tokens, path=PATH):
     """{level: {Edge or (node, unit): score}}: to first order, by how much the logit difference
-    rises when this edge or unit carries the corrupt prompt's value. Each score is the sum over
-    prompts and positions of its source's (its own) change . the gradient there: its mean over a
-    path between the embeddings of both prompts (integrated gradients, Hanna et al. 2024)."""
+    rises when this edge or unit carries the corrupt prompt's value (Hanna et al. 2024). A score is
+    change x gradient, summed over prompts and positions. Change: of the edge's source, or of the
+    unit, corrupt minus clean. Gradient: at the edge's end, or at the unit, as the mean over a path
+    between the embeddings of both prompts (integrated gradients)."""
     slopes = defaultdict(float)  # {site, as in record: this gradient}
     for share in path:
         x = torch.lerp(model.corrupt[0], model.clean[0], share)
@@ -619,29 +620,30 @@ def draw_circuit(path, title, facts, graph):
 
 
 def draw_attribution(path, rows, title):
-    """f over the share that is kept: a panel for each level and task, for each run name the mean
-    and the range over seeds."""
+    """f over the share that is kept: a panel for each level and task; a line and a band for each
+    group of runs: mean and range over seeds."""
     from matplotlib.figure import Figure
     known = rows[rows["verdict"] == ""]
     if known.empty:
-        return
+        path.unlink(missing_ok=True)
+        return print(f"no {path.name}: no run knows a task")
     tasks, levels, names = (rows[name].unique().tolist() for name in ("task", "level", "run"))
     figure = Figure((3.6 * len(tasks) + 1, 2.8 * len(levels) + 1), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.supylabel("f: share of the effect")
     panels = figure.subplots(len(levels), len(tasks), squeeze=False, sharey=True)
     lines = {}  # {name: what its legend shows}
     for axes, (level, task) in zip(panels.flat, product(levels, tasks)):
         here = known.query("level == @level and task == @task")
-        for name, seeds in here.groupby("run", sort=False):
-            color, label = f"C{names.index(name)}", plain("/".join(Path(name).parts[-2:]))
+        for (name, total), seeds in here.groupby(["run", "total"], sort=False):
+            color = f"C{names.index(name)}"
             sizes, f = torch.tensor([*seeds["curve"]]).unbind(1)  # (seeds, sizes) each
             _, f_random = torch.tensor([*seeds["curve_random"]]).unbind(1)
-            shares = sizes[0] / seeds["total"].iloc[0]
+            shares = sizes[0] / total
             chance, = axes.plot(shares, f_random.mean(0), ":", color="0.6", lw=1)
             line, = axes.plot(shares, f.mean(0), color=color)
             axes.fill_between(shares, f.amin(0), f.amax(0), color=color, alpha=0.15, lw=0)
-            lines |= {"random order": chance, label: line}
+            lines |= {"random order": chance, plain(name): line}
         axes.axhline(FAITHFUL, color="0.8", lw=0.8)
         axes.set(title=task, xlabel=f"share of {level}", xscale="log", ylim=(-0.25, 1.25))
     shown = [*lines][:6]  # more are hard to distinguish
@@ -732,7 +734,7 @@ def main():
     if acdc and (args.level or args.title):
         parser.error("--level and --title are for eap: add --method eap")
     if not acdc and (args.tau or args.orders):
-        parser.error("--tau and --orders are for acdc: omit --method eap")
+        parser.error("--tau and --orders are for acdc: leave out --method eap")
     if args.count % 2 and not acdc:
         parser.error("--count must be even for eap: prompts are scored in two halves")
     args.tau = args.tau or [0.03]

@@ -12,9 +12,8 @@ score is null with its reason, never 0. Means are over neurons with a score.
 
 The explanation is a table of the neuron's mean activation at each token of the training split. With
 --model it is a sentence by a language model behind any API like OpenAI's, from 5 other strong
-records; the key is in OPENAI_API_KEY. The table's score on the same
-text is reported too. The control is a model with random weights, as much of a score needs no
-learning.
+records; the key is in OPENAI_API_KEY. The table's score on the same text is reported too. The
+control is a model with random weights, because much of a score needs no learning.
 
 Writes explain.json, explain_neurons.json and explain.png beside the checkpoint; with --model, the
 same with explain_openai in place of explain. Answers are added to explain_openai_answers.jsonl as
@@ -88,7 +87,7 @@ def choose_texts(train, val, eot, settings, device):
     T = settings["window"]
 
     def spread(windows):
-        """Evenly spread ones of these, at most settings["tokens"] tokens."""
+        """Some of these windows, evenly spread: at most settings["tokens"] tokens."""
         count = min(max(TOP, settings["tokens"] // T), len(windows))
         return windows[np.linspace(0, len(windows), count, endpoint=False).astype(np.int64)]
 
@@ -392,9 +391,10 @@ class Answers:
             value, unclear = read(text, logprobs)
         except Exception as error:  # many kinds: the network, or not a chat completion
             kind, said = type(error).__name__, without_secrets(error.__cause__ or error)
-            raise UserError(f"no answer from {self.args.server} ({kind} {said}): the same command "
-                            f"continues, and keeps all answers so far") from None
-        self.free.release()  # not after an error, which ends the others: none begins to connect
+            raise UserError(f"no answer from {self.args.server} ({kind} {said} "
+                            f"{self.bar.postfix}): the same command continues with all answers so far"
+                            ) from None
+        self.free.release()  # not after an error: waiting questions are cancelled
         value = None if choice.get("finish_reason") == "length" else value
         return {"text": text, "value": value, "used": {
             "prompt_tokens": usage.get("prompt_tokens") or 0,
@@ -554,7 +554,7 @@ MODEL_FLAGS = {  # which need --model
     "answer_tokens": dict(type=knobs.positive, default=1000, help="longer answers are unreadable"),
     "concurrency": dict(type=knobs.positive, default=4, help="requests at a time"),
     "timeout": dict(type=knobs.positive, default=120,
-                    help="seconds of silence before a retry; nine times this end a question"),
+                    help="seconds of silence before a retry; after 9 times this a question fails"),
     "dry_run": dict(action="store_true", help="ask nothing, print the calls and tokens")}
 
 
@@ -577,7 +577,7 @@ def main():
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} needs --model")
         setattr(args, name, None)
-    if args.model and not re.match("https?://", args.base_url):
+    if args.model and not re.match("https?://[^/]", args.base_url):
         parser.error("--base_url begins with http:// or https://")
     args.server = args.base_url and without_secrets(args.base_url)
 

@@ -54,9 +54,9 @@ def environment(device):
     name = f"{torch.get_num_threads()} CPU threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+changes"]
-    failed, commit = subprocess.getstatusoutput(shlex.join(git))
-    return {"device": name, "torch": torch.__version__, "commit": "unknown" if failed else commit}
+    git = "git describe --always --exclude=* --dirty=+changes 2>/dev/null"
+    commit = subprocess.run(git, cwd=ROOT, shell=True, capture_output=True, text=True).stdout
+    return {"device": name, "torch": torch.__version__, "commit": commit.strip() or "unknown"}
 
 
 def difference(ours, theirs):

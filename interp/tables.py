@@ -277,7 +277,7 @@ def draw_tradeoff(path, frame, table, title):
         axes.set(xlabel="clean perplexity", ylabel=TRADEOFFS[name])
         axes.locator_params(nbins=5)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     save_figure(path, figure)
 
 

@@ -45,14 +45,15 @@ def work(tmp_path_factory):
 
 
 def words(work, *more):
-    return ["-m", "bench.sweep", str(work / "gated.py"), str(work / "plain.py"), *more]
+    return ["bench/sweep.py", str(work / "gated.py"), str(work / "plain.py"), *more]
 
 
 def test_a_sweep_stopped_by_sigterm_goes_on_where_it_was(work, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out, command = work / "out", words(work, "--seeds=1", f"--out={work}/out")
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True,
-                               env={**os.environ, "CRAWL": "1"}, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.sweep", *command[1:]], cwd=ROOT, text=True,
+        env={**os.environ, "CRAWL": "1"}, stdout=subprocess.PIPE)
     log = out / "gated_seed1.log"
     while process.poll() is None and not (log.exists() and "step 4:" in log.read_text()):
         time.sleep(0.1)

@@ -551,19 +551,19 @@ def test_a_run_begins_with_a_model_of_hugging_face(data, tmp_path):
     theirs = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(
         vocab_size=V, max_position_embeddings=32, hidden_size=16, num_layers=2, num_heads=2,
         window_size=3, attention_types=[[["global", "local"], 1]], bos_token_id=0, eos_token_id=0))
-    theirs.save_pretrained(tmp_path / "theirs")  # it has no tokenizer
+    theirs.save_pretrained(tmp_path / "theirs")
+    same, other = (load_tokenizer({"name": "words", "pieces": p}) for p in (PIECES, PIECES[::-1]))
     changes = dict(init_from=tmp_path / "theirs")
+    assert "no tokenizer, or another" in refused(data, tmp_path / "run", **changes)
+    hf.write_tokenizer(tmp_path / "theirs", same, block_size=32)
     advice = "another geometry: add --attention_layers=global,local --window_size=3"
     assert advice in refused(data, tmp_path / "run", **changes)
     changes |= dict(attention_layers="global,local", window_size=3)
     ours, theirs = first_weights(data, tmp_path / "run", **changes), theirs.state_dict()
     for name, weight in theirs.items():
         assert torch.equal(ours[name], weight[: len(ours[name])]), name
-    same, other = (load_tokenizer({"name": "words", "pieces": p}) for p in (PIECES, PIECES[::-1]))
-    hf.write_tokenizer(tmp_path / "theirs", same, block_size=32)
-    start(data, tmp_path / "same", **changes)
     hf.write_tokenizer(tmp_path / "theirs", other, block_size=32)
-    assert "another tokenizer" in refused(data, tmp_path / "other", **changes)
+    assert "no tokenizer, or another" in refused(data, tmp_path / "other", **changes)
 
 
 # ---- refused, in one line

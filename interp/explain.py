@@ -391,9 +391,8 @@ class Answers:
             value, unclear = read(text, logprobs)
         except Exception as error:  # many kinds: the network, or not a chat completion
             kind, said = type(error).__name__, without_secrets(error.__cause__ or error)
-            raise UserError(f"no answer from {self.args.server} ({kind} {said} "
-                            f"{self.bar.postfix}): the same command continues with all answers so far"
-                            ) from None
+            raise UserError(f"no answer from {self.args.server} ({kind} {said} {self.bar.postfix}):"
+                            f" the same command continues, and keeps all answers so far") from None
         self.free.release()  # not after an error: waiting questions are cancelled
         value = None if choice.get("finish_reason") == "length" else value
         return {"text": text, "value": value, "used": {

@@ -93,7 +93,7 @@ CORE = [
     (RESUME, "train.bin", flip("data/train.bin")),
     (RESUME, "data is not the data that", meta(checksum="0" * 16)),
     ("train.py config.py --init_from=out/none", "out/none"),
-    ("train.py config.py --init_from=data", "data"),
+    ("train.py config.py --init_from=data", "no checkpoint at data/best.pt"),
     ("train.py config.py --init_from=out/run --n_layer=3", "add --n_layer=2"),
     ("train.py config.py --init_from=out/run --block_size=64", "add --block_size=16"),
     ("train.py config.py --init_from=out/run", "another one than data",

@@ -100,6 +100,27 @@ def load_tokenizer(spec):
                         "--tokenizer words or set TIKTOKEN_CACHE_DIR to a folder with its files")
 
 
+def require_tokenizer(name, vocab_size, folder):
+    """Raises UserError unless a model of Hugging Face with this vocabulary has the tokenizer of
+    prepared data: both write all tokens alike, and encode that text and some of the data alike."""
+    from transformers import AutoTokenizer
+
+    meta = load_meta(folder)
+    ours = load_tokenizer(meta["tokenizer"])
+    ids = [*range(ours.eot_token), *load_tokens(folder, "val")[:10_000].tolist()]
+    text = ours.decode(ids)
+    try:
+        theirs = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # a damaged file can raise almost any exception
+        raise UserError(f"cannot load the tokenizer of {name}: {error}") from None
+    same = (vocab_size == meta["vocab_size"]
+            and theirs.decode(ids, clean_up_tokenization_spaces=False) == text
+            and theirs.encode(text, verbose=False) == ours.encode(text, allowed_special="all"))
+    if not same:
+        raise UserError(f"{name} has no tokenizer, or another one than {folder}: give data of its "
+                        f"tokenizer with --data")
+
+
 def word_lists():
     """The lists of assets/words.txt, {name: [word, ...]}."""
     return {name: " ".join(lines).split() for name, lines in read_asset("words.txt").items()}

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 import config as knobs
 from model import GPTNeo, ModelError, load_checkpoint, replace_file, save_checkpoint
-from prepare import UserError, load_meta, load_tokenizer, load_tokens, locked
+from prepare import UserError, load_meta, load_tokens, locked, require_tokenizer
 
 # ------------------------------------------------------------------------------------------- data
 
@@ -67,12 +67,12 @@ def build_model(config, meta):
     if ours or (os.path.isdir(source) and not Path(source, "config.json").is_file()):
         checkpoint = load_checkpoint(source)
         theirs = GPTNeo.from_checkpoint(checkpoint)
-        same_tokens = checkpoint["tokenizer"] == meta["tokenizer"]
+        if checkpoint["tokenizer"] != meta["tokenizer"]:
+            raise UserError(f"{source} has another tokenizer than {config.data}: give data of its "
+                            f"tokenizer with --data")
     else:
-        theirs, same_tokens = GPTNeo.from_pretrained(source), tokenizes_as(source, config.data)
-    if not same_tokens or theirs.config.vocab_size != config.vocab_size:
-        raise UserError(f"{source} has no tokenizer, or another one than {config.data}: prepare "
-                        f"data with its tokenizer")
+        theirs = GPTNeo.from_pretrained(source)
+        require_tokenizer(source, theirs.config.vocab_size, config.data)
     wanted = {name: getattr(theirs.config, name) for name in (
         "n_layer", "n_head", "n_embd", "attention_layers", "window_size")}
     wanted["block_size"] = min(config.block_size, theirs.config.block_size)
@@ -82,19 +82,6 @@ def build_model(config, meta):
     fitting = {name: w for name, w in weights.items() if shapes.get(name) == w.shape}
     model.load_state_dict(fitting, strict=False)  # gates of another kind are left out
     return model
-
-
-def tokenizes_as(name, data):
-    """Whether a Hugging Face model's tokenizer encodes validation text as the data have it."""
-    from transformers import AutoTokenizer
-
-    ours = load_tokenizer(load_meta(data)["tokenizer"])
-    text = ours.decode(load_tokens(data, "val")[:10_000].tolist())
-    try:
-        theirs = AutoTokenizer.from_pretrained(name).encode(text, verbose=False)
-    except Exception as error:  # a damaged file can raise almost any exception
-        raise UserError(f"cannot load the tokenizer of {name}: {error}") from None
-    return theirs == ours.encode(text, allowed_special="all")
 
 
 def require_knobs(wanted, config, reason):

@@ -29,7 +29,7 @@ from eval import COLUMNS, measure_run, open_run, text_table, with_data
 from interp.activations import UNITS, Site
 from interp.results import ROOT, digest, digests, result_path, write_json
 from model import GPTNeo, load_torch, save_checkpoint
-from prepare import EOT, PIECE, UserError, load_meta, load_tokenizer, load_tokens
+from prepare import EOT, PIECE, UserError, load_meta, load_tokenizer, require_tokenizer
 
 # what TransformerLens calls the sites of interp/activations.py in block {}
 HOOKS = {"mlp_out": "blocks.{}.hook_mlp_out", "attn_out": "blocks.{}.hook_attn_out",
@@ -99,22 +99,6 @@ def write_tokenizer(folder, encoding, block_size):
         "model_input_names": ["input_ids", "attention_mask"]})
 
 
-def check_vocabulary(name, model, data):
-    """Raises UserError if a GPT-Neo of Hugging Face has another tokenizer than the data."""
-    from transformers import AutoTokenizer
-
-    meta = load_meta(data)
-    encoding = load_tokenizer(meta["tokenizer"])
-    ours, theirs = convert_tokenizer(encoding), AutoTokenizer.from_pretrained(name)
-    text = encoding.decode(load_tokens(data, "val")[:10_000].tolist())
-    same = (model.config.vocab_size == meta["vocab_size"]
-            and ours.get_vocab().items() <= theirs.get_vocab().items()
-            and ours.encode(text).ids == theirs.encode(text, verbose=False))
-    if not same:
-        raise UserError(f"{name} has no tokenizer, or another one than {data}: give data that were "
-                        f"prepared with its tokenizer")
-
-
 def export_run(run, out, row=None):
     """Write an eval.Run as a Hugging Face folder. row: its figures, from eval.measure_run."""
     from safetensors.torch import save_file
@@ -170,7 +154,7 @@ def import_run(name, out, data=None):
 
     model = GPTNeo.from_pretrained(name)
     if data:
-        check_vocabulary(name, model, data)
+        require_tokenizer(name, model.config.vocab_size, data)
         meta, config = load_meta(data), knobs.Config(**asdict(model.config) | {"data": data})
         training = {"train_config": asdict(config), "step": 0, "tokenizer": meta["tokenizer"],
                     "data": meta["checksum"]}

@@ -96,7 +96,7 @@ CORE = [
     ("train.py config.py --init_from=data", "no checkpoint at data/best.pt"),
     ("train.py config.py --init_from=out/run --n_layer=3", "add --n_layer=2"),
     ("train.py config.py --init_from=out/run --block_size=64", "add --block_size=16"),
-    ("train.py config.py --init_from=out/run", "another one than data",
+    ("train.py config.py --init_from=out/run", "another tokenizer than data",
      checkpoint(tokenizer=OTHER_WORDS)),
     ("train.py config.py --init_from=out/run", f"{BROKEN} holds", diverged(torch.inf)),
     ("train.py config.py --wandb", "pip install wandb"),

@@ -124,7 +124,7 @@ tasks)
     SEEDS=1,2,3
     sweep out/tasks/paper demo --gate=softmax --ramp_start=0 --ramp_end=0
     $PYTHON -m interp.circuits out/tasks/{baseline,local_k2,local_k8,global_k8}/*_seed? --method eap \
-        --title "With this recipe, models with local gates need fewer units; edges differ little"
+        --title "Circuits of self-ablated models and of baselines differ little"
     $PYTHON -m interp.circuits out/tasks/paper/*_seed? --method eap
     ;;
 unlearn)

@@ -112,7 +112,8 @@ def require_tokenizer(name, vocab_size, folder):
     try:
         theirs = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # a damaged file can raise almost any exception
-        raise UserError(f"cannot load the tokenizer of {name}: {error}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot load the tokenizer of {name}: {reason}") from None
     same = (vocab_size == meta["vocab_size"]
             and theirs.decode(ids, clean_up_tokenization_spaces=False) == text
             and theirs.encode(text, verbose=False) == ours.encode(text, allowed_special="all"))

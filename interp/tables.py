@@ -209,7 +209,11 @@ def numbers_of(runs, found, layer=None):
     """A DataFrame with a row of numbers for each run. found: what read_experiments returned."""
     numbers = [{} for _ in runs]
     for place, name, result in found:
-        numbers[place] |= EXPERIMENTS[name](result, layer)
+        try:
+            numbers[place] |= EXPERIMENTS[name](result, layer)
+        except KeyError as error:  # a file that an older version wrote
+            raise UserError(f"{result_path(runs[place].path, name)}.json has no {error}: make it "
+                            f"again with --force") from None
     pooled = [one for one in numbers if "pool" in one]
     size = min((one["pool"].total() for one in pooled), default=0)
     for one in pooled:  # entropy and diversity of equally many tokens

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector
@@ -266,11 +265,11 @@ def differences(frame):
 
 def cell(row, name, form):
     """An entry of a row as text, ± its deviation or error; - where the row lacks it."""
-    if pd.isna(row.get(name)):
+    if row.get(name) is None:
         return "-"
     text = format(row[name], form)
     spread = row.get(f"{name}_sd", row.get(f"{name}_se"))
-    if not pd.isna(spread):
+    if spread is not None:
         text += f" ± {spread:{form}}"
     have, runs = row.get(f"{name}_n"), row.get("n")
     if have not in (None, runs):
@@ -278,12 +277,17 @@ def cell(row, name, form):
     return text
 
 
+def records(frame):
+    """The rows of a DataFrame as dicts, with None for what a row lacks."""
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")
+
+
 def text_table(frame, columns):
     """A DataFrame of texts, without the columns in which no row has anything. columns: {name of an
     entry: its format}."""
-    table = pd.DataFrame(index=frame.index)
+    table = frame[[]].copy()  # the index alone
     for name, form in columns.items():
-        table[name] = [cell(row, name, form) for row in frame.to_dict("records")]
+        table[name] = [cell(row, name, form) for row in records(frame)]
     return table.loc[:, ~table.isin(["-", ""]).all()]
 
 
@@ -325,6 +329,7 @@ def save_figure(path, figure):
 
 def draw_runs(path, rows):
     """Three panels: validation loss; firing rate of the attention units, and of the neurons."""
+    import pandas as pd
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 4.5), layout="constrained")
@@ -357,6 +362,8 @@ def run_parser(description):
 
 
 def main():
+    import pandas as pd  # a third of a second, only where a table is made
+
     parser = run_parser(__doc__)
     add = parser.add_argument
     add_one_of = parser.add_mutually_exclusive_group().add_argument
@@ -384,8 +391,7 @@ def main():
         frame = over_seeds(frame)
     frame["differs"] = differences(frame)
     if args.json:
-        whole = frame.astype(object).where(frame.notna(), None)  # JSON has no NaN
-        print(json.dumps(whole.to_dict("records"), indent=1))  # with every digit
+        print(json.dumps(records(frame), indent=1))  # with every digit
     elif args.csv:
         numbers = frame.drop(columns=["attn_rate", "mlp_rate"], errors="ignore")
         print(numbers.to_csv(index=False), end="")

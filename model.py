@@ -176,15 +176,11 @@ def ablated_attention(q, k, v, k_own, v_own, window):
     and values, k and v, at earlier positions, and to the ablated stream's, k_own and v_own, at its
     own position. Each (B, H, T, D) -> (B, H, T, D)."""
     # Plain causal attention can do this, nearly four times as fast as a matrix of scores with its
-    # diagonal replaced. Shift the clean keys by one place, and let the free place 0 stand for
-    # "own", the query's own key:
+    # diagonal replaced. Shift the clean keys by one place: the free place 0 is the query's own key.
     #
-    #     place      0     1     2     3              0     1     2     3
-    #     query 0    own                              own
-    #     query 1    k0    own                        own   k0
-    #     query 2    k0    k1    own                  own   k0    k1
-    #     query 3    k0    k1    k2    own            own   k0    k1    k2
-    #                what is wanted                   the same, and causal
+    #     query 0    own                       own
+    #     query 1    k0    own          =      own   k0
+    #     query 2    k0    k1    own           own   k0    k1
     #
     # Every query has a different own key, so the score q . k_own is computed first. One more
     # channel, D, holds it in the queries, and 1 in key 0, 0 in the other keys. In the values the
@@ -494,6 +490,6 @@ def load_checkpoint(path):
         raise ModelError(f"no checkpoint at {path}: give a run folder that has a best.pt, such as "
                          f"out/local_k2, or a .pt file")
     checkpoint = load_torch(path)
-    if not isinstance(checkpoint, dict) or not {"config", "model"} <= checkpoint.keys():
-        raise ModelError(f"{path} is not a checkpoint of this project: it has no config and model")
+    if not isinstance(checkpoint, dict) or "ablation" not in checkpoint.get("config", {}):
+        raise ModelError(f"{path} is not a checkpoint of this project: its config has no ablation")
     return checkpoint

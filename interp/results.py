@@ -23,7 +23,6 @@ import sys
 import time
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 from model import load_checkpoint, load_torch, replace_file
@@ -206,4 +205,6 @@ def read_results(paths):
 
 def frame(paths):
     """A DataFrame with a row for each result file; lists stay lists. See read_results."""
+    import pandas as pd
+
     return pd.json_normalize(read_results([*paths]))

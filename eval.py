@@ -362,8 +362,6 @@ def run_parser(description):
 
 
 def main():
-    import pandas as pd  # a third of a second, only where a table is made
-
     parser = run_parser(__doc__)
     add = parser.add_argument
     add_one_of = parser.add_mutually_exclusive_group().add_argument
@@ -381,6 +379,8 @@ def main():
     for name in ("max_new_tokens", "temperature", "top_k", "seed"):
         if args.sample is None and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} needs --sample")
+    import pandas as pd  # takes a third of a second
+
     device = knobs.pick_device(args.device)
     runs = open_runs(args.runs, args.data)
     if args.over_seeds:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector
 
 import config as knobs
-from model import GPTNeo, ModelError, load_checkpoint, replace_file
+from model import GPTNeo, load_checkpoint, replace_file
 from prepare import EOT, UserError, load_meta, load_tokenizer, load_tokens
 
 DEFAULTS = {name: field.default for name, field in knobs.FIELDS.items()}
@@ -151,12 +151,9 @@ class Run(NamedTuple):
 
 
 def open_run(path):
-    """The Run of a folder's best.pt or of a .pt file. Raises ModelError or UserError."""
+    """The Run of a folder's best.pt or of a .pt file. Raises ModelError."""
     found = load_checkpoint(path)
-    try:
-        model = GPTNeo.from_checkpoint(found).eval()
-    except ModelError as error:
-        raise UserError(f"{path}: {error}") from None
+    model = GPTNeo.from_checkpoint(found).eval()
     trained = DEFAULTS | found["train_config"] | vars(model.config)
     return Run(str(path), model, found["step"], trained, found["tokenizer"], found["data"])
 
@@ -171,8 +168,7 @@ def with_data(run, data=None):
     folders = [place / name for place in places if (place / name / "meta.json").is_file()]
     for folder in folders or [name]:
         meta = load_meta(folder)
-        same_texts = data or meta["checksum"] == run.checksum
-        if same_texts and meta["tokenizer"] == run.tokenizer:
+        if meta["tokenizer"] == run.tokenizer and (data or meta["checksum"] == run.checksum):
             return run._replace(folder=Path(folder), meta=meta)
     raise UserError(f"{folder} has another tokenizer than {run.path}, or has changed since "
                     f"training: give data of the same tokenizer with --data")
@@ -221,11 +217,6 @@ def measure_run(run, batch_size, device):
 # ------------------------------------------------------------------------------------------ tables
 
 
-def common_name(paths):
-    star = "*" if len(paths) > 1 else ""
-    return os.path.commonprefix([*paths]) + star
-
-
 def over_seeds(frame):
     """One row for the runs that differ only in the seed. Raises UserError where a seed repeats.
     Every number x becomes its mean x, its sample standard deviation x_sd, and x_n, the number of
@@ -236,8 +227,9 @@ def over_seeds(frame):
         raise UserError(f"{' and '.join(repeated)} are the same run with the same seed: "
                         f"give one of them")
     groups = frame.groupby(shared, sort=False)
-    table = groups.agg(run=("run", common_name), n=("seed", "size"), seeds=("seed", list),
-                       data=("data", "first"))
+    table = groups.agg(run=("run", lambda runs: os.path.commonprefix([*runs])),
+                       n=("seed", "size"), seeds=("seed", list), data=("data", "first"))
+    table["run"] += np.where(table["n"] > 1, "*", "")
     names = frame.select_dtypes("number").columns.difference([*shared, "seed"], sort=False)
     table = table.join(spread(groups, names))
     return table.copy().reset_index()  # a copy: pandas warns of scattered columns
@@ -268,9 +260,9 @@ def cell(row, name, form):
     if row.get(name) is None:
         return "-"
     text = format(row[name], form)
-    spread = row.get(f"{name}_sd", row.get(f"{name}_se"))
-    if spread is not None:
-        text += f" ± {spread:{form}}"
+    error = row.get(f"{name}_sd", row.get(f"{name}_se"))
+    if error is not None:
+        text += f" ± {error:{form}}"
     have, runs = row.get(f"{name}_n"), row.get("n")
     if have not in (None, runs):
         text += f" ({have} of {runs})"
@@ -338,7 +330,8 @@ def draw_runs(path, rows):
     loss.set_prop_cycle(linestyle=["-", "--"])
     for place, row in enumerate(rows):
         color = f"C{place}"
-        metrics = Path(row["run"], "metrics.jsonl")
+        run = Path(row["run"])
+        metrics = (run if run.is_dir() else run.parent) / "metrics.jsonl"
         if metrics.exists():
             lines = pd.read_json(metrics, lines=True)[1:]  # without step 0, whose loss is far above
             losses = lines[["val_clean", "val_ablated"]]
@@ -372,7 +365,7 @@ def main():
     add_one_of("--csv", action="store_true", help="print CSV and nothing else")
     add_one_of("--sample", metavar="PROMPT", help="continue this text with each stream")
     add("--max_new_tokens", type=knobs.positive, default=200)
-    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    add("--temperature", type=float, default=0.8, help="0 or less takes the likeliest token")
     add("--top_k", type=knobs.positive, help="sample from the k likeliest tokens only")
     add("--seed", type=int, default=1337, help="of the samples")
     args = parser.parse_args()

@@ -42,11 +42,10 @@ class GPTNeoConfig:
     n_embd: int = 128  # width of the residual stream
     attention_layers: str = "global"  # global, local, or a pattern to repeat: global,local
     window_size: int = 256  # tokens that a local layer sees, the current one included
-    # local: gates in every block read its clean input; global: one pair of gates for all layers
-    # reads the final hidden state of the clean pass
-    ablation: Literal["none", "local", "global"] = "local"  # none: plain GPT-Neo, the baseline
-    # softmax: the paper's Eq. 3; sigmoid: the published code's; constant: softmax(scores), T = 1
-    gate: Literal["softmax", "sigmoid", "constant"] = "softmax"  # soft weights for the gradient
+    # local gates read their block's clean input, global ones the final clean hidden state
+    ablation: Literal["none", "local", "global"] = "local"  # gates: none, per block, for all layers
+    # the gradient is that of: the paper's Eq. 3; the published code's; softmax(scores)
+    gate: Literal["softmax", "sigmoid", "constant"] = "softmax"  # Eq. 3, published code, or T = 1
     attn_unit: Literal["dim", "head"] = "dim"  # units are head-output channels, or whole heads
     k_attn: int = 2  # attention units kept per token and layer
     k_mlp: int = 2  # MLP neurons kept per token and layer
@@ -57,7 +56,7 @@ class GPTNeoConfig:
     @property
     def attn_units(self):
         """Attention units of one layer that compete in its gate."""
-        return self.n_embd if self.attn_unit == "dim" else self.n_head
+        return {"dim": self.n_embd, "head": self.n_head}[self.attn_unit]
 
     @property
     def windows(self):
@@ -103,8 +102,9 @@ def gate(scores, k, form="softmax"):
         gamma = (s_k + s_next) / 2  # Eq. 1
         temperature = (s_k - s_next).clamp_min(floor)  # Eq. 2: T
         z = (scores - gamma) * (1 / temperature)  # a product has a faster gradient than a quotient
-        soft = z.softmax(-1)  # Eq. 3; gamma cancels here
-        if form == "sigmoid":  # the published code
+        if form == "softmax":
+            soft = z.softmax(-1)  # Eq. 3; gamma cancels here
+        elif form == "sigmoid":  # the published code
             soft = k * z.sigmoid() / z.sigmoid().sum(-1, keepdim=True)
     # The value is hard to the last bit, the gradient that of soft. An autograd.Function would not
     # do: torch 2.11 compiles one whose output does not depend on soft to a gradient of zero.
@@ -113,7 +113,8 @@ def gate(scores, k, form="softmax"):
 
 def k_largest(scores, k):
     """scores (..., N) -> a mask (..., N) with ones at the k largest, exactly k even where scores
-    tie; the k-th largest score and the next one, (..., 1) each."""
+    tie; the k-th largest score and the next one, (..., 1) each. There are three ways to this one
+    result: eager, compiled for a small k, and compiled for a larger k."""
     compiling = torch.compiler.is_compiling()
     if compiling and k <= 8:
         return k_largest_by_maxima(scores, k)
@@ -145,8 +146,7 @@ class GateScores(nn.Linear):
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
-            weight, bias = at_least_fp32(self.weight), at_least_fp32(self.bias)
-            return F.linear(at_least_fp32(x), weight, bias)
+            return F.linear(*map(at_least_fp32, (x, self.weight, self.bias)))
 
 
 def at_least_fp32(x):
@@ -318,8 +318,10 @@ class GPTNeo(nn.Module):
 
     def ablated_pass(self, hidden, inputs, caches):
         """The ablated stream, from what clean_pass returned -> its final hidden state (B, T, C),
-        and the masks, a pair (B, T, C or H), (B, T, M) per layer."""
+        and the masks, a pair (B, T, C or H), (B, T, M) per layer. ModelError without ablation."""
         L = self.config.n_layer
+        if self.config.ablation == "none":
+            raise ModelError("this model has ablation='none', so it has no ablated stream")
         scores = [None] * L  # local gates score inside their block
         if self.config.ablation == "global":
             attn_scores, mlp_scores = self.attn_gate(hidden), self.mlp_gate(hidden)  # (B, T, L * N)
@@ -350,8 +352,6 @@ class GPTNeo(nn.Module):
 
     def ablated(self, idx):
         """Both streams and every mask: idx (B, T) -> Streams. ModelError without ablation."""
-        if self.config.ablation == "none":
-            raise ModelError("this model has ablation='none', so it has no ablated stream")
         clean, inputs, caches = self.clean_pass(idx)
         ablated, masks = self.ablated_pass(clean, inputs, caches)
         masks = [torch.stack(kind, 2) for kind in zip(*masks)]  # (B, T, L, N) each
@@ -363,6 +363,7 @@ class GPTNeo(nn.Module):
         from the k likeliest tokens; stream: "clean" or "ablated". The context is at most the last
         block_size tokens."""
         V = self.config.vocab_size
+        assert stream in ("clean", "ablated"), stream
         for _ in range(max_new_tokens):
             hidden, inputs, caches = self.clean_pass(idx[:, -self.config.block_size :])
             if stream == "ablated":
@@ -385,9 +386,6 @@ class GPTNeo(nn.Module):
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint(checkpoint)
         model = cls(GPTNeoConfig(**checkpoint["config"]))
-        for name, weight in checkpoint["model"].items():
-            if not (weight.is_floating_point() and weight.float().isfinite().all()):
-                raise ModelError(f"damaged weights: {name} holds values that are not finite floats")
         model.load_state_dict(checkpoint["model"])
         return model
 
@@ -409,10 +407,9 @@ class GPTNeo(nn.Module):
                 name, dtype=torch.float32, output_loading_info=True)
             for file in (*Path(name).glob("*.safetensors"), *Path(name).glob("pytorch_model*.bin")):
                 read = load_torch(file) if file.suffix == ".bin" else load_file(file)  # checks CRCs
-                for key, weight in read.items():
-                    floating = isinstance(weight, torch.Tensor) and weight.is_floating_point()
-                    if not (floating or "attention.bias" in key):
-                        raise ValueError(f"{key} in {file} is not a floating-point tensor")
+                require_floats(file, {key: weight for key, weight in read.items()
+                                      if "attention.bias" not in key})  # that one is a mask
+            require_floats(name, model.state_dict())
             if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
                 raise ValueError("its lm_head is not its token embedding")
             if info["missing_keys"]:  # transformers fills them with random numbers
@@ -420,11 +417,11 @@ class GPTNeo(nn.Module):
         except Exception as error:  # a damaged file can raise almost any exception
             reason = " ".join(str(error).split())
             raise ModelError(f"cannot load {name}, as a folder or from the hub: {reason}") from None
-        kinds = theirs.attention_layers  # one for each layer
-        pattern = kinds[0] if len(set(kinds)) == 1 else ",".join(kinds)
+        L, kinds = theirs.num_layers, theirs.attention_layers  # kinds: one for each layer
+        period = min(n for n in range(1, L + 1) if kinds[:n] * (L // n) == kinds)
         config = GPTNeoConfig(
-            theirs.vocab_size, theirs.max_position_embeddings, theirs.num_layers, theirs.num_heads,
-            theirs.hidden_size, pattern, theirs.window_size, "none")
+            theirs.vocab_size, theirs.max_position_embeddings, L, theirs.num_heads,
+            theirs.hidden_size, ",".join(kinds[:period]), theirs.window_size, "none")
         return cls.from_checkpoint({"config": asdict(config), "model": model.state_dict()})
 
 
@@ -444,6 +441,13 @@ def cross_entropy(hidden, weight, targets):
 
 
 # -------------------------------------------------------------------------------------- checkpoints
+
+
+def require_floats(path, weights):
+    """Raises ModelError unless the tensors of {name: tensor} are floating-point and finite."""
+    for name, weight in weights.items():
+        if not (weight.is_floating_point() and weight.float().isfinite().all()):
+            raise ModelError(f"{path} is damaged: {name} holds values that are not finite floats")
 
 
 @contextmanager
@@ -492,4 +496,5 @@ def load_checkpoint(path):
     checkpoint = load_torch(path)
     if not isinstance(checkpoint, dict) or "ablation" not in checkpoint.get("config", {}):
         raise ModelError(f"{path} is not a checkpoint of this project: its config has no ablation")
+    require_floats(path, checkpoint["model"])
     return checkpoint

@@ -100,8 +100,8 @@ def test_sampling_follows_temperature_and_top_k():
 
 def their_config(**changes):
     return transformers.GPTNeoConfig(**{**dict(
-        vocab_size=50, max_position_embeddings=16, hidden_size=16, num_layers=2, num_heads=2,
-        window_size=3, attention_types=[[["global", "local"], 1]], bos_token_id=0,
+        vocab_size=50, max_position_embeddings=16, hidden_size=16, num_layers=4, num_heads=2,
+        window_size=3, attention_types=[[["global", "local"], 2]], bos_token_id=0,
         eos_token_id=0), **changes})
 
 
@@ -110,7 +110,8 @@ def test_a_folder_of_hugging_face_gives_its_logits(tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = GPTNeo.from_pretrained(tmp_path)
     torch.testing.assert_close(ours(prompt(2, 16)), theirs(prompt(2, 16)).logits)
-    longer = dict(num_layers=4, attention_types=[[["global", "local"], 2]])
+    assert ours.config.attention_layers == "global,local"  # what train.py compares knobs with
+    longer = dict(num_layers=6, attention_types=[[["global", "local"], 3]])
     for config, message in (
             (their_config(activation_function="relu"), "activation_function=relu, not gelu_new"),
             (their_config(layer_norm_epsilon=0.1), "layer_norm_epsilon=0.1, not 1e-05"),

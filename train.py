@@ -63,21 +63,22 @@ def build_model(config, meta):
     model, source = GPTNeo(config.model), config.init_from
     if not source:
         return model
-    ours = source.endswith(".pt") or Path(source, "best.pt").is_file()
-    if ours or (os.path.isdir(source) and not Path(source, "config.json").is_file()):
+    hugging_face = Path(source, "config.json").is_file() or not Path(source).parent.is_dir()
+    if hugging_face and not source.endswith(".pt"):
+        initial = GPTNeo.from_pretrained(source)
+        require_tokenizer(source, initial.config.vocab_size, config.data)
+    else:
         checkpoint = load_checkpoint(source)
-        theirs = GPTNeo.from_checkpoint(checkpoint)
+        initial = GPTNeo.from_checkpoint(checkpoint)
         if checkpoint["tokenizer"] != meta["tokenizer"]:
             raise UserError(f"{source} has another tokenizer than {config.data}: give data of its "
                             f"tokenizer with --data")
-    else:
-        theirs = GPTNeo.from_pretrained(source)
-        require_tokenizer(source, theirs.config.vocab_size, config.data)
-    wanted = {name: getattr(theirs.config, name) for name in (
+    wanted = {name: getattr(initial.config, name) for name in (
         "n_layer", "n_head", "n_embd", "attention_layers", "window_size")}
-    wanted["block_size"] = min(config.block_size, theirs.config.block_size)
+    wanted["block_size"] = min(config.block_size, initial.config.block_size)
     require_knobs(wanted, config, f"{source} has another geometry")
-    weights, shapes = theirs.state_dict(), {name: w.shape for name, w in model.state_dict().items()}
+    weights = initial.state_dict()
+    shapes = {name: w.shape for name, w in model.state_dict().items()}
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: config.block_size]
     fitting = {name: w for name, w in weights.items() if shapes.get(name) == w.shape}
     model.load_state_dict(fitting, strict=False)  # gates of another kind are left out
@@ -118,20 +119,16 @@ def update(model, optimizer, rows, config, autocast, coeff, world=1):
         (losses.loss / config.grad_accum).backward()
         sums += stack_losses(losses) / config.grad_accum
     if world > 1:
-        # Averaged in one all-reduce. DistributedDataParallel would sum in another order after a
-        # restart, and wait for gates, which have no gradient before the ramp.
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.nn.utils.parameters_to_vector(gradients)
+        # Losses and gradients are averaged in one all-reduce. DistributedDataParallel would sum in
+        # another order after a restart, and wait for gates, which have no gradient before the ramp.
+        tensors = [sums, *(p.grad for p in model.parameters() if p.grad is not None)]
+        flat = torch.nn.utils.parameters_to_vector(tensors)
         dist.all_reduce(flat)
-        torch.nn.utils.vector_to_parameters(flat / world, gradients)
+        torch.nn.utils.vector_to_parameters(flat / world, tensors)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    row = torch.cat((sums, norm[None]))  # (4,)
-    if world > 1:  # one row at a time, because the order of a sum depends on a tensor's size
-        row = row.double()
-        dist.all_reduce(row)
-    return row / world
+    return torch.cat((sums, norm[None]))  # (4,)
 
 
 def stack_losses(losses):
@@ -158,13 +155,13 @@ def validate(model, tokens, config, autocast, rank, world, device):
     T, windows = config.block_size, (len(tokens) - 1) // config.block_size
     count = min(config.eval_windows, windows)
     starts = T * (np.arange(count) * windows // count)  # (count,)
-    rows = config.batch_size // config.grad_accum // world  # as many as training holds
+    size = config.batch_size // config.grad_accum // world  # as many rows as training holds
     sums = torch.zeros(3, dtype=torch.float64)
-    for at in range(rank * rows, count, world * rows):
-        window = rows_at(tokens, starts[at : at + rows], T + 1, device)
+    for at in range(rank * size, count, world * size):
+        rows = rows_at(tokens, starts[at : at + size], T + 1, device)
         with autocast:
-            losses = model(window[:, :-1], window[:, 1:])
-        sums += len(window) * stack_losses(losses).cpu().double()
+            losses = model(rows[:, :-1], rows[:, 1:])
+        sums += len(rows) * stack_losses(losses).cpu().double()
     return (total(sums, device) / count)[1:].tolist()
 
 
@@ -178,8 +175,7 @@ class Progress:
     step: int = 0  # updates done
     best: float = math.inf  # lowest validation loss so far
     last_eval_step: int = -1
-    # sums over the updates since then: loss, clean and ablated loss, gradient norm, updates
-    sums_since_eval: list = field(default_factory=lambda: [0.0] * 5)
+    rows_since_eval: list = field(default_factory=list)  # what update() returned since then
     seconds: float = 0.0  # spent training, evaluation not counted
     metrics: list = field(default_factory=list)  # the lines of metrics.jsonl
     wandb_id: str | None = None
@@ -201,8 +197,8 @@ def read_resumable(config, data_checksum):
     if checkpoint["data"] != data_checksum:
         raise UserError(f"{config.data} is not the data that {config.out} was trained on: give the "
                         f"run's own with --data=")
-    theirs = knobs.decisive(checkpoint["train_config"])
-    require_knobs(theirs, config, f"{config.out} was trained with other knobs")
+    trained_with = knobs.decisive(checkpoint["train_config"])
+    require_knobs(trained_with, config, f"{config.out} was trained with other knobs")
     return checkpoint
 
 
@@ -216,8 +212,8 @@ def require_finite(values, step):
 def metrics_line(config, progress, val_clean, val_ablated):
     """The line of metrics.jsonl about an evaluation, with training losses as means since the one
     before. Raises UserError if the validation loss is not finite."""
-    *sums, updates = progress.sums_since_eval
-    loss, clean, ablated, norm = [value / (updates or math.nan) for value in sums]
+    rows = progress.rows_since_eval or [[math.nan] * 4]  # there are none at step 0
+    loss, clean, ablated, norm = np.mean(rows, axis=0).tolist()
     val_loss = config.clean_coeff * val_clean
     if config.ablation != "none":
         val_loss += config.ablated_coeff * val_ablated
@@ -358,9 +354,7 @@ def train(config):
             rows = torch.stack(recent).cpu().double()  # (n, 4): here the loop waits for the GPU
             seconds = time.perf_counter() - clock
             require_finite(rows[:, [0, 3]], step)
-            for row in rows.tolist():  # one by one: sums must not depend on when a run was stopped
-                sums = zip(progress.sums_since_eval, [*row, 1])
-                progress.sums_since_eval = [a + b for a, b in sums]
+            progress.rows_since_eval += rows.tolist()
             progress.seconds += seconds
             if log_due:
                 _, clean, ablated, norm = rows.mean(0).tolist()
@@ -375,7 +369,7 @@ def train(config):
                 model, val_tokens, config, autocast, rank, world, device)
             line = metrics_line(config, progress, val_clean, val_ablated)
             progress.metrics.append(line)
-            progress.last_eval_step, progress.sums_since_eval = step, [0.0] * 5
+            progress.last_eval_step, progress.rows_since_eval = step, []
             say(f"step {step:,}: validation {streams_text(val_clean, val_ablated)}")
             if rank == 0:
                 with replace_file(folder / "metrics.jsonl") as file:

@@ -60,7 +60,7 @@ class Config(GPTNeoConfig):
     device: str = "auto"  # auto takes cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast on new GPUs
     # reduce-overhead: CUDA graphs, for one process and grad_accum=1
-    compile: Compile = "auto"  # auto: on a GPU reduce-overhead, or True if impossible; else False
+    compile: Compile = "auto"  # auto: False on a CPU; on a GPU reduce-overhead, or else True
 
     def __post_init__(self):
         def require(good, message):
@@ -73,7 +73,7 @@ class Config(GPTNeoConfig):
                 least = 0 if name in ("seed", "warmup_iters", "k_attn", "k_mlp") else 1
                 require(value >= least, f"{name}={value} must be at least {least}")
             if field.type is float:
-                require(0 <= value < math.inf, f"{name}={value} must be a number from 0 on")
+                require(0 <= value < math.inf, f"{name}={value} must be finite and at least 0")
         require(self.n_embd % self.n_head == 0,
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         kinds = self.attention_layers.split(",")
@@ -116,8 +116,8 @@ class Config(GPTNeoConfig):
 # what a user may set: all but the vocabulary, which comes with the data
 FIELDS = {field.name: field for field in fields(Config) if field.name != "vocab_size"}
 
-# knobs that change where a run computes and what it prints, but not what it computes: they may
-# change on resuming. The data and their vocabulary are compared by a checksum instead.
+# knobs that may change on resuming: where a run computes, how it rounds and what it prints. The
+# data and their vocabulary are compared by a checksum instead.
 MACHINE = ("resume", "data", "out", "device", "dtype", "compile", "grad_accum", "log_interval",
            "wandb", "vocab_size")
 

@@ -140,7 +140,9 @@ INTERP = [
       for words in NEED_A_RUN),
     *((f"-m interp.{words}".format("out/run"), "best.pt is damaged", flip("out/run/best.pt"))
       for words in NEED_A_RUN),
-    ("-m interp.circuits out/run", "names"),  # these data have none
+    ("-m interp.circuits out/run", "too few names"),  # these data have none
+    ("-m interp.circuits out/run --method=eap --tau=0.1", "--tau and --orders are for acdc"),
+    ("-m interp.circuits out/run --level=units", "--level and --title are for eap: add"),
     ("-m interp.circuits out/run --tau=a", "argument --tau"),
     ("-m interp.circuits out/run --prompts=pairs.json", "cannot read prompts from pairs.json"),
     ("-m interp.sae out/run --layer=9", "--layer=9: the blocks of this model are 0 to 1"),

@@ -154,6 +154,8 @@ INTERP = [
     ("-m interp.sae out/run --steps=40 --batch_size=32 --lr=1e30", "smaller --lr"),
     ("-m interp.n2g out/run --layer=9", "--layer=9: the blocks of this model are 0 to 1"),
     ("-m interp.n2g out/run", "train.bin", flip("data/train.bin")),
+    ("-m interp.n2g out/run --tokens=3", "3 tokens are fewer than a window of 16"),
+    ("-m interp.n2g out/run --substitutes=nowhere/at/all", "--substitutes=nowhere/at/all is"),
     ("-m interp.explain out/run", "--window=64: out/run reads at most 16 tokens"),
     ("-m interp.explain out/run --window=1 --timeout=9", "--timeout needs --model"),
     ("-m interp.units out/run --windows=0", "argument --windows: 0 is not at least 1"),

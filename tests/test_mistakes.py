@@ -160,6 +160,8 @@ INTERP = [
     ("-m interp.explain out/run --window=1 --timeout=9", "--timeout needs --model"),
     ("-m interp.units out/run --windows=0", "argument --windows: 0 is not at least 1"),
     ("-m interp.units out/run", "val.bin", flip("data/val.bin")),
+    ("-m interp.units out/run", "units.json is damaged", write("out/run/units.json", b"{")),
+    ("-m interp.unlearn out/run --save dog out/run", "--save needs exactly one run, and a FOLDER"),
     ("-m interp.browse out/run --data=nowhere", "no prepared data in nowhere"),
     ("-m interp.hf export out/run data", "data is there already"),
     ("-m interp.hf sae out/run new", "sae.pt"),

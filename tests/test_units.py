@@ -57,9 +57,6 @@ def test_kept_units_are_the_masks_of_the_ablated_stream(changes, monkeypatch):
     assert all(np.array_equal(found[kind], again[kind]) for kind in units.KINDS)
 
 
-# ---- the statistics, against brute force
-
-
 @pytest.mark.parametrize("k", [1, 3])
 def test_numbers_of_a_layer_are_those_of_a_count_by_hand(k):
     rng = np.random.default_rng(k)
@@ -112,9 +109,6 @@ def test_dependence_is_that_of_all_pairs_of_units(k):
     assert np.diag(found).tolist() == [1] * 3 and found[0][1] > 0.3 > abs(found[0][2])
 
 
-# ---- known distributions
-
-
 @pytest.mark.parametrize("k", [1, 4])
 @pytest.mark.parametrize("decided, error", [
     (0, {"abs": 0.01}), (0.3, {"rel": 0.06}), (0.7, {"rel": 0.06}), (1, {})])
@@ -148,9 +142,6 @@ def test_a_gate_that_always_keeps_the_same(k):
     assert found["entropy"] == pytest.approx([math.log2(k)]) and found["dependence"] == [[1]]
     assert found["token_share"] == found["mutual_information"] == found["stability"] == [None]
     assert not list(units.warnings(use))
-
-
-# ---- the command line
 
 
 def test_a_stopped_call_continues_and_its_result_is_printed(run, typed, stop_at):

@@ -2,6 +2,7 @@
 
 import json
 import random
+from contextlib import ExitStack
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from test_circuits import LENGTHS, OWN, circuit_of, pairs, run, tiny  # noqa: F401
 
 from interp import circuits
+from interp.activations import Site
 from interp.graph import Dest
 
 
@@ -34,35 +36,21 @@ def patched(model, tokens):
 def hooked(model, tokens, keep):
     """The mean logit difference of the GPTNeo itself, prompt by prompt and without padding, when
     all units but keep, a set of (node, unit), have the values of the corrupt prompt."""
-    c = model.config
-    sites, differences = [], []
-    for number, block in enumerate(model.transformer["h"]):
+    c, sites, masks, differences = model.config, [], [], []
+    for number in range(c.n_layer):
         first = 1 + number * (c.n_head + 1)
         heads = [(first + head, unit) for head in range(c.n_head)
                  for unit in range(c.n_embd // c.n_head)]
         neurons = [(first + c.n_head, unit) for unit in range(4 * c.n_embd)]
-        layers = block.attn["attention"].out_proj, block.mlp.c_proj
-        for layer, names in zip(layers, (heads, neurons)):
-            sites.append((layer, torch.tensor([name in keep for name in names])))
-    corrupt = {}
-
-    def take(site, layer, args):
-        corrupt[site] = args[0]
-
-    def patch(site, layer, args):
-        return torch.where(sites[site][1], args[0], corrupt[site])
-
-    def logits(idx, hook):
-        handles = [layer.register_forward_pre_hook(partial(hook, site))
-                   for site, (layer, _) in enumerate(sites)]
-        found = model(idx[None])[0, -1]
-        for handle in handles:
-            handle.remove()
-        return found
-
+        for site, names in (("attn_act", heads), ("mlp_act", neurons)):
+            sites.append(Site(model, number, site))
+            masks.append(torch.tensor([name in keep for name in names]))
     for clean, other, length, answer, wrong in zip(*tokens):
-        logits(other[-length:], take)
-        found = logits(clean[-length:], patch)
+        corrupt = [site.read(other[None, -length:]) for site in sites]
+        with ExitStack() as hooks:
+            for site, mask, old in zip(sites, masks, corrupt):
+                hooks.enter_context(site.hook(partial(torch.where, mask, other=old)))
+            found = model(clean[None, -length:])[0, -1]
         differences.append(found[answer] - found[wrong])
     return torch.stack(differences).mean().item()
 

@@ -2,15 +2,15 @@
 
 import json
 import random
-import re
+from contextlib import ExitStack
 from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT
-from test_circuits import LENGTHS, OWN, OneByOne, circuit_of, pairs, run_with, tiny
+from test_circuits import LENGTHS, OWN, circuit_of, pairs, run, tiny  # noqa: F401
 
 from interp import circuits
+from interp.activations import Site
 from interp.graph import Dest
 
 
@@ -36,35 +36,21 @@ def patched(model, tokens):
 def hooked(model, tokens, keep):
     """The mean logit difference of the GPTNeo itself, prompt by prompt and without padding, when
     all units but keep, a set of (node, unit), have the values of the corrupt prompt."""
-    c = model.config
-    sites, differences = [], []
-    for number, block in enumerate(model.transformer["h"]):
+    c, sites, masks, differences = model.config, [], [], []
+    for number in range(c.n_layer):
         first = 1 + number * (c.n_head + 1)
         heads = [(first + head, unit) for head in range(c.n_head)
                  for unit in range(c.n_embd // c.n_head)]
         neurons = [(first + c.n_head, unit) for unit in range(4 * c.n_embd)]
-        layers = block.attn["attention"].out_proj, block.mlp.c_proj
-        for layer, names in zip(layers, (heads, neurons)):
-            sites.append((layer, torch.tensor([name in keep for name in names])))
-    corrupt = {}
-
-    def take(site, layer, args):
-        corrupt[site] = args[0]
-
-    def patch(site, layer, args):
-        return torch.where(sites[site][1], args[0], corrupt[site])
-
-    def logits(idx, hook):
-        handles = [layer.register_forward_pre_hook(partial(hook, site))
-                   for site, (layer, _) in enumerate(sites)]
-        found = model(idx[None])[0, -1]
-        for handle in handles:
-            handle.remove()
-        return found
-
+        for site, names in (("attn_act", heads), ("mlp_act", neurons)):
+            sites.append(Site(model, number, site))
+            masks.append(torch.tensor([name in keep for name in names]))
     for clean, other, length, answer, wrong in zip(*tokens):
-        logits(other[-length:], take)
-        found = logits(clean[-length:], patch)
+        corrupt = [site.read(other[None, -length:]) for site in sites]
+        with ExitStack() as hooks:
+            for site, mask, old in zip(sites, masks, corrupt):
+                hooks.enter_context(site.hook(partial(torch.where, mask, other=old)))
+            found = model(clean[None, -length:])[0, -1]
         differences.append(found[answer] - found[wrong])
     return torch.stack(differences).mean().item()
 
@@ -73,31 +59,16 @@ def metric_of(model, tokens):
     return lambda end: circuits.logit_difference(model, end, tokens).mean().item()
 
 
-def naive_edges(model, tokens, kept):
-    """The same for edges, by the class that test_circuits.py checks ACDC with."""
-    slow = OneByOne(model, tokens[:3])
-    edges = set(circuits.sweep_order(slow.graph))
-    differences = []
-    for (idx, _), corrupt, answer, wrong in zip(slow.rows, slow.corrupt, *tokens[3:]):
-        end = slow.outputs(idx, edges - kept, corrupt)[1][-1]
-        logits = model.lm_head(model.transformer["ln_f"](end))
-        differences.append(logits[answer] - logits[wrong])
-    return torch.stack(differences).mean().item()
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("share", [0, 0.05, 0.4, 0.9, 1])
-def test_circuits_are_those_of_a_naive_pass(share):
+def test_circuits_of_units_are_those_of_the_model_with_hooks(share):
     model, tokens = tiny(attention_layers="local,global", window_size=4), tokens_of()
     fast, rng = patched(model, tokens), random.Random(3)
-    for level, naive in (("edges", naive_edges), ("units", hooked)):
-        everything = {
-            "edges": circuits.sweep_order(fast.graph),
-            "units": [(node, unit) for node, units in circuits.record(fast, fast.clean[0]).items()
-                      if not isinstance(node, Dest) for unit in range(units.size(-1))]}[level]
-        kept = {name for name in everything if rng.random() < share}
-        got = metric_of(fast, tokens)(circuits.CIRCUITS[level](fast)(kept))
-        assert got == pytest.approx(naive(model, tokens, kept), abs=1e-10)
+    kept = {(node, unit) for node, units in circuits.record(fast, fast.clean[0]).items()
+            if not isinstance(node, Dest)
+            for unit in range(units.size(-1)) if rng.random() < share}
+    got = metric_of(fast, tokens)(circuits.unit_circuits(fast)(kept))
+    assert got == pytest.approx(hooked(model, tokens, kept), abs=1e-10)
 
 
 def test_a_score_is_the_effect_of_its_edge_or_unit_where_the_model_is_linear():
@@ -141,14 +112,6 @@ def test_areas_sizes_and_overlaps_by_hand():
     assert circuits.best_first({"a": -3, "b": 1, "c": 2}) == ["a", "c", "b"]
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A run whose tokenizer has the words of all prompts."""
-    words = re.findall(r"\w+", (ROOT / "assets" / "tasks.txt").read_text())
-    words = {*words, *"Tom Ben Max Sue Lily Anna park zoo ball kite He She".split()}
-    return run_with(sorted(words), tmp_path, block_size=64)
-
-
 def test_a_model_that_does_not_know_a_task_gets_no_numbers(typed, run):
     message, out = typed(circuits.main, run, "--method=eap", "--device=cpu", "--count=4",
                          "--task=names")
@@ -156,10 +119,6 @@ def test_a_model_that_does_not_know_a_task_gets_no_numbers(typed, run):
     assert message is None and [row["level"] for row in rows] == ["edges", "units"]
     assert out.count("does not know") == 2 and not {"size", "cpr"} & rows[0].keys()
     assert not (run / "eap.png").exists()
-    message, _ = typed(circuits.main, run, "--method=eap", "--tau=0.1")
-    assert "--tau and --orders are for acdc" in message
-    message, _ = typed(circuits.main, run, "--level=units")
-    assert "--level and --title are for eap: add --method eap" in message
 
 
 @pytest.fixture
@@ -187,7 +146,10 @@ def test_an_interrupted_command_ends_with_the_same_result(
 def test_prompts_of_ones_own_need_some_to_hold_out(typed, run, tmp_path, every_model_knows):
     path = tmp_path / "own.json"
     path.write_text(json.dumps(OWN * 2))
-    words = (run, "--method=eap", "--device=cpu", f"--prompts={path}")
+    words = (run, "--device=cpu", f"--prompts={path}")
+    message, out = typed(circuits.main, *words)
+    assert message is None and "heldout" not in out  # acdc can do without
+    words += ("--method=eap",)
     message, _ = typed(circuits.main, *words)
     assert "has 4 prompts, and --count=64 of them are scored: lower --count" in message
     assert typed(circuits.main, *words, "--count=2", "--level=units")[0] is None

@@ -83,9 +83,6 @@ def data_of(path):
                   for name, array in packed.items()}
 
 
-# ---- the numbers
-
-
 def units_in(model, idx):
     """Activations of all units, (B, T, L, U), one unit after the other."""
     layers = []
@@ -189,9 +186,6 @@ def test_stories_are_whole_where_they_fit():
         assert [story.tolist() for story in stories] == expected
 
 
-# ---- the page
-
-
 @pytest.fixture(scope="module")
 def chromium():
     playwright = pytest.importorskip("playwright.sync_api")
@@ -209,9 +203,8 @@ def chromium():
 def opened(browser, path, place):
     """The page at this place. Nothing may be said in its console, raised or fetched."""
     page, noise, urls = browser.new_page(), [], set()
-    page.on("console", lambda message: noise.append(message.text))
-    page.on("pageerror", lambda error: noise.append(str(error)))
-    page.on("dialog", lambda dialog: noise.append(dialog.message))
+    for event in ("console", "pageerror", "dialog"):
+        page.on(event, lambda said: noise.append(str(said)))
     page.on("request", lambda request: urls.add(request.url.split("#")[0]))
     page.goto(path.as_uri() + place)
     yield page

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ORACLES, contents, make_data, make_run, tiny_model
+from conftest import ORACLES, ROOT, contents, make_data, make_run, tiny_model
 
 from interp import circuits
 from interp.graph import Circuit, Edge, Graph, PatchedModel
@@ -147,8 +147,6 @@ def test_circuits_are_those_of_the_library_that_the_paper_used(folder):
         assert kept == run["kept_edges"]
         assert [*seen, kl] == pytest.approx([*run["kl"], run["final_kl"]], abs=1e-5)
         assert state["margin"] == pytest.approx(run["min_margin"], abs=1e-5)
-        print(f"{folder.name} {run['order']:14} tau {run['tau']:<5}: {len(kept):2} of "
-              f"{run['total']} edges kept, all of them the library's")
 
 
 @pytest.mark.parametrize("tau, changes, seed", [
@@ -243,8 +241,6 @@ def test_names_asks_for_the_friend_who_did_not_give():
         first += texts[2] == names[:1]
     assert 25 <= first <= 35  # both name orders
     assert prompts == prompts_of("names") != prompts_of("names", seed=1)
-    with pytest.raises(UserError, match="too few names"):
-        circuits.make_prompts(load_tokenizer(vocabulary("park")), "names", ["{A}"], 4, 0)
 
 
 @pytest.mark.parametrize("task", circuits.TASKS)
@@ -275,33 +271,29 @@ def test_prompts_are_padded_and_must_fit_each_other_and_the_model():
     assert tokens.lengths.tolist() == [5, 3] and tokens.corrupt.shape == (2, 5)
     assert tokens.clean[1].tolist() == [0, 0, *tokenizer.encode_ordinary(" Sue gave to")]
     assert tokens.answers.tolist() == tokenizer.encode_ordinary(" Tom") * 2
-    for changes in ({"corrupt": " Ben and gave to"}, {"answer": " Tommy"}, {"wrong": ""}):
-        with pytest.raises(UserError, match="must be equally long"):
-            circuits.tokenize([prompts[0]._replace(**changes)], tokenizer, 12)
-    with pytest.raises(UserError, match="of 4 tokens at most"):
-        circuits.tokenize(prompts, tokenizer, 4)
-
-
-def run_with(words, folder, **changes):
-    """A run whose tokenizer has these words."""
-    make_data(folder / "data", pieces=[f" {word}" for word in words])
-    model = tiny_model(vocab_size=257 + len(words), n_layer=1, **changes)
-    run = make_run(folder / "run", folder / "data", model)
-    shutil.rmtree(folder / "data")
-    return run
+    for T, changes in ((12, {"corrupt": " Ben and gave to"}), (12, {"answer": " Tommy"}),
+                       (12, {"wrong": ""}), (4, {})):
+        with pytest.raises(UserError, match=f"must be equally long, of {T} tokens at most"):
+            circuits.tokenize([prompts[0]._replace(**changes)], tokenizer, T)
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A run folder, its data gone: circuits need none."""
-    return run_with(WORDS.split(), tmp_path, block_size=120)
+    """A run whose tokenizer has the words of all prompts. Its data are gone: circuits need none."""
+    words = re.findall(r"\w+", (ROOT / "assets" / "tasks.txt").read_text())
+    words = sorted({*words, *"Tom Ben Max Sue Lily Anna park zoo ball kite He She".split()})
+    make_data(tmp_path / "data", pieces=[f" {word}" for word in words])
+    model = tiny_model(vocab_size=257 + len(words), n_layer=1, block_size=64)
+    run = make_run(tmp_path / "run", tmp_path / "data", model)
+    shutil.rmtree(tmp_path / "data")
+    return run
 
 
 def found_in(run):
     return json.loads((run / "acdc.json").read_text())
 
 
-def test_the_command_as_a_user_types_it(typed, run):
+def test_the_command_continues_to_the_same_result(typed, run, stop_at):
     words = (run, "--device=cpu", "--count=4", "--tau=0.0003,0.2", "--orders=2")
     message, out = typed(circuits.main, *words)
     facts = found_in(run)
@@ -315,25 +307,12 @@ def test_the_command_as_a_user_types_it(typed, run):
     assert rows[0]["kl_random_sd"] > 0 and rows[0]["kl_random_heldout_sd"] > 0
     assert (run / "acdc.png").read_bytes()[:4] == b"\x89PNG"
     before = contents(run)
-    assert typed(circuits.main, *words)[0] is None and contents(run) == before
-    message, _ = typed(circuits.main, run, "--device=cpu", "--count=4", "--tau=0.5")
+    assert typed(circuits.main, *words) == (None, out) and contents(run) == before
+    message, _ = typed(circuits.main, *words[:3], "--tau=0.5")
     assert "tau=[0.0003, 0.2], not [0.5]: --force" in message
-
-
-def test_an_interrupted_command_continues_to_the_same_result(typed, run, stop_at):
-    words = (run, "--device=cpu", "--count=4", "--tau=0.0003,0.001")
-    assert typed(circuits.main, *words)[0] is None
-    whole = found_in(run)["circuits"]
     (run / "acdc.json").unlink()
-    saves = stop_at(circuits.Result, "save", 6)
+    saves = stop_at(circuits.Result, "save", 12)
     assert typed(circuits.main, *words)[0] == "stopped" and not (run / "acdc.json").exists()
-    assert len(saves[-1][1]["circuits"]) == len(saves[-2][1]["circuits"]) == 1  # second sweep
+    assert len(saves[-1][1]["circuits"]) == len(saves[-2][1]["circuits"]) == 3  # fourth sweep
     assert typed(circuits.main, *words)[0] is None
-    assert found_in(run)["circuits"] == whole and not (run / "acdc.resume.pt").exists()
-
-
-def test_prompts_of_ones_own(typed, run, tmp_path):
-    path = tmp_path / "own.json"
-    path.write_text(json.dumps(OWN))
-    message, out = typed(circuits.main, run, "--device=cpu", f"--prompts={path}")
-    assert message is None and "heldout" not in out  # two prompts, none to hold out
+    assert found_in(run)["circuits"] == rows and not (run / "acdc.resume.pt").exists()

@@ -20,8 +20,9 @@ from conftest import ROOT
 from test_hf import GEOMETRIES, exported, features, ids, snippets, write_saes
 
 from eval import open_run
-from interp import hf
+from interp import circuits, hf
 from interp.activations import Site
+from interp.graph import Circuit, PatchedModel
 from prepare import load_tokenizer
 
 INSTALLED = {package.name for package in distributions()}
@@ -127,11 +128,20 @@ def test_the_readme_is_true_of_saelens(tmp_path, monkeypatch):
     assert (tmp_path / "local_k2_trained" / "sae_weights.safetensors").exists()
 
 
-def hooked(folder):
-    """A HookedTransformer of an exported folder, in float64, with the hooks of AutoCircuit."""
+def patchable(folder):
+    """An exported folder as a model of AutoCircuit, in float64."""
+    import transformer_lens
     import transformers
     from transformer_lens import HookedTransformer, loading_from_pretrained
+    from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
     from transformer_lens.pretrained.weight_conversions import convert_neo_weights
+
+    # where TransformerLens 2 had it
+    moved = types.ModuleType("transformer_lens.past_key_value_caching")
+    moved.HookedTransformerKeyValueCache = TransformerLensKeyValueCache
+    transformer_lens.HookedTransformerKeyValueCache = TransformerLensKeyValueCache
+    sys.modules[moved.__name__] = moved
+    from auto_circuit.utils.graph_utils import patchable_model
 
     config = loading_from_pretrained.get_pretrained_model_config(
         str(folder), device="cpu", dtype=torch.float32)
@@ -145,55 +155,34 @@ def hooked(folder):
     model.set_use_attn_result(True)
     model.set_use_split_qkv_input(True)
     model.set_use_hook_mlp_in(True)
-    return model
+    return patchable_model(model, factorized=True, slice_output="last_seq", separate_qkv=True,
+                           device=torch.device("cpu"))
 
 
-def patchable(folder):
-    """The exported folder as a model of AutoCircuit."""
-    import transformer_lens
-    from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-
-    # where TransformerLens 2 had it
-    moved = types.ModuleType("transformer_lens.past_key_value_caching")
-    moved.HookedTransformerKeyValueCache = TransformerLensKeyValueCache
-    transformer_lens.HookedTransformerKeyValueCache = TransformerLensKeyValueCache
-    sys.modules[moved.__name__] = moved
-    from auto_circuit.utils.graph_utils import patchable_model
-
-    return patchable_model(hooked(folder), factorized=True, slice_output="last_seq",
-                           separate_qkv=True, device=torch.device("cpu"))
-
-
-def patched_pair(folder):
-    """An exported model as a PatchedModel, and its prompts as a batch of AutoCircuit."""
-    from interp.graph import PatchedModel
-
-    ours = exported(folder, n_layer=2, n_head=3, n_embd=12, block_size=16, window_size=4,
+@pytest.fixture
+def models(tmp_path):
+    """An exported model as a PatchedModel and as AutoCircuit's, and its prompts as a batch."""
+    ours = exported(tmp_path, n_layer=2, n_head=3, n_embd=12, block_size=16, window_size=4,
                     attention_layers="global,local")
     clean, corrupt, lengths = ids(4, 9), ids(4, 9).flip(0), torch.full((4,), 9)
     model = PatchedModel(ours.clean_state_dict(), 3, ours.config.windows, clean, corrupt, lengths,
                          torch.float64)
     batch = SimpleNamespace(key=0, clean=clean, corrupt=corrupt, answers=clean[:, :1],
                             wrong_answers=corrupt[:, 1:2])
-    return model, batch
+    return model, patchable(tmp_path / "local_k2_hf"), batch
 
 
 @needs("auto-circuit")
 @pytest.mark.parametrize("tau", [0.001, 0.003])
-def test_the_papers_library_finds_the_circuit_that_acdc_finds(tau, tmp_path):
-    from interp import circuits
-    from interp.graph import Circuit
+def test_the_papers_library_finds_the_circuit_that_acdc_finds(tau, models):
+    from auto_circuit.prune_algos.ACDC import acdc_prune_scores
 
-    model, batch = patched_pair(tmp_path)
+    model, theirs, batch = models
     edges = circuits.sweep_order(model.graph)
     state = circuits.discover(Circuit(model), edges, tau)
     names = [model.graph.edge_name(edge) for edge in edges]
     kept = [name for name, (put_back, _) in zip(names, state["decided"]) if put_back]
     assert state["margin"] > 1e-9 and 0 < len(kept) < len(edges)
-
-    theirs = patchable(tmp_path / "local_k2_hf")
-    from auto_circuit.prune_algos.ACDC import acdc_prune_scores
-
     library = {edge.name: edge for edge in theirs.edges}
     assert library.keys() == set(names)
     theirs.edges = [library[name] for name in names]  # else a set, in the order of a hash seed
@@ -203,14 +192,11 @@ def test_the_papers_library_finds_the_circuit_that_acdc_finds(tau, tmp_path):
 
 
 @needs("auto-circuit")
-def test_the_papers_library_finds_the_scores_of_edge_attribution(tmp_path):
+def test_the_papers_library_finds_the_scores_of_edge_attribution(models):
     """It has no path between embeddings: compared at the clean prompt, its end."""
-    from interp import circuits
-
-    model, batch = patched_pair(tmp_path)
-    theirs = patchable(tmp_path / "local_k2_hf")
     from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
 
+    model, theirs, batch = models
     scores = mask_gradient_prune_scores(theirs, [batch], None, "logit", "avg_diff", mask_val=0.0)
     library = {edge.name: -edge.prune_score(scores).item() for edge in theirs.edges}  # of a loss
     lengths = torch.full((4,), 9)

@@ -140,7 +140,9 @@ INTERP = [
       for words in NEED_A_RUN),
     *((f"-m interp.{words}".format("out/run"), "best.pt is damaged", flip("out/run/best.pt"))
       for words in NEED_A_RUN),
-    ("-m interp.circuits out/run", "names"),  # these data have none
+    ("-m interp.circuits out/run", "too few names"),  # these data have none
+    ("-m interp.circuits out/run --method=eap --tau=0.1", "--tau and --orders are for acdc"),
+    ("-m interp.circuits out/run --level=units", "--level and --title are for eap: add"),
     ("-m interp.circuits out/run --tau=a", "argument --tau"),
     ("-m interp.circuits out/run --prompts=pairs.json", "cannot read prompts from pairs.json"),
     ("-m interp.sae out/run --layer=9", "--layer=9: the blocks of this model are 0 to 1"),
@@ -152,10 +154,14 @@ INTERP = [
     ("-m interp.sae out/run --steps=40 --batch_size=32 --lr=1e30", "smaller --lr"),
     ("-m interp.n2g out/run --layer=9", "--layer=9: the blocks of this model are 0 to 1"),
     ("-m interp.n2g out/run", "train.bin", flip("data/train.bin")),
+    ("-m interp.n2g out/run --tokens=3", "3 tokens are fewer than a window of 16"),
+    ("-m interp.n2g out/run --substitutes=nowhere/at/all", "--substitutes=nowhere/at/all is"),
     ("-m interp.explain out/run", "--window=64: out/run reads at most 16 tokens"),
     ("-m interp.explain out/run --window=1 --timeout=9", "--timeout needs --model"),
     ("-m interp.units out/run --windows=0", "argument --windows: 0 is not at least 1"),
     ("-m interp.units out/run", "val.bin", flip("data/val.bin")),
+    ("-m interp.units out/run", "units.json is damaged", write("out/run/units.json", b"{")),
+    ("-m interp.unlearn out/run --save dog out/run", "--save needs exactly one run, and a FOLDER"),
     ("-m interp.browse out/run --data=nowhere", "no prepared data in nowhere"),
     ("-m interp.hf export out/run data", "data is there already"),
     ("-m interp.hf sae out/run new", "sae.pt"),

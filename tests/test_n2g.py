@@ -15,7 +15,7 @@ from interp import n2g
 from prepare import EOT as EOT_TEXT
 from prepare import load_tokenizer
 
-oracle = pytest.mark.parametrize("path", ORACLES.glob("graph_oracle.json"), ids=str)
+oracle = pytest.mark.parametrize("path", [*ORACLES.glob("graph_oracle.json")], ids=str)
 CPU = torch.device("cpu")
 SCORES = ("precision", "recall", "f1")
 
@@ -23,9 +23,6 @@ SCORES = ("precision", "recall", "f1")
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     monkeypatch.setattr(n2g, "save_figure", lambda path, figure: Path(path).touch())
-
-
-# --------------------------------------------------------------------------------------- oracles
 
 
 @oracle
@@ -80,9 +77,6 @@ def test_prune_and_importance_are_the_oracles(path):
         assert dict(zip(words, whole.importance)) == expect["importance_by_masking"]
         # the oracle counts the pivot, too
         assert [words[place] for place in whole.important] + ["cat"] == expect[name]
-
-
-# ----------------------------------------------------------------------------------- substitutes
 
 
 def test_ngrams_are_counted_by_brute_force():
@@ -149,9 +143,6 @@ def test_words_take_the_space_and_capital_of_the_token():
         assert [tokenizer.decode([one]) for one in found] == expected
 
 
-# ---------------------------------------------------------------------------- trie, graph, pools
-
-
 def test_a_trie_predicts_as_all_its_paths_by_brute_force():
     rng, trie, paths = np.random.default_rng(2), n2g.Trie(), {}
     for value in rng.random(20).tolist():
@@ -201,9 +192,6 @@ def test_every_token_has_one_of_eight_types():
               [" was", "'t"], ["'em", "ing", "the", "\\xe2"], [" cat", "Once", " 3", "7"]]
     for kind, tokens in zip(n2g.TYPES, expect, strict=True):
         assert {n2g.token_type(token) for token in tokens} == {kind}
-
-
-# ------------------------------------------------------------------- neurons with a known meaning
 
 
 class KnownNeurons:
@@ -276,20 +264,30 @@ def test_neurons_of_known_meaning_get_the_right_graphs(run, typed, monkeypatch):
     assert means == {name: layer[name] for name in means}
 
 
-# ------------------------------------------------------------------------------ the command line
-
-
-def test_an_interrupted_run_continues_to_the_same_result(run, typed, stop_at, monkeypatch):
-    other = make_run(run.parent / "other", run.parents[1] / "data", tiny_model())
-    assert typed(n2g.main, run, "--device=cpu")[0] is None
+def test_an_interrupted_call_continues_to_the_same_table_and_picture(
+        run, typed, stop_at, monkeypatch):
+    runs = run, make_run(run.parent / "other", run.parents[1] / "data", tiny_model(n_head=1))
+    message, printed = typed(n2g.main, *runs, "--device=cpu")
+    expected = [found_in(folder) for folder in runs]
+    rows = [line.split()[:2] for line in printed.splitlines()[1:9]]
+    assert message is None
+    assert rows == [[str(path), layer] for layer in ("all", *"012") for path in runs]
+    assert sum(entry["graph"] is not None for entry in expected[0][2]) > 30
+    for path in (*runs[0].glob("n2g*"), *runs[1].glob("n2g*")):
+        path.unlink()
     layers, searches = stop_at(n2g, "graphs_of_layer", 2), stop_at(n2g, "strongest")
     monkeypatch.setattr(n2g, "SCANNED", 1)  # each layer is read by itself
-    assert typed(n2g.main, other, "--device=cpu")[0] == "stopped"
-    assert typed(n2g.main, other, "--device=cpu")[0] is None
-    assert [moments.layer for _, _, moments, *_ in layers] == [0, 1, 1, 2]
-    assert len(searches) == 3  # nothing is done again
-    assert found_in(other) == found_in(run) and not (other / "n2g.resume.pt").exists()
-    assert sum(entry["graph"] is not None for entry in found_in(run)[2]) > 30
+    assert typed(n2g.main, *runs, "--device=cpu")[0] == "stopped"
+    assert not (run / "n2g.json").exists()
+    figures = stop_at(n2g, "save_figure")
+    words = *runs, "--device=cpu", "--plot", run / "all.png"
+    assert typed(n2g.main, *words) == (None, printed)
+    assert [moments.layer for _, _, moments, *_ in layers] == [0, 1, 1, 2, 0, 1, 2]
+    assert len(searches) == 6  # nothing is done again
+    assert [found_in(folder) for folder in runs] == expected
+    assert not (run / "n2g.resume.pt").exists()
+    for line, (found, *_) in zip(figures[-1][1].axes[0].lines, expected, strict=True):
+        assert line.get_ydata().tolist() == [layer["density_mean_non_empty"] for layer in found]
 
 
 def test_every_knob_changes_the_graphs_and_is_in_the_settings(run, typed, distilbert):
@@ -302,18 +300,3 @@ def test_every_knob_changes_the_graphs_and_is_in_the_settings(run, typed, distil
         assert found_in(run)[2] != before[2]
     assert typed(n2g.main, run, "--device=cpu", "--force")[0] is None
     assert found_in(run) == before
-    message, _ = typed(n2g.main, run, "--force", "--substitutes=nowhere/at/all")
-    assert message.startswith("error: --substitutes=nowhere/at/all is") and "\n" not in message
-
-
-def test_several_runs_are_in_one_table_and_picture(run, typed, monkeypatch):
-    other = make_run(run.parent / "other", run.parents[1] / "data", tiny_model(n_head=1))
-    _, printed = typed(n2g.main, run, other, "--device=cpu")
-    rows = [line.split()[:2] for line in printed.splitlines()[1:9]]
-    assert rows == [[str(path), layer] for layer in ("all", *"012") for path in (run, other)]
-    figures = []  # the second call does nothing again
-    monkeypatch.setattr(n2g, "save_figure", lambda path, figure: figures.append(figure))
-    assert typed(n2g.main, run, other, "--plot", run / "all.png") == (None, printed)
-    for line, folder in zip(figures[0].axes[0].lines, (run, other), strict=True):
-        densities = [layer["density_mean_non_empty"] for layer in found_in(folder)[0]]
-        assert line.get_ydata().tolist() == densities

@@ -1,7 +1,4 @@
-"""interp/results.py: what a result file holds, which results are refused, how a job continues.
-
-    python -m pytest tests/test_results.py
-"""
+"""interp/results.py: what a result file holds, which results are refused, how a job continues."""
 
 import hashlib
 import json
@@ -43,9 +40,6 @@ def train_on(run):
     torch.save(checkpoint, run / "best.pt")
 
 
-# ---- the parts
-
-
 def test_results_lie_beside_their_checkpoint(tmp_path):
     for run, path in (("run", "run/sae.json"), ("run/last.pt", "run/last.sae.json"),
                       ("run/a.b.pt", "run/a.b.sae.json")):
@@ -67,9 +61,6 @@ def test_digests_tell_clean_weights_and_gates_apart():
         model.transformer["h"][0].mlp_gate.weight += 1
     after = digests(model.state_dict())
     assert after["checkpoint"] == before["checkpoint"] and after["gates"] != before["gates"]
-
-
-# ---- one result
 
 
 def test_a_result_says_all_it_takes_to_make_it_again(run, monkeypatch, tmp_path):
@@ -126,14 +117,6 @@ def test_results_of_other_settings_or_weights_are_refused_and_force_replaces_the
     assert result_of(run, force=True).state == "new"
     forced.finish({"found": 2}, CPU)
     assert result_of(run).facts["found"] == 2 and not (run / "toy.resume.pt").exists()
-
-
-def test_a_damaged_result_is_refused(run):
-    (run / "toy.json").write_text('{"found": ')
-    refused(run, "toy.json is damaged: delete it and measure again")
-
-
-# ---- several results
 
 
 JOB = """

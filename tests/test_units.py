@@ -57,9 +57,6 @@ def test_kept_units_are_the_masks_of_the_ablated_stream(changes, monkeypatch):
     assert all(np.array_equal(found[kind], again[kind]) for kind in units.KINDS)
 
 
-# ---- the statistics, against brute force
-
-
 @pytest.mark.parametrize("k", [1, 3])
 def test_numbers_of_a_layer_are_those_of_a_count_by_hand(k):
     rng = np.random.default_rng(k)
@@ -112,47 +109,28 @@ def test_dependence_is_that_of_all_pairs_of_units(k):
     assert np.diag(found).tolist() == [1] * 3 and found[0][1] > 0.3 > abs(found[0][2])
 
 
-# ---- known distributions
-
-
-def facts_of(tokens, kept, N):
-    use = units.use_of_units(tokens, {"mlp": kept[None]}, {"mlp": N}, seed=0)["mlp"]
-    return {name: use[name][0] for name in use if name not in ("units", "kept")}
-
-
-def zipf_tokens(rng, n, types=3000):
-    weights = 1 / np.arange(5, types + 5)
-    return rng.choice(types, n, p=weights / weights.sum())
-
-
 @pytest.mark.parametrize("k", [1, 4])
-def test_gates_that_ignore_the_token_or_are_decided_by_it(k):
-    """Counted naively, the token would tell bits of a choice that ignores it."""
-    rng = np.random.default_rng(0)
-    tokens = zipf_tokens(rng, 30_000)
-    ignores = facts_of(tokens, rng.random((30_000, 64)).argsort(1)[:, :k], 64)
-    assert ignores["entropy"] == pytest.approx(6, abs=0.01)
-    assert ignores["counted_information"] > 0.5
-    assert abs(ignores["token_share"]) < 0.01 and abs(ignores["stability"]) < 0.01
-    decided = facts_of(tokens, rng.random((3000, 64)).argsort(1)[:, :k][tokens], 64)
-    assert (decided["token_share"], decided["stability"]) == pytest.approx((1, 1))
-
-
-@pytest.mark.parametrize("decided", [0.3, 0.7])
-def test_a_gate_that_the_token_decides_sometimes(decided):
-    """For k = 1, else any of N units alike, information and stability have closed forms."""
+@pytest.mark.parametrize("decided, error", [
+    (0, {"abs": 0.01}), (0.3, {"rel": 0.06}), (0.7, {"rel": 0.06}), (1, {})])
+def test_a_gate_that_the_token_decides_sometimes(decided, error, k):
+    """Else any k of N units: information and stability have closed forms. Counted naively, the
+    token would tell bits even of a choice that ignores it."""
     rng, n, N = np.random.default_rng(1), 60_000, 64
-    tokens = zipf_tokens(rng, n)
-    kept = np.where(rng.random(n) < decided, tokens % N, rng.integers(0, N, n))
-    facts = facts_of(tokens, kept[:, None], N)
-    own = decided + (1 - decided) / N
-    truth = facts["entropy"] - bits([own] + [(1 - decided) / N] * (N - 1))
-    assert facts["mutual_information"] == pytest.approx(truth, rel=0.06)
-    unadjusted = facts["counted_information"] - facts["shuffled_information"]
-    assert facts["counted_information"] > 1.1 * truth > 1.3 * unadjusted
-    again = own**2 + (1 - own) ** 2 / (N - 1)  # at two places with the same token
-    p = np.bincount(kept) / n
-    assert facts["stability"] == pytest.approx((again - p @ p) / (1 - p @ p), abs=0.01)
+    weights = 1 / np.arange(5, 3005)
+    tokens = rng.choice(3000, n, p=weights / weights.sum())
+    usual, free = (rng.random((rows, N)).argsort(1)[:, :k] for rows in (3000, n))
+    kept = np.where(rng.random((n, 1)) < decided, usual[tokens], free)
+    use = units.use_of_units(tokens, {"mlp": kept[None]}, {"mlp": N}, seed=0)["mlp"]
+    facts = {name: use[name][0] for name in use if name not in ("units", "kept")}
+    H = facts["entropy"]
+    other = (1 - decided) / N  # what a unit has by chance
+    truth = H - bits([decided / k + other] * k + [other] * (N - k))
+    assert facts["token_share"] == pytest.approx(truth / (H - math.log2(k)), **error)
+    assert decided == 1 or facts["counted_information"] > 1.1 * truth + 0.1
+    same = decided**2 + (1 - decided**2) * k / N  # overlap at two places with the same token
+    any_two = np.square(facts["rate"]).sum() / k
+    expected = (same - any_two) / (1 - any_two)
+    assert facts["stability"] == pytest.approx(expected, abs=0.01 * (1 - decided) + 1e-9)
 
 
 @pytest.mark.parametrize("k", [2, 3, 29])
@@ -166,14 +144,14 @@ def test_a_gate_that_always_keeps_the_same(k):
     assert not list(units.warnings(use))
 
 
-# ---- the command line
-
-
-def test_a_result_is_written_once_and_printed(run, typed):
+def test_a_stopped_call_continues_and_its_result_is_printed(run, typed, stop_at):
     plain = make_run(run.parent / "plain", run.parents[1] / "data", tiny_model("none"))
     words = run, plain, "--windows=2", "--plot", run.parent / "all.png"
+    calls = stop_at(units, "read_kept", 2)
+    assert typed(units.main, *words)[0] == "stopped" and not (run / "units.json").exists()
     message, out = typed(units.main, *words)
-    assert message is None and not (plain / "units.json").exists()  # it has no gate
+    assert message is None and len(calls) == 3  # the trained model is read once
+    assert not (plain / "units.json").exists()  # it has no gate
     result = json.loads((run / "units.json").read_text())
     tokens = letters(100, 1).reshape(-1, 4)[[0, 1, 12, 13]].ravel()  # of windows 0 and 6 of 12
     trained = tiny_model()
@@ -193,14 +171,3 @@ def test_a_result_is_written_once_and_printed(run, typed):
     _, by_layer = typed(units.main, run, "--windows=2", "--layers")
     assert len(by_layer.splitlines()) == len(lines) - 1 + 4 * (SIZE["n_layer"] - 1)
     assert "has ablation=none" in typed(units.main, plain)[0]
-
-
-def test_a_stopped_call_continues(run, typed, stop_at, monkeypatch):
-    monkeypatch.setattr(units, "draw_units", lambda path, results: path.write_bytes(b""))
-    calls = stop_at(units, "read_kept", 2)
-    assert typed(units.main, run)[0] == "stopped" and not (run / "units.json").exists()
-    assert typed(units.main, run)[0] is None and len(calls) == 3  # the trained model is read once
-    continued = json.loads((run / "units.json").read_text())
-    assert typed(units.main, run, "--force")[0] is None
-    undisturbed = json.loads((run / "units.json").read_text())
-    assert continued | {"command": "", "date": ""} == undisturbed | {"command": "", "date": ""}

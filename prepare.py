@@ -20,10 +20,12 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,20 @@ HE, SHE = "he him his boy He Him His Boy".split(), "she her her girl She Her Her
 
 class UserError(ValueError):
     """A mistake that the user can fix. Scripts print its message, one line, without a traceback."""
+
+
+def cli(main, errors=(UserError,)):
+    """Run a script's main(). What the user can fix, one of errors, is one line on stderr and exit
+    code 1; every other exception is a bug and keeps its traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # files are closed and removed
+    try:
+        main()
+    except errors as error:
+        raise SystemExit(f"error: {error}") from None
+    except ModuleNotFoundError as error:  # an optional package, such as wandb or transformers
+        raise SystemExit(f"error: {error}: pip install {error.name}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped") from None
 
 
 @contextmanager
@@ -63,7 +79,7 @@ def load_meta(folder):
 
     {"tokenizer": {"name": "gpt2"} or {"name": "words", "pieces": [str, ...]}, "vocab_size": int,
      "eot": int, the id of the end-of-text token, "source": dict, "checksum": str, of all tokens,
-     "train", "val": {"tokens", "stories", "bytes": int, UTF-8 bytes of text, "sha256": str}}
+     "train", "val": {"tokens", "stories", "bytes" (UTF-8, of text): int, "sha256": str}}
     """
     path = Path(folder) / "meta.json"
     if not path.is_file():
@@ -172,7 +188,8 @@ def read_txt(path):
 def texts_in(source, column):
     """The texts of a path, of a table of the datasets package, or of a generator of texts."""
     if isinstance(source, Path):
-        kind = source.name.removesuffix(".gz").rpartition(".")[2].rstrip("l")  # jsonl is json
+        kind = Path(source.name.lower().removesuffix(".gz")).suffix[1:]
+        kind = {"jsonl": "json", "ndjson": "json"}.get(kind, kind)
         if kind not in ("json", "csv", "parquet"):
             return read_txt(source)
         from datasets import load_dataset
@@ -257,18 +274,16 @@ def encode(batch, encoding):
 
 def write_tokens(folder, stories, encoding):
     """Writes train.bin and val.bin. -> {split: its entry in meta.json}. Raises UserError."""
-    batches = iter(lambda: list(itertools.islice(stories, 128)), [])
+    groups = iter(lambda: list(itertools.islice(stories, 8192)), [])  # memory is limited
     facts = {"train": Counter(), "val": Counter()}
     with (open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val,
           ThreadPoolExecutor(os.cpu_count()) as pool):  # tiktoken releases the GIL
-        jobs = ((batch, pool.submit(encode, batch, encoding)) for batch in batches)
-        waiting = list(itertools.islice(jobs, 64))  # memory is limited
-        while waiting:
-            batch, job = waiting.pop(0)
-            for (split, story), tokens in zip(batch, job.result()):
+        for group in groups:
+            batches = [group[at : at + 128] for at in range(0, len(group), 128)]
+            encoded = pool.map(partial(encode, encoding=encoding), batches)
+            for (split, story), tokens in zip(group, itertools.chain.from_iterable(encoded)):
                 (train if split == "train" else val).write(tokens)
                 facts[split].update(tokens=len(tokens), stories=1, bytes=len(story.encode()))
-            waiting += itertools.islice(jobs, 1)
     for split, counts in facts.items():
         if not counts["stories"]:
             raise UserError(f"no story for {split}: give two different ones, separated by {EOT}")
@@ -339,18 +354,13 @@ def main(argv=None):
         (args.out / "meta.json").unlink(missing_ok=True)  # a reader never finds a mixture
         for name in ("train.bin", "val.bin", "meta.json"):
             os.replace(Path(folder, name), args.out / name)
-    for message, count in (+warnings).items():  # + leaves out those with count 0
-        print(f"warning: {count:,} {message}")
+    for message, count in warnings.items():
+        if count:
+            print(f"warning: {count:,} {message}")
     for split in ("train", "val"):
         print("{0:6}{stories:,} stories, {tokens:,} tokens".format(split, **meta[split]))
     print("vocabulary of {vocab_size:,}, checksum {checksum}, in {0}".format(args.out, **meta))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error}")
-    except KeyboardInterrupt:
-        raise SystemExit("stopped")
+    cli(main)

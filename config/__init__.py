@@ -15,13 +15,14 @@ import os
 import re
 import runpy
 import signal
-import sys
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
+import prepare
 from model import GPTNeoConfig, ModelError
 from prepare import Parser, UserError
 
@@ -227,15 +228,4 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
 
 
-def cli(main):
-    """Run a script's main(). What the user can fix is one line on stderr and exit code 1; every
-    other exception is a bug and keeps its traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # files are closed and removed
-    try:
-        main()
-    except (UserError, ModelError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except ModuleNotFoundError as error:  # an optional package, such as wandb or transformers
-        raise SystemExit(f"error: {error}: pip install {error.name}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("stopped") from None
+cli = partial(prepare.cli, errors=(UserError, ModelError))  # how every other script ends

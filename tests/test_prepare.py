@@ -50,8 +50,9 @@ def write_input(path, stories):
     """The same stories as any kind of file, by suffix. Adds padding, empty stories and None."""
     table = pandas.DataFrame({"id": 1, "text": [*(f" {story}\n" for story in stories), "", None]})
     text = "".join(f"\n {story} \n{EOT}\n" for story in [*stories, ""])
+    lines = table.to_json(orient="records", lines=True).encode()
     data = {".txt": text.encode(), ".csv": table.to_csv().encode(), ".parquet": table.to_parquet(),
-            ".jsonl": table.to_json(orient="records", lines=True).encode()}[path.suffixes[0]]
+            ".jsonl": lines, ".ndjson": lines}[path.suffixes[0].lower()]
     path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
@@ -120,7 +121,7 @@ def reference(stories, tokenizer):
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-@pytest.mark.parametrize("kind", "txt txt.gz jsonl jsonl.gz csv parquet".split())
+@pytest.mark.parametrize("kind", "txt txt.gz ndjson JSONL.gz csv parquet".split())
 def test_every_input_gives_the_reference_tokens(tmp_path, kind, tokenizer):
     out = make(tmp_path, "--vocab_size", "457", tokenizer=tokenizer, kind=kind)
     meta = check_complete(out)

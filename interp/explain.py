@@ -296,11 +296,11 @@ def without_secrets(text):
 
 
 class Answers:
-    """The answers of a language model about one run. Each is paid for once, and added to a file of
-    JSON lines when it arrives."""
+    """A language model's answers about one run. Each is paid for once, and saved as it arrives."""
 
     def __init__(self, args, path):
-        self.args, self.path, self.kept = args, path, {}  # hash of a request: what is kept of it
+        self.args, self.path = args, path
+        self.kept = {}  # hash of a request: what is kept of its answer
         self.calls = self.tokens = 0  # of questions in a dry run
         for line in path.read_text().split("\n") if path.exists() else ():
             with contextlib.suppress(ValueError):  # a line that a kill cut off
@@ -512,8 +512,7 @@ def draw_scores(path, results):
     """Figure 2, right: histograms of scores over each other with their means; means by layer."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     scores, layers = figure.subplots(1, 2)
-    models = models_of(results)
-    for place, (name, facts) in enumerate(models):
+    for place, (name, facts) in enumerate(models_of(results)):
         of_all = facts["all"]
         table = pd.DataFrame(facts["layers"])[["layer", "mean", "se"]].astype(float)  # None is NaN
         look = {"color": f"C{place}", "ls": "-" if place < len(results) else "--"}
@@ -521,9 +520,8 @@ def draw_scores(path, results):
         scores.stairs(shares, BINS, label=plain(name), **look)
         scores.axvline(of_all["mean"] or 0, **look)
         layers.errorbar(table["layer"], table["mean"], table["se"], marker="o", **look)
-    used = np.any([facts["all"]["histogram"] for _, facts in models], 0)
-    scores.set(xlabel="explanation score", ylabel="share of neurons", title="lines: means",
-               xlim=(min([0, *BINS[:-1][used]]), 1))
+    scores.set(xlabel="explanation score", ylabel="share of neurons", title="lines: means")
+    scores.set_xlim(-1, 1)
     layers.set(xlabel="layer", ylabel="mean score", title="bars: standard errors over neurons")
     layers.xaxis.get_major_locator().set_params(integer=True)
     handles, labels = scores.get_legend_handles_labels()

@@ -135,9 +135,9 @@ def test_an_interrupted_export_leaves_nothing(run, tmp_path, typed, monkeypatch)
     ("training.json", b"", "training.json")])
 def test_a_damaged_export_is_not_taken_for_the_run(file, end, message, tmp_path, typed):
     exported(tmp_path)
-    path, words = tmp_path / "local_k2_hf" / file, ("import", tmp_path / "local_k2_hf")
+    path = tmp_path / "local_k2_hf" / file
     path.write_bytes(path.read_bytes()[:-1] + end)
-    words += (tmp_path / "again",)
+    words = "import", path.parent, tmp_path / "again"
     said = typed(hf.main, *words)[0]
     assert said.startswith("error: ") and message in said and "\n" not in said
     assert typed(hf.main, *words, "--data", tmp_path / "data")[0] is None

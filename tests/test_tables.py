@@ -235,6 +235,8 @@ def test_what_does_not_belong_together_is_refused_before_it_is_measured(
         make, typed, monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "measure_run", lambda *_: pytest.fail("too late"))
     first, second = make(seeds=(1, 2))
+    found(first, "acdc", circuits=[{"edges": 1}], edges_at_kl={})  # of an older version
+    assert "acdc.json has no 'connected'" in typed(tables.main, first)[0]
     found_circuit(first, 1)
     found_circuit(second, 1, knob=3)
     assert "was made with knob=0, not 3" in typed(tables.main, first, second)[0]

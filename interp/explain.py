@@ -512,16 +512,17 @@ def draw_scores(path, results):
     """Figure 2, right: histograms of scores over each other with their means; means by layer."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     scores, layers = figure.subplots(1, 2)
-    for place, (name, facts) in enumerate(models_of(results)):
-        of_all = facts["all"]
+    models = models_of(results)
+    for place, (name, facts) in enumerate(models):
         table = pd.DataFrame(facts["layers"])[["layer", "mean", "se"]].astype(float)  # None is NaN
         look = {"color": f"C{place}", "ls": "-" if place < len(results) else "--"}
-        shares = np.array(of_all["histogram"]) / max(1, of_all["scored"])
+        shares = np.array(facts["all"]["histogram"]) / max(1, facts["all"]["scored"])
         scores.stairs(shares, BINS, label=plain(name), **look)
-        scores.axvline(of_all["mean"] or 0, **look)
+        scores.axvline(facts["all"]["mean"] or 0, **look)
         layers.errorbar(table["layer"], table["mean"], table["se"], marker="o", **look)
-    scores.set(xlabel="explanation score", ylabel="share of neurons", title="lines: means")
-    scores.set_xlim(-1, 1)
+    used = np.any([facts["all"]["histogram"] for _, facts in models], 0)
+    scores.set(xlabel="explanation score", ylabel="share of neurons", title="lines: means",
+               xlim=(min([0, *BINS[:-1][used]]), 1))
     layers.set(xlabel="layer", ylabel="mean score", title="bars: standard errors over neurons")
     layers.xaxis.get_major_locator().set_params(integer=True)
     handles, labels = scores.get_legend_handles_labels()

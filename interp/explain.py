@@ -553,9 +553,9 @@ def main():
     add("--model", help="its name at the API")
     need_model = [
         add("--base_url", default="https://api.openai.com/v1", help="address of the API"),
-        add("--simulation", choices=[*FORMS], default="sparse", help="full: every token"),
+        add("--simulation", choices=[*FORMS], default="sparse", help="full: uses logprobs"),
         add("--temperature", type=float, default=0.0, help="some models take only 1"),
-        add("--answer_tokens", type=knobs.positive, default=1000, help="at most, else unreadable"),
+        add("--answer_tokens", type=knobs.positive, default=1000, help="longest answer"),
         add("--concurrency", type=knobs.positive, default=4, help="requests at a time"),
         add("--timeout", type=knobs.positive, default=120,
             help="seconds of silence before a retry; after 9 times this a question fails"),

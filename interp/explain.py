@@ -213,17 +213,15 @@ LONGEST = 500  # characters of an explanation; longer answers are not a phrase
 GAP = r"(?:[ \t:,|=]|-+>|=>|→)+"
 LINE = re.compile(rf'^[ \t]*(?:[-*|] *)?(\d{{1,6}}){GAP}(?:"(?:\\.|[^"\\\n])*"{GAP})?'
                   r"(\d{1,2})(?:\.0*)?[ \t\r|]*$", re.MULTILINE)
-THOUGHTS = re.compile(r"\A.*</think>", re.DOTALL)
 
 
 def explain_question(neuron, word):
     """The two messages that ask for an explanation of a Neuron: EXPLAIN, its training records."""
     excerpts = []
     for place, record in enumerate(neuron.train, 1):
-        lines = [f"Excerpt {place}"]
-        for token, level in zip(record.tokens, discretise(record.values, neuron.peak)):
-            lines.append(f"{in_quotes(word(token))}\t{level}")
-        excerpts.append("\n".join(lines))
+        pairs = zip(record.tokens, discretise(record.values, neuron.peak))
+        lines = [f"{in_quotes(word(token))}\t{level}" for token, level in pairs]
+        excerpts.append("\n".join([f"Excerpt {place}", *lines]))
     return EXPLAIN, "\n\n".join(excerpts)
 
 
@@ -235,7 +233,8 @@ def simulate_question(explanation, tokens, word, form):
 
 def read_explanation(text, logprobs):
     """-> (the phrase in an answer or None, 0 unclear lines)."""
-    text = re.sub(r"^\s*```\w*$", "", THOUGHTS.sub("", text), flags=re.MULTILINE)
+    answer = text.rpartition("</think>")[2]
+    text = re.sub(r"^\s*```\w*$", "", answer, flags=re.MULTILINE)
     text = re.sub(r"\A\W*explanation[\s*]*:[\s*]*", "", text, flags=re.IGNORECASE)
     phrase = " ".join(text.strip().partition("\n\n")[0].split())
     phrase = phrase.encode(errors="replace").decode()  # half a surrogate pair cannot be sent on
@@ -245,9 +244,9 @@ def read_explanation(text, logprobs):
 def read_simulation(text, logprobs, T, form):
     """-> (simulated activations, a list of T, or None if most lines are unclear; how many lines
     with digits, or in the full form how many tokens, are unclear)."""
-    written, levels, begin = {}, {}, len(text) - len(THOUGHTS.sub("", text))
-    unclear = len(re.findall(r"^.*\d.*$", text[begin:], re.MULTILINE))
-    for match in LINE.finditer(text, begin):
+    written, levels, answer = {}, {}, text.rpartition("</think>")[2]
+    unclear = len(re.findall(r"^.*\d.*$", answer, re.MULTILINE))
+    for match in LINE.finditer(text, len(text) - len(answer)):
         place, level = int(match[1]), int(match[2])
         in_range = 1 <= place <= T and level <= LEVELS
         if in_range and written.setdefault(place, level) == level:
@@ -255,7 +254,7 @@ def read_simulation(text, logprobs, T, form):
             levels[place] = expected_level(logprobs, match.start(2), level)
     if form == "full":
         unclear = max(unclear, T - len(levels))
-    says_none = form == "sparse" and re.search(r"^\W*none\W*$", text[begin:], re.I | re.M)
+    says_none = form == "sparse" and re.search(r"^\W*none\W*$", answer, re.I | re.M)
     if unclear > len(levels) or not (levels or says_none):
         return None, unclear
     return [levels.get(place, 0) for place in range(1, T + 1)], unclear
@@ -265,17 +264,14 @@ def expected_level(logprobs, at, written):
     """The expected_value of the token at this character of an answer, or the written level where
     the server gives no usable logprobs (the API's list)."""
     try:
-        for one in logprobs:
-            token = one["token"]
-            if at < len(token):
-                tops = {top["token"]: top["logprob"] for top in [one, *one["top_logprobs"]]}
-                # where a server's 10 is two tokens, the first of them counts as 10
-                return expected_value((text if text != token else str(written), logprob)
-                                      for text, logprob in tops.items())
-            at -= len(token)
+        ends = np.cumsum([len(one["token"]) for one in logprobs])
+        one = logprobs[np.searchsorted(ends, at, side="right")]
+        tops = {top["token"]: top["logprob"] for top in [one, *one["top_logprobs"]]}
+        # where a server's 10 is two tokens, the first of them counts as 10
+        return expected_value((text if text != one["token"] else str(written), logprob)
+                              for text, logprob in tops.items())
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
-        pass
-    return written
+        return written
 
 
 def expected_value(logprobs):
@@ -300,11 +296,15 @@ def without_secrets(text):
 
 
 class Answers:
-    """The answers of a language model. Each is paid for once, and saved when it arrives."""
+    """A language model's answers about one run. Each is paid for once, and saved as it arrives."""
 
-    def __init__(self, args):
-        self.args, self.kept = args, {}  # hash of a request: what is kept of its answer
+    def __init__(self, args, path):
+        self.args, self.path = args, path
+        self.kept = {}  # hash of a request: what is kept of its answer
         self.calls = self.tokens = 0  # of questions in a dry run
+        for line in path.read_text().split("\n") if path.exists() else ():
+            with contextlib.suppress(ValueError):  # a line that a kill cut off
+                self.kept |= json.loads(line)
         if not re.fullmatch("[!-~]+", api_key()):
             raise UserError("OPENAI_API_KEY has characters that no key has")
         try:
@@ -326,13 +326,6 @@ class Answers:
             event_hooks={"request": [show], "response": [show]})
         return openai.AsyncOpenAI(api_key=api_key(), base_url=self.args.base_url, http_client=http,
                                   timeout=self.args.timeout, max_retries=RETRIES)
-
-    def open(self, path):
-        """Keep answers in this file of JSON lines, and read those that are in it."""
-        self.path = path
-        for line in path.read_text().split("\n") if path.exists() else ():
-            with contextlib.suppress(ValueError):  # a line that a kill cut off
-                self.kept |= json.loads(line)
 
     async def explain_all(self, neurons, word, title):
         self.free, self.locks = asyncio.Semaphore(self.args.concurrency), defaultdict(asyncio.Lock)
@@ -364,13 +357,12 @@ class Answers:
             request |= {"logprobs": True, "top_logprobs": 15}
         key = hashlib.sha256(json.dumps([args.base_url, request]).encode()).hexdigest()
         async with self.locks[key]:  # of two equal questions only one is asked
-            new = key not in self.kept
-            if new and args.dry_run:
+            if key not in self.kept and args.dry_run:
                 self.calls += 1
                 self.tokens += len(re.findall(r"\w+|[^\w ]", system + user))  # about
                 used.update(unreadable=1)  # so that nothing is scored
                 return read("1\t0", None)[0]
-            if new:
+            if key not in self.kept:
                 self.kept[key] = await self.pay(request, read)
                 with open(self.path, "a") as file:
                     file.write("\n" + json.dumps({key: self.kept[key]}))
@@ -379,10 +371,9 @@ class Answers:
 
     async def pay(self, request, read):
         """Ask the server. -> what is kept of the answer: {"text", "value", "used": counts}."""
-        limit = self.args.timeout * (RETRIES + 1)
         await self.free.acquire()
-        try:
-            async with asyncio.timeout(limit):  # the client's own does not end if bytes trickle
+        try:  # the client's own timeout does not end if bytes trickle
+            async with asyncio.timeout(self.args.timeout * (RETRIES + 1)):
                 response = await self.client.chat.completions.with_raw_response.create(**request)
             found = json.loads(response.text)
             choice, usage = found["choices"][0], found.get("usage") or {}
@@ -437,23 +428,21 @@ def explain_units(model, units, texts, word, answers, title):
     return [entry | {"lookup": table} for entry, table in zip(entries, tables)]
 
 
-def explain_run(result, title, results, answers, device):
+def explain_run(result, title, results, args, device):
     """The facts of a Result. Of all results, those with the same geometry share a control."""
     run, settings = result.run, result.key["settings"]
+    answers = Answers(args, result.path("_answers.jsonl")) if args.model else None
     state = result.state or {"model": [], "control": []}
     train, val = load_tokens(run.folder, "train"), load_tokens(run.folder, "val")
     texts = choose_texts(train, val, run.meta["eot"], settings, device)
     word = cache(partial(token_text, load_tokenizer(run.tokenizer)))
-    dry_run = answers and answers.args.dry_run
-    if answers:
-        answers.open(result.path("_answers.jsonl"))
 
     def explain(model, part, title):
         units, entries = sample_units(model.config, settings), state[part]
         for first in range(len(entries), len(units), NEURONS_AT_ONCE):
             entries += explain_units(model.to(device), units[first : first + NEURONS_AT_ONCE],
                                      texts, word, answers, title)
-            if not dry_run:
+            if not args.dry_run:
                 result.save(state)
         facts = facts_of(entries)
         if answers:
@@ -469,9 +458,12 @@ def explain_run(result, title, results, answers, device):
         model = untrained(GPTNeoConfig(**geometry, ablation="none"), settings["seed"])
         controls = [explain(model, "control", f"{title}, random weights") | {"geometry": geometry}]
     facts["control"] = controls[0] if controls else None
-    if not dry_run:
-        result.write("_neurons.json", neurons=state["model"])
-        draw_scores(result.path(".png"), [{"run": run.path, **facts}])
+    if args.dry_run:
+        print(f"{title}: {answers.calls:,} calls with about {answers.tokens:,} tokens; their "
+              f"answers have up to {args.answer_tokens:,} each")
+        return facts
+    result.write("_neurons.json", neurons=state["model"])
+    draw_scores(result.path(".png"), [{"run": run.path, **facts}])
     return facts
 
 
@@ -479,7 +471,7 @@ def summary(entries):
     """{name: number or list} of dicts with "score", "random_score" and, with None, "reason"."""
     row = {"neurons": len(entries)}
     for name in ("random_", ""):
-        scores = [entry[f"{name}score"] for entry in entries]
+        scores = (entry[f"{name}score"] for entry in entries)
         values = [score for score in scores if score is not None]
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
         mean = statistics.fmean(values) if values else None
@@ -520,18 +512,17 @@ def draw_scores(path, results):
     """Figure 2, right: histograms of scores over each other with their means; means by layer."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     scores, layers = figure.subplots(1, 2)
-    total = np.zeros(len(BINS) - 1)
-    for place, (name, facts) in enumerate(models_of(results)):
-        of_all = facts["all"]
+    models = models_of(results)
+    for place, (name, facts) in enumerate(models):
         table = pd.DataFrame(facts["layers"])[["layer", "mean", "se"]].astype(float)  # None is NaN
         look = {"color": f"C{place}", "ls": "-" if place < len(results) else "--"}
-        shares = np.array(of_all["histogram"]) / max(1, of_all["scored"])
-        total += shares
+        shares = np.array(facts["all"]["histogram"]) / max(1, facts["all"]["scored"])
         scores.stairs(shares, BINS, label=plain(name), **look)
-        scores.axvline(of_all["mean"] or 0, **look)
+        scores.axvline(facts["all"]["mean"] or 0, **look)
         layers.errorbar(table["layer"], table["mean"], table["se"], marker="o", **look)
+    used = np.any([facts["all"]["histogram"] for _, facts in models], 0)
     scores.set(xlabel="explanation score", ylabel="share of neurons", title="lines: means",
-               xlim=(min([0, *BINS[:-1][total > 0]]), 1))
+               xlim=(min([0, *BINS[:-1][used]]), 1))
     layers.set(xlabel="layer", ylabel="mean score", title="bars: standard errors over neurons")
     layers.xaxis.get_major_locator().set_params(integer=True)
     handles, labels = scores.get_legend_handles_labels()
@@ -546,15 +537,6 @@ SETTINGS = ("window", "tokens", "neurons", "seed", "control", "model", "base_url
 COLUMNS = {"run": "", "explained by": "", "neurons": ",", "scored": ",", "score": ".3f",
            "random": ".3f", **dict.fromkeys(("requests", "unreadable", "unclear_lines",
            "without_logprobs", "prompt_tokens", "answer_tokens"), ",.0f")}
-MODEL_FLAGS = {  # which need --model
-    "base_url": dict(default="https://api.openai.com/v1", help="address of the API"),
-    "simulation": dict(choices=[*FORMS], default="sparse", help="full: all tokens, by logprobs"),
-    "temperature": dict(type=float, default=0.0, help="some models take only 1"),
-    "answer_tokens": dict(type=knobs.positive, default=1000, help="longer answers are unreadable"),
-    "concurrency": dict(type=knobs.positive, default=4, help="requests at a time"),
-    "timeout": dict(type=knobs.positive, default=120,
-                    help="seconds of silence before a retry; after 9 times this a question fails"),
-    "dry_run": dict(action="store_true", help="ask nothing, print the calls and tokens")}
 
 
 def main():
@@ -567,15 +549,22 @@ def main():
     add("--no_control", dest="control", action="store_false", help="no model with random weights")
     add("--plot", type=knobs.picture, metavar="FILE", help="one picture of all these runs")
     add("--force", action="store_true", help="replace results of other settings or weights")
-    group = parser.add_argument_group("a language model explains and simulates")
-    group.add_argument("--model", help="its name at the API")
-    for name, options in MODEL_FLAGS.items():
-        group.add_argument(f"--{name}", **options)
+    add = parser.add_argument_group("a language model explains and simulates").add_argument
+    add("--model", help="its name at the API")
+    need_model = [
+        add("--base_url", default="https://api.openai.com/v1", help="address of the API"),
+        add("--simulation", choices=[*FORMS], default="sparse", help="full: uses logprobs"),
+        add("--temperature", type=float, default=0.0, help="some models take only 1"),
+        add("--answer_tokens", type=knobs.positive, default=1000, help="longest answer"),
+        add("--concurrency", type=knobs.positive, default=4, help="requests at a time"),
+        add("--timeout", type=knobs.positive, default=120,
+            help="seconds of silence before a retry; after 9 times this a question fails"),
+        add("--dry_run", action="store_true", help="ask nothing, print the calls and tokens")]
     args = parser.parse_args()
-    for name in MODEL_FLAGS if args.model is None else ():
-        if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} needs --model")
-        setattr(args, name, None)
+    for flag in need_model if args.model is None else ():
+        if getattr(args, flag.dest) != flag.default:
+            parser.error(f"--{flag.dest} needs --model")
+        setattr(args, flag.dest, None)
     if args.model and not re.match("https?://[^/]", args.base_url):
         parser.error("--base_url begins with http:// or https://")
     args.server = args.base_url and without_secrets(args.base_url)
@@ -591,13 +580,11 @@ def main():
         results.append(Result(
             run, "explain_openai" if args.model else "explain",
             {"data": run.meta["checksum"], **settings}, args.force, ["_neurons.json", ".png"]))
-    answers = Answers(args) if args.model else None
-    measure = partial(explain_run, results=results, answers=answers, device=device)
+    measure = partial(explain_run, results=results, args=args, device=device)
     if args.dry_run:
         for result in results:
-            result.facts = result.facts or measure(result, result.run.path)
-        return print("{:,} calls with about {:,} tokens; their answers have up to {:,} each".format(
-            answers.calls, answers.tokens, args.answer_tokens))
+            result.facts = measure(result, result.run.path)  # their controls are shared
+        return
     found = measure_all(results, measure, device)
     print_scores(found)
     if args.plot:

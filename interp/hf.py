@@ -66,15 +66,12 @@ def convert_tokenizer(encoding):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     order = sorted(range(256), key=lambda byte: chr(byte) not in alphabet)
     letters = dict(zip(order, sorted(alphabet)))  # {byte: letter}
-    vocabulary, merges = {}, []
+    vocabulary = {}
     for rank in range(encoding.eot_token):
         token = encoding.decode_single_token_bytes(rank).decode("latin1").translate(letters)
         vocabulary[token] = rank
-    for token in vocabulary:
-        for at in range(1, len(token)):
-            pair = token[:at], token[at:]
-            if vocabulary.keys() >= set(pair):
-                merges.append(pair)
+    pairs = [(token[:at], token[at:]) for token in vocabulary for at in range(1, len(token))]
+    merges = [pair for pair in pairs if vocabulary.keys() >= set(pair)]
     vocabulary[EOT] = encoding.eot_token
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     # in this library $ also matches at the end of a line; \z only at the end of the text
@@ -145,10 +142,8 @@ def model_card(run, row):
 
 
 def import_run(name, out, data=None):
-    """Write a Hugging Face folder, or a model from the hub, as a run.
-
-    data: prepared data with its tokenizer. With data, any GPT-Neo can be imported, without gates.
-    """
+    """Write a Hugging Face folder, or a model from the hub, as a run. With data, prepared with its
+    tokenizer, any GPT-Neo can be imported, without gates."""
     from safetensors.torch import load_file
     from transformers.utils import cached_file
 
@@ -161,16 +156,16 @@ def import_run(name, out, data=None):
     else:
         try:
             training = json.loads(Path(cached_file(name, "training.json")).read_text())
-        except OSError:
-            raise UserError(f"{name} has no training.json, so it is not an exported run: give data "
-                            f"with its tokenizer, --data") from None
-        config, weights = training.pop("config"), model.state_dict()
-        if config["ablation"] != "none":
-            weights |= load_file(cached_file(name, "gates.safetensors"))
-        model = GPTNeo.from_checkpoint({"config": config, "model": weights})
-        if not training.pop("digest").startswith(digest(model.state_dict())):
-            raise UserError(f"the weights in {name} have changed since they were exported: import "
-                            f"them without gates, as any GPT-Neo, with --data")
+            config, weights = training.pop("config"), model.state_dict()
+            if config["ablation"] != "none":
+                weights |= load_file(cached_file(name, "gates.safetensors"))
+            model = GPTNeo.from_checkpoint({"config": config, "model": weights})
+            if not training.pop("digest").startswith(digest(model.state_dict())):
+                raise ValueError("the weights have changed since they were exported")
+        except Exception as error:  # a missing or damaged file raises almost any
+            reason = " ".join(str(error).split())
+            raise UserError(f"cannot read training.json and gates of {name} ({reason}): import it "
+                            f"without gates, with data of its tokenizer, --data") from None
     save_checkpoint(out / "best.pt", model.config, model.state_dict(), **training)
 
 
@@ -229,7 +224,7 @@ def export_saes(run, out):
         save_file(weights, out / name / "sae_weights.safetensors")
 
 
-def parse_arguments():
+def main():
     parser = knobs.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     export, load, sae = map(commands.add_parser, ("export", "import", "sae"))
@@ -242,11 +237,7 @@ def parse_arguments():
     figures.add_argument("--data", help="measure the card's figures on it (default: the run's own)")
     figures.add_argument("--no_figures", action="store_true", help="a card without figures")
     load.add_argument("--data", help="import any GPT-Neo that has the tokenizer of these data")
-    return parser.parse_args()
-
-
-def main():
-    args = parse_arguments()
+    args = parser.parse_args()
     with new_folder(args.out) as folder:
         if args.command == "export":
             run, row = open_run(args.source), None

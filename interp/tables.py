@@ -163,25 +163,26 @@ def use_numbers(result, layer):
     return numbers
 
 
-EXPERIMENTS = {  # name of a result file: function of the result and a layer (None: all layers)
-    "acdc": circuit_numbers, "eap": unit_numbers, "unlearn": unlearning_numbers,
-    "sae": sae_numbers, "n2g": graph_numbers, "units": use_numbers,
-    "explain": partial(score_numbers, "score"),
-    "explain_openai": partial(score_numbers, "llm_score")}
+# {name of a result file: function of the result and a layer (None: all layers)}
+EXPERIMENTS1 = {"acdc": circuit_numbers, "eap": unit_numbers, "unlearn": unlearning_numbers,
+                "sae": sae_numbers}
+EXPERIMENTS2 = {"n2g": graph_numbers, "units": use_numbers,
+                "explain": partial(score_numbers, "score"),
+                "explain_openai": partial(score_numbers, "llm_score")}
 
 
-def read_experiments(runs):
-    """A list of (place of a run, experiment, result), and {experiment: notes on its results}."""
-    found, notes = [], {}
-    for name in EXPERIMENTS:
+def read_experiments(runs, experiments):
+    """Their results, [(place of a run, path, function of a layer)], and notes on them."""
+    found, notes = [], []
+    for name, function in experiments.items():
         paths = [result_path(run.path, f"{name}.json") for run in runs]
         places = [place for place, path in enumerate(paths) if path.exists()]
         results = read_results([paths[place] for place in places])
-        notes[name] = [f"settings of {name}: {one['settings']}" for one in results[:1]]  # of all
+        notes += [f"settings of {name}: {one['settings']}" for one in results[:1]]  # of all
         for place, result in zip(places, results):
-            found.append((place, name, result))
+            found.append((place, paths[place], partial(function, result)))
             for warning in result.get("warnings", ()):
-                notes[name].append(f"warning: {result['run']}: {warning}")
+                notes.append(f"warning: {result['run']}: {warning}")
     return found, notes
 
 
@@ -206,14 +207,13 @@ def subsampled(counts, size):
 
 
 def numbers_of(runs, found, layer=None):
-    """A DataFrame with a row of numbers for each run. found: what read_experiments returned."""
+    """A DataFrame with a row of numbers for each run. found: from read_experiments."""
     numbers = [{} for _ in runs]
-    for place, name, result in found:
+    for place, path, numbers_at in found:
         try:
-            numbers[place] |= EXPERIMENTS[name](result, layer)
+            numbers[place] |= numbers_at(layer)
         except KeyError as error:  # a file that an older version wrote
-            raise UserError(f"{result_path(runs[place].path, name)}.json has no {error}: make it "
-                            f"again with --force") from None
+            raise UserError(f"{path} has no {error}: make it again with --force") from None
     pooled = [one for one in numbers if "pool" in one]
     size = min((one["pool"].total() for one in pooled), default=0)
     for one in pooled:  # entropy and diversity of equally many tokens
@@ -297,18 +297,17 @@ def main():
     rows = pd.DataFrame([describe_run(run) for run in runs])
     over_seeds(rows)  # refuses repeated seeds before anything is measured
     folder = common_folder(Path(run.path).parent for run in runs)
-    found, notes = read_experiments(runs)
-    notes1 = NOTES1 + sum([notes.pop(name) for name in ("acdc", "eap", "unlearn", "sae")], [])
-    notes2 = NOTES2 + sum(notes.values(), [])
+    found, notes2 = read_experiments(runs, EXPERIMENTS2)
     if args.layers:
         layers = range(max(run.model.config.n_layer for run in runs))
         frames = [rows.join(numbers_of(runs, found, layer)).assign(layer=layer) for layer in layers]
-        return publish(folder, "table2_layers", pd.concat(frames), TABLE2, notes2)
-    measured = pd.DataFrame([measure_run(run, 8, device) for run in runs])
-    frame = measured.join(numbers_of(runs, found))
-    table = publish(folder, "table1", frame, TABLE1, notes1)
+        return publish(folder, "table2_layers", pd.concat(frames), TABLE2, NOTES2 + notes2)
+    found1, notes1 = read_experiments(runs, EXPERIMENTS1)
+    numbers = numbers_of(runs, found1 + found)
+    frame = pd.DataFrame([measure_run(run, 8, device) for run in runs]).join(numbers)
+    table = publish(folder, "table1", frame, TABLE1, NOTES1 + notes1)
     draw_tradeoff(folder / "tradeoff.png", frame, table, args.title)
-    publish(folder, "table2", frame, TABLE2, notes2)
+    publish(folder, "table2", frame, TABLE2, NOTES2 + notes2)
 
 
 if __name__ == "__main__":

@@ -130,12 +130,16 @@ def test_an_interrupted_export_leaves_nothing(run, tmp_path, typed, monkeypatch)
     assert "not allowed with" in typed(hf.main, "export", run, "x", "--no_figures", "--data=y")[0]
 
 
-def test_changed_weights_are_not_taken_for_the_run(tmp_path, typed):
+@pytest.mark.parametrize("file, end, message", [
+    ("model.safetensors", b"\0", "weights have changed since they were exported"),
+    ("training.json", b"", "training.json")])
+def test_a_damaged_export_is_not_taken_for_the_run(file, end, message, tmp_path, typed):
     exported(tmp_path)
-    weights = tmp_path / "local_k2_hf" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
-    words = "import", tmp_path / "local_k2_hf", tmp_path / "again"
-    assert "have changed since they were exported" in typed(hf.main, *words)[0]
+    path = tmp_path / "local_k2_hf" / file
+    path.write_bytes(path.read_bytes()[:-1] + end)
+    words = "import", path.parent, tmp_path / "again"
+    said = typed(hf.main, *words)[0]
+    assert said.startswith("error: ") and message in said and "\n" not in said
     assert typed(hf.main, *words, "--data", tmp_path / "data")[0] is None
     assert eval.open_run(str(tmp_path / "again")).model.config.ablation == "none"
 
@@ -163,7 +167,7 @@ def test_a_gpt_neo_comes_back_as_it_was(form, neo, tmp_path, typed):
         torch.save(neo.state_dict() | mask, folder / "pytorch_model.bin")
     if form == "without its head":
         neo.transformer.save_pretrained(folder)
-    assert "no training.json" in typed(hf.main, *words)[0]
+    assert "training.json" in typed(hf.main, *words)[0]
     assert typed(hf.main, *words, "--data", tmp_path / "data")[0] is None
     again = eval.with_data(eval.open_run(str(tmp_path / "again"))).model
     with torch.no_grad():

@@ -218,13 +218,13 @@ def test_pools_are_compared_at_equal_size(make):
     runs = open_runs(map(str, make(seeds=(1,)) + make("plain", (1,), "none")))
     found_graphs(runs[0].path, 1.0, ({" a": 10, "c": 5}, {"c": 3, "d": 2}))
     found_graphs(runs[1].path, 1.0)
-    found, _ = tables.read_experiments(runs)
+    found, _ = tables.read_experiments(runs, tables.EXPERIMENTS2)
     for layer, counts in ((0, ([10, 5], [4, 2])), (None, ([10, 8, 2], [4, 3, 1]))):
         expected = [tables.subsampled(one, sum(counts[1])) for one in counts]  # the smaller pool
         numbers = tables.numbers_of(runs, found, layer)[["entropy", "diversity"]]
         assert numbers.values == pytest.approx(np.array(expected))
     found_graphs(runs[1].path, 1.0, ({}, {}))  # no neuron has a graph
-    numbers = tables.numbers_of(runs, tables.read_experiments(runs)[0])
+    numbers = tables.numbers_of(runs, tables.read_experiments(runs, tables.EXPERIMENTS2)[0])
     assert "entropy" not in numbers and numbers["f1"].tolist() == [17, 17]
 
 
@@ -235,6 +235,8 @@ def test_what_does_not_belong_together_is_refused_before_it_is_measured(
         make, typed, monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "measure_run", lambda *_: pytest.fail("too late"))
     first, second = make(seeds=(1, 2))
+    found(first, "acdc", circuits=[{"edges": 1}], edges_at_kl={})  # of an older version
+    assert "acdc.json has no 'connected'" in typed(tables.main, first)[0]
     found_circuit(first, 1)
     found_circuit(second, 1, knob=3)
     assert "was made with knob=0, not 3" in typed(tables.main, first, second)[0]

@@ -271,7 +271,8 @@ def cell(row, name, form):
 
 def records(frame):
     """The rows of a DataFrame as dicts, with None for what a row lacks."""
-    return frame.astype(object).where(frame.notna(), None).to_dict("records")
+    filled = frame.astype(object).where(frame.notna(), None)
+    return filled.to_dict("records")
 
 
 def text_table(frame, columns):
@@ -331,7 +332,8 @@ def draw_runs(path, rows):
     for place, row in enumerate(rows):
         color = f"C{place}"
         run = Path(row["run"])
-        metrics = (run if run.is_dir() else run.parent) / "metrics.jsonl"
+        folder = run if run.is_dir() else run.parent
+        metrics = folder / "metrics.jsonl"
         if metrics.exists():
             lines = pd.read_json(metrics, lines=True)[1:]  # without step 0, whose loss is far above
             losses = lines[["val_clean", "val_ablated"]]

@@ -146,7 +146,8 @@ class GateScores(nn.Linear):
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(*map(at_least_fp32, (x, self.weight, self.bias)))
+            weight, bias = at_least_fp32(self.weight), at_least_fp32(self.bias)
+            return F.linear(at_least_fp32(x), weight, bias)
 
 
 def at_least_fp32(x):
@@ -417,7 +418,8 @@ class GPTNeo(nn.Module):
         except Exception as error:  # a damaged file can raise almost any exception
             reason = " ".join(str(error).split())
             raise ModelError(f"cannot load {name}, as a folder or from the hub: {reason}") from None
-        L, kinds = theirs.num_layers, theirs.attention_layers  # kinds: one for each layer
+        L = theirs.num_layers
+        kinds = theirs.attention_layers  # one for each layer
         period = min(n for n in range(1, L + 1) if kinds[:n] * (L // n) == kinds)
         config = GPTNeoConfig(
             theirs.vocab_size, theirs.max_position_embeddings, L, theirs.num_heads,

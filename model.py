@@ -16,6 +16,7 @@ N units that compete in one gate. Parameter names are Hugging Face's, plus the g
 """
 
 import os
+import re
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -106,6 +107,8 @@ def gate(scores, k, form="softmax"):
             soft = z.softmax(-1)  # Eq. 3; gamma cancels here
         elif form == "sigmoid":  # the published code
             soft = k * z.sigmoid() / z.sigmoid().sum(-1, keepdim=True)
+        else:
+            raise ModelError(f"there is no gate={form}")
     # The value is hard to the last bit, the gradient that of soft. An autograd.Function would not
     # do: torch 2.11 compiles one whose output does not depend on soft to a gradient of zero.
     return hard + (soft - soft.detach())
@@ -408,8 +411,8 @@ class GPTNeo(nn.Module):
                 name, dtype=torch.float32, output_loading_info=True)
             for file in (*Path(name).glob("*.safetensors"), *Path(name).glob("pytorch_model*.bin")):
                 read = load_torch(file) if file.suffix == ".bin" else load_file(file)  # checks CRCs
-                require_floats(file, {key: weight for key, weight in read.items()
-                                      if "attention.bias" not in key})  # that one is a mask
+                masks = [key for key in read if re.search(r"attention\.(masked_)?bias$", key)]
+                require_floats(file, {key: read[key] for key in read.keys() - masks})
             require_floats(name, model.state_dict())
             if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
                 raise ValueError("its lm_head is not its token embedding")
@@ -495,8 +498,8 @@ def load_checkpoint(path):
     if not path.is_file():
         raise ModelError(f"no checkpoint at {path}: give a run folder that has a best.pt, such as "
                          f"out/local_k2, or a .pt file")
-    checkpoint = load_torch(path)
-    if not isinstance(checkpoint, dict) or "ablation" not in checkpoint.get("config", {}):
-        raise ModelError(f"{path} is not a checkpoint of this project: its config has no ablation")
-    require_floats(path, checkpoint["model"])
-    return checkpoint
+    match load_torch(path):
+        case {"config": {"ablation": _}, "model": dict(weights)} as checkpoint:
+            require_floats(path, weights)
+            return checkpoint
+    raise ModelError(f"{path} is not a checkpoint of this project: its config has no ablation")

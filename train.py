@@ -63,8 +63,9 @@ def build_model(config, meta):
     model, source = GPTNeo(config.model), config.init_from
     if not source:
         return model
+    is_run = source.endswith(".pt") or Path(source, "best.pt").is_file()
     hugging_face = Path(source, "config.json").is_file() or not Path(source).parent.is_dir()
-    if hugging_face and not source.endswith(".pt"):
+    if hugging_face and not is_run:
         initial = GPTNeo.from_pretrained(source)
         require_tokenizer(source, initial.config.vocab_size, config.data)
     else:
@@ -191,9 +192,9 @@ def read_resumable(config, data_checksum):
     except ModelError as error:
         advice = f": delete {path} to continue from best.pt" if path.is_file() else ""
         raise UserError(f"{error}{advice}") from None
-    if "optimizer" not in checkpoint:  # written by interp.hf or interp.unlearn
-        raise UserError(f"{config.out} has weights only: start from them with "
-                        f"--init_from={config.out} and another --out")
+    if not vars(Progress()).keys() <= checkpoint.keys():  # of interp.hf, interp.unlearn, older code
+        raise UserError(f"{config.out} has weights only, or was saved by older code: start from it "
+                        f"with --init_from={config.out} and another --out")
     if checkpoint["data"] != data_checksum:
         raise UserError(f"{config.data} is not the data that {config.out} was trained on: give the "
                         f"run's own with --data=")

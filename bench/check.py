@@ -5,10 +5,10 @@
 
 Loss and gradients of a two-layer model, eager and compiled, against eager float64 on the CPU, for
 two coefficients of the ablated loss; a compiled model must be one graph for both. Each case prints
-a line. Its errors are |gradient - reference| / |reference|, of the trunk (all parameters that are
-not gates) and of the gates. In bfloat16 near-ties have other winners, and where gradients grow as
-1 / T a few of them decide the result: there T is at least GAP, in the reference too. Exit code 1 if
-a case fails.
+a line: the difference of the loss, and |gradient - reference| / |reference| of the trunk (all
+parameters but the gates') and of the gates. bfloat16 changes the winners of near-ties. Where
+gradients grow as 1 / T, a few such tokens decide the result, so T is at least GAP in bfloat16, also
+in the reference. Exit code 1 if a case fails.
 """
 
 import itertools

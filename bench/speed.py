@@ -11,7 +11,7 @@ round, so that a busy machine slows all of them. Tokens are random: no data are 
 
 ms/step      the median of the rounds, and the fastest and the slowest of them
 x baseline   the median over that of the baseline with the same knobs
-of floor     the time of the step's matrix products at the rate of a large one, over the time taken
+of floor     the step's matrix products at the rate of one large product: share of the time taken
 peak MB      the most memory that a step needs, weights and optimizer included; on a CPU it is the
              resident memory of a separate process, on Linux and without --compile only
 h / 400,000  hours for the paper's 400,000 updates
@@ -204,6 +204,8 @@ def parse(argv):
 def main():
     args, rows = parse(sys.argv[1:])
     device = rows[0].device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # clock and memory are of the current GPU
     steps = args.steps or (10 if device.type == "cuda" else 1)
     torch._dynamo.config.recompile_limit = 2 + 6 * len(rows)  # else late rows would not be compiled
     for row in rows:
@@ -212,6 +214,7 @@ def main():
         for row in rows:
             row.seconds.append(row.time(steps))
     dtypes = {row.setting["dtype"] for row in rows}
+    torch.set_float32_matmul_precision("highest")  # bfloat16 rows have allowed TF32
     rates = {name: product_rate(device, getattr(torch, name)) for name in dtypes}
     where = f"{device.type}, {torch.get_num_threads()} threads"
     if device.type == "cuda":

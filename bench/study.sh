@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The runs behind "What interpretability costs" in RESULTS.md: every recipe with three seeds, one
-# thread a run: hours. A word goes on where it was stopped; "toy" may run beside the two above it:
+# The runs behind RESULTS.md: every recipe with three seeds, one thread per run. Takes hours. The
+# same command again continues. "toy" may run at the same time as "stories" and "tuned":
 #
 #     bash bench/study.sh stories      real stories (data/tinystories_words, see RESULTS.md)
 #     bash bench/study.sh tuned        baselines of "stories" fine-tuned, and the same from scratch

@@ -65,7 +65,7 @@ def finished(config):
 
 
 def start(out, words, environment):
-    """-> a train.py at work, and its log, to be read on from here"""
+    """Starts train.py. -> its process, and its log file, opened at the end."""
     begun = any(Path(out).glob("*.pt"))
     words = [sys.executable, str(ROOT / "train.py"), *words, f"--resume={begun}"]
     with open(f"{out}.log", "a") as log:
@@ -118,7 +118,8 @@ def main():
             process.wait()
     if stop.requested:
         raise SystemExit("stopped: the same command again goes on from here")
-    print("python eval.py", *[out for out in runs if out not in failed], "--over_seeds")
+    if done := [out for out in runs if out not in failed]:
+        print("python eval.py", *done, "--over_seeds")
     if failed:
         raise SystemExit(f"{len(failed)} of {len(runs)} runs failed: the same command tries again")
 

@@ -111,7 +111,7 @@ def kept_units(model, idx):
 
 
 def untrained(config, seed):
-    """A model of this GPTNeoConfig before training. The global random state does not change."""
+    """A model of this GPTNeoConfig before training. The CPU's random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPTNeo(config).eval()

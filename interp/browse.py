@@ -137,12 +137,12 @@ def measure_layers(units, text, count, title):
         tokens += len(x)
         best.add(sizes.flatten(1), positions, stories)
         if units.config.attn_unit == "head":
-            z = units.heads(x).double()  # (n, L, H, D)
+            z = units.heads(x).cpu().double()  # (n, L, H, D); MPS has no float64
             norm = z.norm(dim=-1, keepdim=True)  # (n, L, H, 1)
             products += (norm * z).sum(0)
             squares += norm.square().sum(0)
             # per unit of norm, by least squares: the m for which norm(z) m is nearest to z
-            outputs = (products / squares.clamp_min(1e-30)).float()  # (L, H, D)
+            outputs = (products / squares.clamp_min(1e-30)).float().to(x.device)  # (L, H, D)
 
     def activate(idx):
         return units.activations(units.read(idx)).flatten(2)  # (B, T, N)
@@ -262,7 +262,7 @@ def neighbours(writes):
 # -------------------------------------------------------------------------------------- the stories
 
 
-def spread(count, total):
+def evenly(count, total):
     """At most count of the numbers below total, evenly spread."""
     return np.linspace(0, total, min(count, total), endpoint=False, dtype=int)
 
@@ -274,7 +274,7 @@ def pick_stories(tokens, eot, T, count):
     begins = np.flatnonzero(text == eot)
     stories = [story for story in np.split(text, begins) if len(story) > 1]
     chosen = [story for story in stories if len(story) <= T] or stories
-    places = spread(count, len(chosen))
+    places = evenly(count, len(chosen))
     return [chosen[place][:T] for place in places]
 
 
@@ -322,7 +322,7 @@ def picked(entry, names):
     return {name: entry.get(name) for name in names}
 
 
-def graph_of(entry):
+def shown_graph(entry):
     """What is shown of an entry of n2g_neurons.json: scores, and at most GRAPH nodes."""
     graph = entry["graph"] or {"nodes": [], "edges": []}
     nodes = sorted(graph["nodes"], key=lambda node: (-node["activating"], -node["importance"]))
@@ -339,7 +339,7 @@ def findings(run):
     explain = read_result(run, "explain_neurons.json")
     units = read_result(run, "units.json")
     return {
-        "n2g": n2g and [graph_of(entry) for entry in n2g["neurons"]],
+        "n2g": n2g and [shown_graph(entry) for entry in n2g["neurons"]],
         "explain": explain and [picked(entry, EXPLANATION) for entry in explain["neurons"]],
         "usage": units and {kind: picked(use, USAGE) for kind, use in units["kinds"].items()}}
 
@@ -368,7 +368,7 @@ def measure_run(run, stories, args, device):
     T = model.config.block_size
     context = T // 4  # tokens before every one that counts
     starts = np.arange(0, len(tokens) - T + 1, T - context)
-    starts = starts[spread(args.windows, len(starts))]
+    starts = starts[evenly(args.windows, len(starts))]
     text = Text(tokens, run.meta["eot"], T, device, context, starts)
     arrays = measure_units(model, text, args.snippets, f"{run.path}: units")
     writes = torch.from_numpy(arrays.pop("writes"))  # (N, C)

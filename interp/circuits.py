@@ -18,7 +18,7 @@ KL: edges_at_kl, interpolated between several taus.
 
 eap (EAP-IG: Hanna et al. 2024) scores all edges and units by gradients, and keeps the n with the
 largest absolute scores. d is the logit of the right answer minus that of the wrong one, on prompts
-that were not scored. Each number is the mean over three sets of prompts:
+that were not scored. Each number is the mean over three sets of prompts (one with --prompts):
     f           (d of the circuit - d of the corrupt prompt) / (d of the model - d of the corrupt
                 prompt): 0 without any edge, 1 for the whole model
     size        the first n of a grid (steps of 10 %) with f >= 0.8; f_random: f of n random ones
@@ -30,7 +30,6 @@ call, in the folder that holds them: the next call replaces it. An interrupted c
 Shape letters: see interp/graph.py.
 """
 
-import argparse
 import json
 import math
 import random
@@ -248,7 +247,7 @@ def discover(circuit, edges, tau, state=None, save=lambda state: None, title="AC
     with tqdm(total=len(edges), initial=len(decided), unit=" edges",
               desc=f"{title} tau {tau:g}", mininterval=1) as bar:
         for _, stage in stages:
-            # from scratch for every stage: continued on such a device, a sweep is bit-equal
+            # computed anew for every stage, so that a sweep that is continued is bit-equal
             circuit.set_removed([edge for edge, (kept, _) in zip(edges, decided) if not kept])
             # All edges out of these nodes are decided. A node that keeps none has no effect, so
             # removing an edge into it raises KL by exactly 0 and need not be tried.
@@ -524,11 +523,16 @@ def attribute_run(result, title, args, device):
             shares.append((clean > 0).double().mean().item())
             effects.append((clean - corrupt).mean().item())
         right, effect = statistics.mean(shares), statistics.mean(effects)
-        verdict = "no effect" if effect < LEAST_EFFECT else ""
-        verdict = "does not know" if right < KNOWS else verdict
+        verdict = ""
+        if right < KNOWS:
+            verdict = "does not know"
+        elif effect < LEAST_EFFECT:
+            verdict = "no effect"
+        if verdict:
+            sets = []  # no circuit
         rng = random.Random(args.seed)
         found = {level: [] for level in args.level}
-        for tokens in [] if verdict else tqdm(sets, f"{title} {task}", unit=" sets of prompts"):
+        for tokens in tqdm(sets, f"{title} {task}", unit=" sets of prompts"):
             scores = []
             for part in (tokens.rows(0, half), tokens.rows(half, count)):
                 scores.append(attribute(patched(part), part))
@@ -701,14 +705,6 @@ def print_attribution(results, title):
     draw_attribution(common_folder(one["run"] for one in results) / "eap.png", rows, title)
 
 
-def taus(text):
-    """For argparse: 0.03,0.1 -> [0.03, 0.1]."""
-    found = [float(word) for word in text.split(",")]
-    if not all(0 <= number < math.inf for number in found):
-        raise argparse.ArgumentTypeError(f"{text} must be numbers from 0 on")
-    return found
-
-
 def main():
     parser = knobs.Parser(description=__doc__)
     add = parser.add_argument
@@ -724,8 +720,8 @@ def main():
     add("--seed", type=int, default=0, help="of prompts and of everything random (0)")
     add("--dtype", choices=("float32", "float64"), default="float32")
     add("--force", action="store_true", help="replace a result of other settings")
-    add("--tau", type=taus, help="acdc: an edge stays removed if that raises KL by less, nats "
-        "(0.03); a list: 0.03,0.1")
+    add("--tau", type=knobs.numbers(float), help="acdc: an edge stays removed if that raises KL by "
+        "less, nats (0.03); a list: 0.03,0.1")
     add("--orders", type=knobs.positive, default=0, help="acdc: how many random orders to add (0)")
     add("--level", choices=CIRCUITS, help="eap: edges or units only (default: both)")
     add("--title", default="", help="eap: of eap.png")

@@ -86,7 +86,7 @@ def choose_texts(train, val, eot, settings, device):
     strongest records; where the random records, from other stories, begin. Raises UserError."""
     T = settings["window"]
 
-    def spread(windows):
+    def some_of(windows):
         """Some of these windows, evenly spread: at most settings["tokens"] tokens."""
         count = min(max(TOP, settings["tokens"] // T), len(windows))
         return windows[np.linspace(0, len(windows), count, endpoint=False).astype(np.int64)]
@@ -95,12 +95,12 @@ def choose_texts(train, val, eot, settings, device):
     rng, there = np.random.default_rng(settings["seed"]), np.unique(stories)
     chosen = rng.choice(there, min(RANDOM, len(there)), replace=False)
     at_random = [rng.choice(starts[stories == story]) for story in chosen]
-    others = spread(np.flatnonzero(~np.isin(stories, chosen)))
+    others = some_of(np.flatnonzero(~np.isin(stories, chosen)))
     if len(np.unique(stories[others])) < TOP:
         raise UserError(f"fewer than {TOP + RANDOM} stories of {T} tokens: choose other --data, a "
                         f"smaller --window or more --tokens")
     search = Text(val, eot, T, device, starts=starts[others])
-    corpus = Text(train, eot, T, device, starts=spread(story_windows(train, eot, T)[0]))
+    corpus = Text(train, eot, T, device, starts=some_of(story_windows(train, eot, T)[0]))
     return corpus, search, at_random[RANDOM_VALID]
 
 
@@ -116,8 +116,8 @@ def find_records(activate, units, search, random_starts, title):
     idx = windows_at(search.tokens, random_starts, T, search.device)  # (5, T)
     at_random = activate(idx).permute(2, 0, 1).cpu().numpy()  # (U, 5, T)
     for unit, peak, top, others in zip(units, values[:, 0].tolist(), strong, at_random):
-        scored = [*top[FIVE:], *map(Snippet, idx.tolist(), others, range(FIVE))]
-        yield Neuron(*unit, peak, top[:FIVE], scored)
+        random = [Snippet(*pair, peak=0) for pair in zip(idx.tolist(), others)]  # without a peak
+        yield Neuron(*unit, peak, top[:FIVE], top[FIVE:] + random)
 
 
 # ------------------------------------------------------------------------- scores, tables of tokens
@@ -470,7 +470,7 @@ def explain_run(result, title, results, args, device):
 def summary(entries):
     """{name: number or list} of dicts with "score", "random_score" and, with None, "reason"."""
     row = {"neurons": len(entries)}
-    for name in ("random_", ""):
+    for name in ("random_", ""):  # "" last: its values make the histogram
         scores = (entry[f"{name}score"] for entry in entries)
         values = [score for score in scores if score is not None]
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

@@ -195,8 +195,8 @@ class PatchedModel:
         """KL(clean model || circuit) in nats at the last position, mean over prompts, of K
         circuits: what Resid End reads in each, (K, B, T or 1, C) -> (K) float64.
 
-        With p the clean model's distribution, E_p the mean over the vocabulary by it, and d the
-        change of the logits, the circuit's log q is log p + d - log E_p[exp d], and so
+        With p the clean model's distribution, E_p the expectation over next tokens under p, and d
+        the change of the logits, the circuit's log q is log p + d - log E_p[exp d], and so
             KL = E_p[log p - log q] = log E_p[exp d] - E_p[d]
         Nothing large cancels here, so fp32 keeps the digits of a small KL; only sums need float64.
         """

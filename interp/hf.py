@@ -1,8 +1,8 @@
 """To and from Hugging Face folders, which transformers, TransformerLens and SAELens load.
 
     python -m interp.hf export out/local_k2 local_k2_hf    a folder for transformers
-    python -m interp.hf import local_k2_hf out/again       such a folder as a run, with its gates
-    python -m interp.hf import gpt-neo-125m out/neo --data data/openwebtext
+    python -m interp.hf import local_k2_hf imported/local_k2     such a folder as a run, with gates
+    python -m interp.hf import EleutherAI/gpt-neo-125m out/neo --data data/openwebtext
                                                            any GPT-Neo, as a run without gates
     python -m interp.hf sae out/local_k2 local_k2_saes     the autoencoders of sae.pt, for SAELens
 

@@ -76,10 +76,10 @@ def batches_by_length(prompts):
 class AtPivot:
     """The activations of a layer's neurons at the last token of prompts.
 
-    activate: idx (B, T) -> (B, T, U), such as Site.read. Without a title there is no progress bar.
+    activate: idx (B, T) -> (B, T, U), such as Site.read. title: of the progress bar.
     """
 
-    def __init__(self, activate, eot, device, title=None):
+    def __init__(self, activate, eot, device, title):
         self.activate, self.eot, self.device, self.title = activate, eot, device, title
 
     def __call__(self, prompts, units):
@@ -89,8 +89,8 @@ class AtPivot:
         for place, prompt in enumerate(prompts):
             asked[(self.eot, *prompt)].append(place)
         values = [0.0] * len(prompts)
-        with tqdm(total=len(asked), desc=self.title, unit=" prompts", unit_scale=True, leave=False,
-                  disable=self.title is None) as bar:
+        with tqdm(total=len(asked), desc=self.title, unit=" prompts", unit_scale=True,
+                  leave=False) as bar:
             for batch in batches_by_length(asked):
                 idx = torch.tensor(batch, device=self.device)  # (B, T)
                 x = self.activate(idx)[:, -1].cpu().numpy()  # (B, U)
@@ -672,17 +672,12 @@ def fraction(text):
     return float(text)
 
 
-def layer_list(text):
-    """For argparse: "3,0" -> [0, 3]."""
-    return sorted({int(word) for word in text.split(",")})
-
-
 def main():
     parser = run_parser(__doc__)
     add = parser.add_argument
     add("--tokens", type=knobs.positive, default=1_000_000,
         help="how many training tokens to search for snippets, from the start (1000000)")
-    add("--layer", type=layer_list, help="layers, from 0, separated by commas (default: all)")
+    add("--layer", type=knobs.numbers(int), help="from 0, separated by commas (default: all)")
     add("--snippets", type=knobs.positive, default=20,
         help="per neuron, half of them held out (20)")
     add("--threshold", type=fraction, default=0.5,
@@ -701,7 +696,7 @@ def main():
     settings = {name: getattr(args, name) for name in names}
     results = []
     for run in open_runs(args.runs, args.data):
-        layers = args.layer or list(range(run.model.config.n_layer))
+        layers = sorted(args.layer or range(run.model.config.n_layer))
         of_run = {"data": run.meta["checksum"], "layer": layers, **settings}
         results.append(Result(run, "n2g", of_run, args.force, ["_neurons.json", ".png"]))
     frame = table(measure_all(results, partial(measure, device=device), device))

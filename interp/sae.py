@@ -11,8 +11,8 @@ activations x of a place. Lower is better. nats_zero is the same with zeros in p
 score, 1 - nats_lost / nats_zero, says little if nats_zero is below 0.05. The same l1 gives two
 models different L0. So compare models at equal L0: give several --l1, to interpolate at L0 = 3.
 
-Places are every --layer with every --site. The paper trains on 409.6M activations; --small trains
-on 4.1M, from 1M tokens. With d channels and F = 16 d features (SAELens 5.1.0):
+Each --layer is combined with each --site: such a pair is called a place. The paper trains on 409.6M
+activations; --small on 4.1M, from 1M tokens. With d channels and F = 16 d features (SAELens 5.1.0):
     x~ = s x, with s such that the mean norm of x~ is sqrt(d)
     f = ReLU(x~ W_enc + b_enc)     x^ = f W_dec + b_dec     loss = |x^ - x~|^2 + l1 sum_i f_i
 
@@ -552,17 +552,6 @@ def measure(result, title, device):
     return facts
 
 
-def numbers(kind, form):
-    """For argparse: different numbers from 0 on with commas between them, such as 2,5,10."""
-    def listed(text):
-        values = [kind(word) for word in text.split(",")]
-        names = {format(value, form) for value in values}  # an export is called l1_5
-        if len(names) < len(values) or not all(0 <= value < math.inf for value in values):
-            raise argparse.ArgumentTypeError(f"{text} must be different numbers from 0 on")
-        return values
-    return listed
-
-
 def sites(text):
     """For argparse: names of SITES with commas between them."""
     names = text.split(",")
@@ -575,15 +564,15 @@ def parse_arguments():
     """The command line, with the settings of Table 5 or --small. Raises UserError."""
     parser = run_parser(__doc__)
     add = parser.add_argument
-    add("--layer", type=numbers(int, "d"),
+    add("--layer", type=knobs.numbers(int),
         help="blocks, from 0, with commas between them (default: the last but one)")
     add("--site", type=sites, default=["mlp_out"],
         help="mlp_out, attn_out, resid, mlp_act, attn_act: output of the MLP, of the attention, of "
              "the whole block; neurons, channels of the heads; with commas (default mlp_out)")
     add("--raw", action="store_true", help="do not centre the activations over channels")
-    add("--l1", type=numbers(float, "g"), default=[5.0],
+    add("--l1", type=knobs.numbers(float), default=[5.0],
         help="sparsity coefficients, with commas (default 5)")
-    add("--seeds", type=numbers(int, "d"), default=[1337],
+    add("--seeds", type=knobs.numbers(int), default=[1337],
         help="of weights and batches, with commas (default 1337)")
     add("--small", action="store_true", help="smaller defaults, for a CPU")
     for name, (paper, small, note) in SIZES.items():

@@ -270,11 +270,11 @@ def measure_use(result, title, device):
 def gated_runs(runs):
     """The runs that have a gate. Raises UserError if none has."""
     gated = [run for run in runs if run.model.config.ablation != "none"]
-    for run in runs if gated else ():
-        if run not in gated:
-            print(f"{run.path} has no gate: skipped", file=sys.stderr)
     if not gated:
         raise UserError(f"{runs[0].path} has ablation=none, so it has no gate to measure")
+    for run in runs:
+        if run not in gated:
+            print(f"{run.path} has no gate: skipped", file=sys.stderr)
     return gated
 
 

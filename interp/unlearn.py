@@ -282,7 +282,8 @@ def measure_concept(run, words, siblings):
         U = len(order)
         sizes = sorted({min(n, U) for n in SIZES})
         if "chance" in name:
-            sizes = [n for n in sizes if n > U / 20][::2]  # a few random units change little
+            # a few random units change little, and every second size is enough
+            sizes = [n for n in sizes if n > U / 20][::2]
         models = ((n, without(model, order[:n])) for n in sizes)
         found[name] = forget(models, groups, start)
         found[name]["removed"] = order[: int(found[name]["curve"][-1][0])].tolist()

@@ -111,6 +111,15 @@ def test_a_folder_of_hugging_face_gives_its_logits(tmp_path):
     ours = GPTNeo.from_pretrained(tmp_path)
     torch.testing.assert_close(ours(prompt(2, 16)), theirs(prompt(2, 16)).logits)
     assert ours.config.attention_layers == "global,local"  # what train.py compares knobs with
+    masks = {"bias": torch.ones(16, 16).bool(), "masked_bias": torch.tensor(-torch.inf).half()}
+    masks = {f"transformer.h.0.attn.attention.{name}": mask for name, mask in masks.items()}
+    old = {name: weight.half() for name, weight in theirs.state_dict().items()} | masks
+    (tmp_path / "model.safetensors").rename(tmp_path / "new")
+    torch.save(old, tmp_path / "pytorch_model.bin")  # as older versions of transformers did
+    half = GPTNeo.from_pretrained(tmp_path).transformer["wpe"].weight
+    assert torch.equal(half, theirs.transformer.wpe.weight.half().float())
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "new").rename(tmp_path / "model.safetensors")
     longer = dict(num_layers=6, attention_types=[[["global", "local"], 3]])
     for config, message in (
             (their_config(activation_function="relu"), "activation_function=relu, not gelu_new"),

@@ -63,7 +63,7 @@ def test_prune_and_importance_are_the_oracles(path):
         near = (ago(idx, 1) == the) | (ago(idx, 2) == the)
         return ((idx == cat) * (1.2 + 0.8 * near.double()))[..., None]  # (B, T, 1)
 
-    at_pivot = n2g.AtPivot(activate, 0, CPU)
+    at_pivot = n2g.AtPivot(activate, 0, CPU, "prompts")
     for length, value in expect["activation_of_suffix_by_length"].items():
         assert at_pivot([text[-int(length):]], [0]) == [value]
     for threshold, length in expect["shortest_kept_length"].items():

@@ -48,7 +48,7 @@ eager=(--dtype=float32 --compile=False) graphs=(--dtype=bfloat16 --compile=reduc
 compiled=(--dtype=bfloat16 --compile=True)
 if [ "$device" = cpu ]; then
     updates=${UPDATES:-40} check=(--compile=False)
-    size=(--eval_windows=16 --n_layer=2 --n_head=2 --n_embd=16 --block_size=32 --batch_size=4)
+    size=(--eval_windows=16 --n_layer=2 --n_head=2 --n_embd=16 --block_size=64 --batch_size=4)
     few=(--vocab_size=500 --rounds=2) graphs=(--dtype=bfloat16) compiled=(--dtype=float32)
 fi
 train=(train.py config/local_k2.py --device="$device" --data="$DATA" "${size[@]}")
@@ -65,6 +65,9 @@ part check 180 "$PYTHON" -m bench.check --device="$device" "${check[@]}"
 part speed_graphs 200 "${speed[@]}" "${graphs[@]}"
 part train 120 "$PYTHON" "${train[@]}" --out="$OUT/local_k2" --max_iters="$updates"
 part eval 30 "$PYTHON" eval.py "$OUT/local_k2" --device="$device"
+part eap 60 "$PYTHON" -m interp.circuits "$OUT/local_k2" --device="$device" --method=eap --count=8
+part acdc 60 "$PYTHON" -m interp.circuits "$OUT/local_k2" --device="$device" --count=8 --tau=10
+part unlearn 60 "$PYTHON" -m interp.unlearn "$OUT/local_k2" --device="$device" --concept happy sad
 # from one stream to both, with another coefficient at each update
 part ramp 120 "$PYTHON" "${train[@]/k2.py/k2_ramp.py}" --out="$OUT/ramp" --max_iters=40 \
     --eval_interval=20 --log_interval=5

@@ -110,9 +110,9 @@ def test_the_gpu_script_goes_on_after_a_failure(tmp_path):
     failures = [line for line in ended.stdout.splitlines() if line.startswith("!!!")]
     assert ended.returncode == 1 and len(failures) == 1 and "check: exit code 3" in failures[0]
     calls = (tmp_path / "calls").read_text().splitlines()[1:]  # the first: is there a GPU?
-    assert [re.search(r"-m bench\.\w+|\w+\.py", call)[0] for call in calls] == [
-        "-m bench.check", "-m bench.speed", "train.py", "eval.py", *["train.py"] * 4,
-        "-m bench.speed", "-m bench.speed"]
+    assert [re.search(r"(bench|interp)\.\w+|\w+\.py", call)[0] for call in calls] == [
+        "bench.check", "bench.speed", "train.py", "eval.py", "interp.circuits", "interp.circuits",
+        "interp.unlearn", *["train.py"] * 4, "bench.speed", "bench.speed"]
     assert all("--device=cuda" in call for call in calls)
     (tmp_path / "out" / "local_k2").mkdir()
     assert "already holds results" in gpu().stderr  # they are never overwritten

@@ -20,7 +20,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +46,7 @@ class UserError(ValueError):
 def cli(main, errors=(UserError,)):
     """Run a script's main(). What the user can fix, one of errors, is one line on stderr and exit
     code 1; every other exception is a bug and keeps its traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # files are closed and removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: files are removed
     try:
         main()
     except errors as error:

@@ -144,17 +144,6 @@ def positive(text):
     return int(text)
 
 
-def numbers(kind):
-    """For argparse: different numbers from 0 on with commas between them, such as 2,5,10."""
-    def listed(text):
-        values = [kind(word) for word in text.split(",")]
-        names = {format(value, "d" if kind is int else "g") for value in values}
-        if len(names) < len(values) or not all(0 <= value < math.inf for value in values):
-            raise argparse.ArgumentTypeError(f"{text} must be different numbers from 0 on")
-        return values
-    return listed
-
-
 def picture(path):
     """For argparse: a file that a plot can be saved to."""
     if Path(path).suffix not in (".png", ".pdf", ".svg") or not Path(path).parent.is_dir():

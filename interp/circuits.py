@@ -48,7 +48,7 @@ from tqdm import tqdm
 import config as knobs
 from eval import open_run, plain, print_table, run_paths, save_figure, spread
 from interp.graph import Circuit, Dest, Edge, PatchedModel
-from interp.results import Result, common_folder, digest, measure_all
+from interp.results import Result, common_folder, digest, list_of, measure_all
 from prepare import UserError, load_tokenizer, read_asset, word_lists
 
 TASKS = ("names", "pronouns", "objects")
@@ -720,7 +720,7 @@ def main():
     add("--seed", type=int, default=0, help="of prompts and of everything random (0)")
     add("--dtype", choices=("float32", "float64"), default="float32")
     add("--force", action="store_true", help="replace a result of other settings")
-    add("--tau", type=knobs.numbers(float), help="acdc: an edge stays removed if that raises KL by "
+    add("--tau", type=list_of(float), help="acdc: an edge stays removed if that raises KL by "
         "less, nats (0.03); a list: 0.03,0.1")
     add("--orders", type=knobs.positive, default=0, help="acdc: how many random orders to add (0)")
     add("--level", choices=CIRCUITS, help="eap: edges or units only (default: both)")

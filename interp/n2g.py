@@ -49,7 +49,7 @@ from tqdm import tqdm
 import config as knobs
 from eval import open_runs, plain, print_table, run_parser, save_figure
 from interp.activations import TOKENS, Site, Strongest, Text, read_sites, token_text
-from interp.results import Result, measure_all
+from interp.results import Result, list_of, measure_all
 from prepare import EOT, UserError, load_tokenizer, load_tokens
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # lengths that prune tries, in tokens
@@ -677,7 +677,7 @@ def main():
     add = parser.add_argument
     add("--tokens", type=knobs.positive, default=1_000_000,
         help="how many training tokens to search for snippets, from the start (1000000)")
-    add("--layer", type=knobs.numbers(int), help="from 0, separated by commas (default: all)")
+    add("--layer", type=list_of(int), help="from 0, separated by commas (default: all)")
     add("--snippets", type=knobs.positive, default=20,
         help="per neuron, half of them held out (20)")
     add("--threshold", type=fraction, default=0.5,

@@ -14,8 +14,10 @@ In a notebook, frame(glob("out/*/acdc.json")) has one row for each file. Columns
 have names such as settings.tau or all.mean.
 """
 
+import argparse
 import hashlib
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -179,14 +181,23 @@ def measure_all(results, measure, device):
     return [result.facts for result in results]
 
 
+def list_of(kind):
+    """For argparse: different numbers from 0 on, int or float, such as 2,5,10."""
+    def listed(text):
+        values = [kind(word) for word in text.split(",")]
+        names = {format(value, "d" if kind is int else "g") for value in values}
+        if len(names) < len(values) or not all(0 <= value < math.inf for value in values):
+            raise argparse.ArgumentTypeError(f"{text} must be different numbers from 0 on")
+        return values
+    return listed
+
+
 # ------------------------------------------------------------------------------------- as one table
 
 
 def read_results(paths):
-    """Result files of one experiment as a list of dicts; "run" is the run beside the file.
-
-    Raises UserError if settings differ, or if the weights of a run have changed since.
-    """
+    """Result files of one experiment as a list of dicts; "run" is the run beside the file. Raises
+    UserError if settings differ, or if the weights of a run have changed since."""
     results = []
     for path in paths:
         result = read_json(path) | {"run": str(run_of(path))}
@@ -206,5 +217,4 @@ def read_results(paths):
 def frame(paths):
     """A DataFrame with a row for each result file; lists stay lists. See read_results."""
     import pandas as pd
-
     return pd.json_normalize(read_results([*paths]))

@@ -43,7 +43,7 @@ from tqdm import tqdm
 import config as knobs
 from eval import open_runs, plain, print_table, run_parser, save_figure, spread
 from interp.activations import SITES, Site, held_out_windows, read_windows, windows_at
-from interp.results import Result, measure_all
+from interp.results import Result, list_of, measure_all
 from model import load_torch, replace_file
 from prepare import UserError, load_tokens
 
@@ -564,15 +564,15 @@ def parse_arguments():
     """The command line, with the settings of Table 5 or --small. Raises UserError."""
     parser = run_parser(__doc__)
     add = parser.add_argument
-    add("--layer", type=knobs.numbers(int),
+    add("--layer", type=list_of(int),
         help="blocks, from 0, with commas between them (default: the last but one)")
     add("--site", type=sites, default=["mlp_out"],
         help="mlp_out, attn_out, resid, mlp_act, attn_act: output of the MLP, of the attention, of "
              "the whole block; neurons, channels of the heads; with commas (default mlp_out)")
     add("--raw", action="store_true", help="do not centre the activations over channels")
-    add("--l1", type=knobs.numbers(float), default=[5.0],
+    add("--l1", type=list_of(float), default=[5.0],
         help="sparsity coefficients, with commas (default 5)")
-    add("--seeds", type=knobs.numbers(int), default=[1337],
+    add("--seeds", type=list_of(int), default=[1337],
         help="of weights and batches, with commas (default 1337)")
     add("--small", action="store_true", help="smaller defaults, for a CPU")
     for name, (paper, small, note) in SIZES.items():

@@ -113,13 +113,11 @@ def test_a_folder_of_hugging_face_gives_its_logits(tmp_path):
     assert ours.config.attention_layers == "global,local"  # what train.py compares knobs with
     masks = {"bias": torch.ones(16, 16).bool(), "masked_bias": torch.tensor(-torch.inf).half()}
     masks = {f"transformer.h.0.attn.attention.{name}": mask for name, mask in masks.items()}
-    old = {name: weight.half() for name, weight in theirs.state_dict().items()} | masks
-    (tmp_path / "model.safetensors").rename(tmp_path / "new")
-    torch.save(old, tmp_path / "pytorch_model.bin")  # as older versions of transformers did
-    half = GPTNeo.from_pretrained(tmp_path).transformer["wpe"].weight
-    assert torch.equal(half, theirs.transformer.wpe.weight.half().float())
-    (tmp_path / "pytorch_model.bin").unlink()
-    (tmp_path / "new").rename(tmp_path / "model.safetensors")
+    half = {name: weight.half() for name, weight in theirs.state_dict().items()}
+    their_config().save_pretrained(tmp_path / "old")
+    torch.save(half | masks, tmp_path / "old" / "pytorch_model.bin")  # as older transformers did
+    wpe = GPTNeo.from_pretrained(tmp_path / "old").transformer["wpe"].weight
+    assert torch.equal(wpe, half["transformer.wpe.weight"].float())
     longer = dict(num_layers=6, attention_types=[[["global", "local"], 3]])
     for config, message in (
             (their_config(activation_function="relu"), "activation_function=relu, not gelu_new"),

@@ -228,9 +228,6 @@ def test_pools_are_compared_at_equal_size(make):
     assert "entropy" not in numbers and numbers["f1"].tolist() == [17, 17]
 
 
-# ---- what is refused, names of runs
-
-
 def test_what_does_not_belong_together_is_refused_before_it_is_measured(
         make, typed, monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "measure_run", lambda *_: pytest.fail("too late"))

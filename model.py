@@ -451,7 +451,8 @@ def cross_entropy(hidden, weight, targets):
 def require_floats(path, weights):
     """Raises ModelError unless the tensors of {name: tensor} are floating-point and finite."""
     for name, weight in weights.items():
-        if not (weight.is_floating_point() and weight.float().isfinite().all()):
+        floating = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+        if not (floating and weight.float().isfinite().all()):
             raise ModelError(f"{path} is damaged: {name} holds values that are not finite floats")
 
 
@@ -502,4 +503,4 @@ def load_checkpoint(path):
         case {"config": {"ablation": _}, "model": dict(weights)} as checkpoint:
             require_floats(path, weights)
             return checkpoint
-    raise ModelError(f"{path} is not a checkpoint of this project: its config has no ablation")
+    raise ModelError(f"{path} is not a checkpoint of this project: it lacks weights or a config")

@@ -24,7 +24,6 @@ import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +174,7 @@ class Story(dict):
 
 def read_txt(path):
     """The texts of a file between separators."""
-    opener = gzip.open if path.suffix == ".gz" else open
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
     text = ""
     with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
         while characters := file.read(2**22):
@@ -273,16 +272,18 @@ def encode(batch, encoding):
 
 def write_tokens(folder, stories, encoding):
     """Writes train.bin and val.bin. -> {split: its entry in meta.json}. Raises UserError."""
-    groups = iter(lambda: list(itertools.islice(stories, 8192)), [])  # memory is limited
+    batches = iter(lambda: list(itertools.islice(stories, 128)), [])
     facts = {"train": Counter(), "val": Counter()}
     with (open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val,
           ThreadPoolExecutor(os.cpu_count()) as pool):  # tiktoken releases the GIL
-        for group in groups:
-            batches = [group[at : at + 128] for at in range(0, len(group), 128)]
-            encoded = pool.map(partial(encode, encoding=encoding), batches)
-            for (split, story), tokens in zip(group, itertools.chain.from_iterable(encoded)):
+        jobs = ((batch, pool.submit(encode, batch, encoding)) for batch in batches)
+        waiting = list(itertools.islice(jobs, 64))  # memory is limited
+        while waiting:
+            batch, job = waiting.pop(0)
+            for (split, story), tokens in zip(batch, job.result()):
                 (train if split == "train" else val).write(tokens)
                 facts[split].update(tokens=len(tokens), stories=1, bytes=len(story.encode()))
+            waiting += itertools.islice(jobs, 1)
     for split, counts in facts.items():
         if not counts["stories"]:
             raise UserError(f"no story for {split}: give two different ones, separated by {EOT}")

@@ -64,16 +64,19 @@ def build_model(config, meta):
     if not source:
         return model
     is_run = source.endswith(".pt") or Path(source, "best.pt").is_file()
-    hugging_face = Path(source, "config.json").is_file() or not Path(source).parent.is_dir()
-    if hugging_face and not is_run:
-        initial = GPTNeo.from_pretrained(source)
-        require_tokenizer(source, initial.config.vocab_size, config.data)
-    else:
+    if os.path.isdir(source):
+        is_run = is_run or not Path(source, "config.json").is_file()
+    elif not is_run:  # a mistyped run, or a name on the hub?
+        is_run = any(Path(source).parent.glob("*/best.pt"))
+    if is_run:
         checkpoint = load_checkpoint(source)
         initial = GPTNeo.from_checkpoint(checkpoint)
         if checkpoint["tokenizer"] != meta["tokenizer"]:
             raise UserError(f"{source} has another tokenizer than {config.data}: give data of its "
                             f"tokenizer with --data")
+    else:
+        initial = GPTNeo.from_pretrained(source)
+        require_tokenizer(source, initial.config.vocab_size, config.data)
     wanted = {name: getattr(initial.config, name) for name in (
         "n_layer", "n_head", "n_embd", "attention_layers", "window_size")}
     wanted["block_size"] = min(config.block_size, initial.config.block_size)
@@ -122,7 +125,7 @@ def update(model, optimizer, rows, config, autocast, coeff, world=1):
     if world > 1:
         # Losses and gradients are averaged in one all-reduce. DistributedDataParallel would sum in
         # another order after a restart, and wait for gates, which have no gradient before the ramp.
-        tensors = [sums, *(p.grad for p in model.parameters() if p.grad is not None)]
+        tensors = [*(p.grad for p in model.parameters() if p.grad is not None), sums]
         flat = torch.nn.utils.parameters_to_vector(tensors)
         dist.all_reduce(flat)
         torch.nn.utils.vector_to_parameters(flat / world, tensors)
@@ -192,9 +195,9 @@ def read_resumable(config, data_checksum):
     except ModelError as error:
         advice = f": delete {path} to continue from best.pt" if path.is_file() else ""
         raise UserError(f"{error}{advice}") from None
-    if not vars(Progress()).keys() <= checkpoint.keys():  # of interp.hf, interp.unlearn, older code
-        raise UserError(f"{config.out} has weights only, or was saved by older code: start from it "
-                        f"with --init_from={config.out} and another --out")
+    if "optimizer" not in checkpoint:  # written by interp.hf or interp.unlearn
+        raise UserError(f"{config.out} has weights only: start from them with "
+                        f"--init_from={config.out} and another --out")
     if checkpoint["data"] != data_checksum:
         raise UserError(f"{config.data} is not the data that {config.out} was trained on: give the "
                         f"run's own with --data=")
@@ -299,7 +302,8 @@ def train(config):
     if config.resume:
         checkpoint = read_resumable(config, meta["checksum"])
         model = GPTNeo.from_checkpoint(checkpoint)
-        progress = Progress(**{name: checkpoint[name] for name in vars(progress)})
+        progress = Progress(**{name: checkpoint.get(name, default)  # a run of older code lacks some
+                               for name, default in vars(progress).items()})
     elif list(folder.glob("*.pt")):
         raise UserError(f"{folder} already holds a run: --resume=True continues it, --out=FOLDER "
                         f"starts another")

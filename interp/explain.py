@@ -459,9 +459,7 @@ def explain_run(result, title, results, args, device):
         controls = [explain(model, "control", f"{title}, random weights") | {"geometry": geometry}]
     facts["control"] = controls[0] if controls else None
     if args.dry_run:
-        print(f"{title}: {answers.calls:,} calls with about {answers.tokens:,} tokens; their "
-              f"answers have up to {args.answer_tokens:,} each")
-        return facts
+        return facts | {"asked": [answers.calls, answers.tokens]}
     result.write("_neurons.json", neurons=state["model"])
     draw_scores(result.path(".png"), [{"run": run.path, **facts}])
     return facts
@@ -582,9 +580,12 @@ def main():
             {"data": run.meta["checksum"], **settings}, args.force, ["_neurons.json", ".png"]))
     measure = partial(explain_run, results=results, args=args, device=device)
     if args.dry_run:
+        total = np.zeros(2, int)
         for result in results:
-            result.facts = measure(result, result.run.path)  # their controls are shared
-        return
+            result.facts = result.facts or measure(result, result.run.path)  # they share controls
+            total += result.facts.get("asked", 0)
+        return print("{:,} calls with about {:,} tokens; their answers have up to {:,} each".format(
+            *total, args.answer_tokens))
     found = measure_all(results, measure, device)
     print_scores(found)
     if args.plot:

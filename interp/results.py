@@ -183,13 +183,13 @@ def measure_all(results, measure, device):
 
 def list_of(kind):
     """For argparse: different numbers from 0 on, int or float, such as 2,5,10."""
-    def listed(text):
+    def numbers(text):
         values = [kind(word) for word in text.split(",")]
         names = {format(value, "d" if kind is int else "g") for value in values}
         if len(names) < len(values) or not all(0 <= value < math.inf for value in values):
             raise argparse.ArgumentTypeError(f"{text} must be different numbers from 0 on")
         return values
-    return listed
+    return numbers
 
 
 # ------------------------------------------------------------------------------------- as one table

@@ -112,12 +112,15 @@ def test_areas_sizes_and_overlaps_by_hand():
     assert circuits.best_first({"a": -3, "b": 1, "c": 2}) == ["a", "c", "b"]
 
 
-def test_a_model_that_does_not_know_a_task_gets_no_numbers(typed, run):
+@pytest.mark.parametrize("verdict, knows", [("does not know", 2), ("no effect", 0)])
+def test_a_model_without_an_effect_gets_no_numbers(typed, run, monkeypatch, verdict, knows):
+    monkeypatch.setattr(circuits, "KNOWS", knows)
+    monkeypatch.setattr(circuits, "LEAST_EFFECT", 1e9)
     message, out = typed(circuits.main, run, "--method=eap", "--device=cpu", "--count=4",
                          "--task=names")
     rows = json.loads((run / "eap.json").read_text())["rows"]
     assert message is None and [row["level"] for row in rows] == ["edges", "units"]
-    assert out.count("does not know") == 2 and not {"size", "cpr"} & rows[0].keys()
+    assert out.count(verdict) == 2 and not {"size", "cpr"} & rows[0].keys()
     assert not (run / "eap.png").exists()
 
 
@@ -125,6 +128,19 @@ def test_a_model_that_does_not_know_a_task_gets_no_numbers(typed, run):
 def every_model_knows(monkeypatch):
     monkeypatch.setattr(circuits, "KNOWS", 0)
     monkeypatch.setattr(circuits, "LEAST_EFFECT", -1e9)
+
+
+def test_numbers_are_means_over_three_sets_of_prompts(typed, run, monkeypatch, every_model_knows):
+    def area(seed):
+        words = ("--method=eap", "--device=cpu", "--count=4", "--task=names", "--level=units")
+        assert typed(circuits.main, run, *words, f"--seed={seed}", "--force")[0] is None
+        row, = json.loads((run / "eap.json").read_text())["rows"]
+        return row["cpr"]
+
+    mean = area(0)  # of the prompts of seeds 0, 1, 2
+    monkeypatch.setattr(circuits, "SETS", 1)
+    areas = [area(seed) for seed in range(3)]
+    assert mean == pytest.approx(sum(areas) / 3) and len({*areas}) == 3
 
 
 def test_an_interrupted_command_ends_with_the_same_result(

@@ -167,7 +167,7 @@ def test_a_gpt_neo_comes_back_as_it_was(form, neo, tmp_path, typed):
         torch.save(neo.state_dict() | mask, folder / "pytorch_model.bin")
     if form == "without its head":
         neo.transformer.save_pretrained(folder)
-    assert "training.json" in typed(hf.main, *words)[0]
+    assert "no training.json" in typed(hf.main, *words)[0]
     assert typed(hf.main, *words, "--data", tmp_path / "data")[0] is None
     again = eval.with_data(eval.open_run(str(tmp_path / "again"))).model
     with torch.no_grad():

@@ -53,13 +53,6 @@ def diverged(value):
     return damage
 
 
-def saved_by_older_code(folder):
-    path = folder / "out" / "run" / "last.pt"
-    fields = torch.load(path, weights_only=True)
-    del fields["rows_since_eval"]
-    torch.save(fields, path)
-
-
 def write(name, content):
     return lambda folder: (folder / name).write_bytes(content)
 
@@ -98,9 +91,9 @@ CORE = [
     (f"{RESUME} --seed=1", "add --seed=1337"),
     (RESUME, "last.pt is damaged", flip("out/run/last.pt")),
     (RESUME, "train.bin", flip("data/train.bin")),
-    (RESUME, "saved by older code: start from it with --init_from=out/run", saved_by_older_code),
     (RESUME, "data is not the data that", meta(checksum="0" * 16)),
     ("train.py config.py --init_from=out/none", "no checkpoint at out/none"),
+    ("train.py config.py --init_from=nobody/nothing", "as a folder or from the hub"),
     ("train.py config.py --init_from=data", "no checkpoint at data/best.pt"),
     ("train.py config.py --init_from=out/run --n_layer=3", "add --n_layer=2"),
     ("train.py config.py --init_from=out/run --block_size=64", "add --block_size=16"),

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import transformers
 from conftest import tiny_model
 
-from model import GPTNeo, ModelError, cross_entropy
+from model import GPTNeo, ModelError, cross_entropy, gate
 
 
 def tiny(**changes):
@@ -100,8 +100,8 @@ def test_sampling_follows_temperature_and_top_k():
 
 def their_config(**changes):
     return transformers.GPTNeoConfig(**{**dict(
-        vocab_size=50, max_position_embeddings=16, hidden_size=16, num_layers=4, num_heads=2,
-        window_size=3, attention_types=[[["global", "local"], 2]], bos_token_id=0,
+        vocab_size=50, max_position_embeddings=16, hidden_size=16, num_layers=6, num_heads=2,
+        window_size=3, attention_types=[[["global", "local", "local"], 2]], bos_token_id=0,
         eos_token_id=0), **changes})
 
 
@@ -110,7 +110,7 @@ def test_a_folder_of_hugging_face_gives_its_logits(tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = GPTNeo.from_pretrained(tmp_path)
     torch.testing.assert_close(ours(prompt(2, 16)), theirs(prompt(2, 16)).logits)
-    assert ours.config.attention_layers == "global,local"  # what train.py compares knobs with
+    assert ours.config.attention_layers == "global,local,local"  # what train.py compares knobs with
     masks = {"bias": torch.ones(16, 16).bool(), "masked_bias": torch.tensor(-torch.inf).half()}
     masks = {f"transformer.h.0.attn.attention.{name}": mask for name, mask in masks.items()}
     half = {name: weight.half() for name, weight in theirs.state_dict().items()}
@@ -118,7 +118,7 @@ def test_a_folder_of_hugging_face_gives_its_logits(tmp_path):
     torch.save(half | masks, tmp_path / "old" / "pytorch_model.bin")  # as older transformers did
     wpe = GPTNeo.from_pretrained(tmp_path / "old").transformer["wpe"].weight
     assert torch.equal(wpe, half["transformer.wpe.weight"].float())
-    longer = dict(num_layers=6, attention_types=[[["global", "local"], 3]])
+    longer = dict(num_layers=8, attention_types=[[["global", "local"], 4]])
     for config, message in (
             (their_config(activation_function="relu"), "activation_function=relu, not gelu_new"),
             (their_config(layer_norm_epsilon=0.1), "layer_norm_epsilon=0.1, not 1e-05"),
@@ -133,5 +133,6 @@ def test_a_folder_of_hugging_face_gives_its_logits(tmp_path):
     assert "cannot load" in refused(GPTNeo.from_pretrained, tmp_path / "missing")
 
 
-def test_a_sequence_longer_than_the_context_is_refused():
+def test_what_the_model_refuses():
+    assert "no gate=sofmax" in refused(gate, torch.randn(2, 5), 2, "sofmax")
     assert "17 tokens is longer than block_size=16" in refused(tiny(), prompt(1, 17))

@@ -53,7 +53,7 @@ def write_input(path, stories):
     lines = table.to_json(orient="records", lines=True).encode()
     data = {".txt": text.encode(), ".csv": table.to_csv().encode(), ".parquet": table.to_parquet(),
             ".jsonl": lines, ".ndjson": lines}[path.suffixes[0].lower()]
-    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix.lower() == ".gz" else data)
 
 
 def make(folder, *more, train=STORIES, val=VAL, tokenizer="words", kind="txt"):
@@ -121,7 +121,7 @@ def reference(stories, tokenizer):
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-@pytest.mark.parametrize("kind", "txt txt.gz ndjson JSONL.gz csv parquet".split())
+@pytest.mark.parametrize("kind", "txt TXT.GZ ndjson JSONL.gz csv parquet".split())
 def test_every_input_gives_the_reference_tokens(tmp_path, kind, tokenizer):
     out = make(tmp_path, "--vocab_size", "457", tokenizer=tokenizer, kind=kind)
     meta = check_complete(out)

@@ -63,11 +63,10 @@ def build_model(config, meta):
     model, source = GPTNeo(config.model), config.init_from
     if not source:
         return model
-    is_run = source.endswith(".pt") or Path(source, "best.pt").is_file()
-    if os.path.isdir(source):
-        is_run = is_run or not Path(source, "config.json").is_file()
-    elif not is_run:  # a mistyped run, or a name on the hub?
-        is_run = any(Path(source).parent.glob("*/best.pt"))
+    path = Path(source)
+    is_run = path.suffix == ".pt" or (path / "best.pt").is_file()
+    if not is_run and not (path / "config.json").is_file():  # a mistyped run, or a name on the hub?
+        is_run = path.is_dir() or any(path.parent.glob("*/best.pt"))
     if is_run:
         checkpoint = load_checkpoint(source)
         initial = GPTNeo.from_checkpoint(checkpoint)

@@ -116,8 +116,9 @@ def find_records(activate, units, search, random_starts, title):
     idx = windows_at(search.tokens, random_starts, T, search.device)  # (5, T)
     at_random = activate(idx).permute(2, 0, 1).cpu().numpy()  # (U, 5, T)
     for unit, peak, top, others in zip(units, values[:, 0].tolist(), strong, at_random):
-        random = [Snippet(*pair, peak=0) for pair in zip(idx.tolist(), others)]  # without a peak
-        yield Neuron(*unit, peak, top[:FIVE], top[FIVE:] + random)
+        pairs = zip(idx.tolist(), others)
+        scored = top[FIVE:] + [Snippet(*pair, peak=0) for pair in pairs]  # these have no peak
+        yield Neuron(*unit, peak, top[:FIVE], scored)
 
 
 # ------------------------------------------------------------------------- scores, tables of tokens
@@ -582,7 +583,8 @@ def main():
     if args.dry_run:
         total = np.zeros(2, int)
         for result in results:
-            result.facts = result.facts or measure(result, result.run.path)  # they share controls
+            if not result.facts:
+                result.facts = measure(result, result.run.path)  # they share controls
             total += result.facts.get("asked", 0)
         return print("{:,} calls with about {:,} tokens; their answers have up to {:,} each".format(
             *total, args.answer_tokens))

@@ -155,12 +155,12 @@ def import_run(name, out, data=None):
                     "data": meta["checksum"]}
     else:
         try:
-            training = cached_file(name, "training.json")
+            path = cached_file(name, "training.json")
         except OSError:
             raise UserError(f"{name} has no training.json, so it is not an exported run: give data "
                             f"with its tokenizer, --data") from None
         try:
-            training = json.loads(Path(training).read_text())
+            training = json.loads(Path(path).read_text())
             config, weights = training.pop("config"), model.state_dict()
             if config["ablation"] != "none":
                 weights |= load_file(cached_file(name, "gates.safetensors"))
